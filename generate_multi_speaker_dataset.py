@@ -5,20 +5,19 @@
         --encoder openai/whisper-large-v3 --train_samples=1000
 
 Simulated (the default; nothing is downloaded). A voice is a set of feature bands and a rate of
-modulation, drawn once for all datasets, so that a separator trained on one dataset knows the voices
-of the next. An utterance is its voice's bands, swelling and fading in phrases with gaps between,
-each feature modulated by a sine of its own phase; the mixture is the sum. No utterance occurs twice.
+modulation, drawn once for all datasets, so that a separator trained on one knows the voices of the
+next. An utterance is its voice's bands, swelling and fading in phrases with gaps between, each
+feature modulated by a sine of its own phase; the mixture is the sum. No utterance occurs twice.
 
 What makes it solvable: features are energies, so at each frame the bands tell which voices speak;
-bands of two voices overlap only in part, and a mask takes them apart. An oracle that knows the two
-or three voices and fits their bands to each frame by least squares scores a mean squared error of
-about 0.1, and the voices can be read off every recording. What keeps trivial outputs from it:
-sources have unit power (zeros score 1) and are equally loud (the mixture scores the power of the
-others: more than 1), and the mixture divided by the count only splits the difference. The test
-suite measures all four.
+bands of two voices overlap only in part, and a mask takes them apart. An oracle that knows the
+voices of a mixture and fits their bands to each frame by least squares is far below every trivial
+output. What keeps those from it: sources have unit power (zeros score 1) and are equally loud (the
+mixture scores the power of the others, more than 1), and the mixture divided by the count only
+splits the difference. The test suite measures all four.
 
-Speech (``--speech_dir``). Random utterances of different speakers are mixed as waveforms and encoded
-by a frozen Whisper or Qwen2-Audio tower; targets are the encoded single talkers, aligned in time.
+Speech (``--speech_dir``). Random utterances of different speakers are mixed as waveforms and
+encoded by a frozen Whisper or Qwen2-Audio tower; targets are the encoded single talkers, aligned.
 The plan of all mixtures is drawn first from the seed; rendering it draws nothing more.
 """
 
@@ -86,8 +85,8 @@ def simulate_utterance(voice: Voice, seq_len: int, rng: np.random.Generator) -> 
     return (features / np.sqrt(np.mean(features**2))).astype(np.float32)
 
 
-def simulate_mixture(args, split: str, index: int, voices: list[Voice]) -> tuple[list, dict]:
-    """Draw mixture ``index`` of a split: its sources [(speaker_id, text, features)] and no audio."""
+def simulate_mixture(args, split: str, index: int, voices: list[Voice]) -> list[dict]:
+    """Draw mixture ``index`` of a split: speaker_id, text and features [T, D] of each talker."""
     rng = np.random.default_rng([args.seed, split == "val", index])
     count = int(rng.integers(args.min_speakers, args.max_speakers + 1))
     chosen = rng.choice(len(voices), size=count, replace=False)
@@ -95,7 +94,7 @@ def simulate_mixture(args, split: str, index: int, voices: list[Voice]) -> tuple
         {"speaker_id": voices[v].speaker_id, "text": f"simulated utterance {split} {index}.{i}",
          "features": simulate_utterance(voices[v], args.seq_len, rng)}
         for i, v in enumerate(chosen)
-    ]  # fmt: skip
+    ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ def read_speech(path: Path) -> list[Utterance]:
     else:
         raise FileNotFoundError(f"no speech at {path}")
     if not utterances:
-        raise InputError(f"{path} holds no recordings in folders per speaker, and no manifest.jsonl")
+        raise InputError(f"{path} holds no manifest.jsonl and no recordings in folders per speaker")
     return utterances
 
 
@@ -249,7 +248,7 @@ def mix_talkers(waveforms: list[np.ndarray], max_samples: int) -> tuple[np.ndarr
 
 
 def render_speech_mixture(talkers: list[PlannedTalker], encoder, layer, folder: Path, name: str):
-    """Render, encode and save the audio of one planned mixture; returns its sources and features."""
+    """Render, encode and save the audio of one mixture; returns its talkers and its features."""
     import soundfile
 
     from speaker_separator_module import encode_waveforms
@@ -265,7 +264,7 @@ def render_speech_mixture(talkers: list[PlannedTalker], encoder, layer, folder: 
         soundfile.write(folder / wav, source, rate)
         text = " ".join(u.text for u in talker.utterances if u.text)
         speakers.append({"speaker_id": talker.utterances[0].speaker, "text": text,
-                         "features": feature.numpy(), "wav_file": wav})  # fmt: skip
+                         "features": feature.numpy(), "wav_file": wav})
     return speakers, mixed.numpy()
 
 
@@ -273,7 +272,7 @@ def render_speech_mixture(talkers: list[PlannedTalker], encoder, layer, folder: 
 # Writing
 
 
-def write_mixture(folder: Path, name: str, speakers: list[dict], mixed: np.ndarray, **extra) -> dict:
+def write_mixture(folder: Path, name: str, speakers: list[dict], mixed, **extra) -> dict:
     """Save the features of a mixture and its talkers; returns its entry for metadata.json."""
     np.save(folder / f"mixed/{name}.npy", mixed)
     entries = []
@@ -287,7 +286,7 @@ def write_mixture(folder: Path, name: str, speakers: list[dict], mixed: np.ndarr
         "id": name, "mixed_audio": f"mixed/{name}.npy", "num_speakers": len(entries),
         "speakers": entries, "conversation": turns, "seq_len": int(mixed.shape[0]),
         "feature_dim": int(mixed.shape[1]), **extra,
-    }  # fmt: skip
+    }
 
 
 def write_split(folder: Path, split: str, samples: int, render) -> list[dict]:
@@ -312,17 +311,21 @@ def print_statistics(split: str, entries: list[dict]) -> None:
     talkers = len({s["speaker_id"] for entry in entries for s in entry["speakers"]})
     spread = ", ".join(f"{n} talkers: {c}" for n, c in sorted(Counter(counts).items()))
     print(f"{split}: {len(counts)} mixtures of {talkers} different talkers, "
-          f"{np.mean(counts):.2f} talkers on average ({spread})")  # fmt: skip
+          f"{np.mean(counts):.2f} talkers on average ({spread})")
 
 
-def replace_splits(output_dir: Path, staging: Path) -> None:
-    """Put the finished dataset in place of an earlier one; other files in the folder stay."""
+def check_replaceable(output_dir: Path) -> None:
+    """Fail if the dataset would take the place of something that is none."""
     from speaker_separator_module import InputError
 
     for split in ("train", "val"):
         old = output_dir / split
         if old.exists() and not (old / "metadata.json").is_file():
             raise InputError(f"{old} exists and is no dataset; choose another --output_dir")
+
+
+def replace_splits(output_dir: Path, staging: Path) -> None:
+    """Put the finished dataset in place of an earlier one; other files in the folder stay."""
     if (output_dir / "train").exists():
         print(f"replacing the earlier dataset in {output_dir}")
     for split in ("train", "val"):
@@ -356,15 +359,16 @@ def _renderers(args) -> tuple[dict, dict]:
         return write_mixture(folder, name, speakers, mixed, mixed_wav=f"mixed/{name}.wav")
 
     about = {"kind": "speech", "encoder": encoder.name, "layer": args.layer,
-             "frame_rate": encoder.frame_rate(args.layer)}  # fmt: skip
+             "frame_rate": encoder.frame_rate(args.layer)}
     return {"train": render_speech, "val": render_speech}, about
 
 
 def generate_dataset(args, command_line: str) -> None:
-    """Make the dataset that the parsed arguments ask for; an earlier one stays until it is whole."""
+    """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
     from speaker_separator_module import InputError
 
     output_dir = Path(args.output_dir)
+    check_replaceable(output_dir)
     staging = output_dir / ".staging"
     renderers, about = _renderers(args)
     try:
@@ -397,7 +401,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example:\n  python generate_multi_speaker_dataset.py --train_samples=100",
         formatter_class=type("Formatter", (argparse.RawDescriptionHelpFormatter,
                                            argparse.ArgumentDefaultsHelpFormatter), {}),
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("--train_samples", type=int, default=30, help="training mixtures")
     add("--val_samples", type=int, default=10, help="validation mixtures")
@@ -413,7 +417,7 @@ def build_parser() -> argparse.ArgumentParser:
     speech("--encoder", help="Whisper or Qwen2-Audio, a local folder or hub id")
     speech("--layer", type=int, help="encoder block whose features to take; none: its output")
     speech("--join", type=int, nargs=2, default=[1, 1], metavar=("MIN", "MAX"),
-           help="recordings said in a row by each talker")  # fmt: skip
+           help="recordings said in a row by each talker")
     speech("--max_gap", type=float, default=0.15, help="longest pause between them in seconds")
     speech("--max_onset", type=float, default=0.4, help="latest start of a talker in seconds")
     speech("--level_difference", type=float, default=3.0, help="most dB between two talkers")
@@ -442,7 +446,7 @@ def check_arguments(args) -> None:
         (1 <= args.join[0] <= args.join[1], "--join needs two numbers, the smaller first"),
         (min(args.max_gap, args.max_onset, args.level_difference) >= 0,
          "--max_gap, --max_onset and --level_difference must be 0 or more"),
-    ]  # fmt: skip
+    ]
     for holds, complaint in rules:
         if not holds:
             raise InputError(complaint)

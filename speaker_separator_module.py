@@ -45,6 +45,29 @@ class InputError(ValueError):
     """Something the user gave that the user can mend; the command line prints it and exits 2."""
 
 
+class TrainOptions(NamedTuple):
+    """How to train; the flags of ``train`` by the same names, which explain themselves there."""
+
+    epochs: int = 20
+    batch_size: int = 2
+    lr: float = 3e-4
+    weight_decay: float = 0.01
+    num_layers: int = 4
+    num_heads: int = 8
+    ff_dim: int = 2048
+    dropout: float = 0.1
+    max_speakers: int | None = None
+    reconstruction_weight: float | None = None
+    activity_weight: float = 0.5
+    remix: bool | None = None
+    save_every: int = 5
+    patience: int | None = None
+    resume: bool = False
+    seed: int = 42
+    device: str = "auto"
+    dtype: str = "auto"
+
+
 # --------------------------------------------------------------------------------------------------
 # Command line: stands before torch is imported, so that --help answers at once
 
@@ -87,42 +110,43 @@ def _weight(text: str) -> float:
 
 def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    add("--device", default="auto", help="where to compute: auto, cpu, cuda or mps")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-        help="precision of the matrix products; auto takes bfloat16 where it is faster")  # fmt: skip
+        help="precision of the matrix products; auto takes bfloat16 where it is faster")
 
 
 def _add_count_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--threshold", type=_probability,
-        help="a stream is a talker from this probability on (default: the checkpoint's)")  # fmt: skip
+        help="a stream is a talker from this probability on (default: the checkpoint's)")
     add("--num_speakers", type=_positive_int, help="take this many talkers when the count is known")
 
 
 def _train_parser(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; made first when the default is missing")
+    add, parser_defaults = parser.add_argument, TrainOptions._field_defaults
+    add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
-    add("--epochs", type=_positive_int, default=20, help="passes over the training mixtures")
-    add("--batch_size", type=_positive_int, default=2, help="mixtures per step")
-    add("--lr", type=_positive_float, default=3e-4, help="learning rate at the start of the cosine")
-    add("--weight_decay", type=_weight, default=0.01, help="AdamW weight decay")
-    add("--num_layers", type=_positive_int, default=4, help="decoder blocks of the talker queries")
-    add("--num_heads", type=_positive_int, default=8, help="attention heads")
-    add("--ff_dim", type=_positive_int, default=2048, help="width of the feed-forward layers")
-    add("--dropout", type=_probability, default=0.1, help="dropout in every block")
+    add("--epochs", type=_positive_int, help="passes over the training mixtures")
+    add("--batch_size", type=_positive_int, help="mixtures per step")
+    add("--lr", type=_positive_float, help="learning rate at the start of the cosine")
+    add("--weight_decay", type=_weight, help="AdamW weight decay")
+    add("--num_layers", type=_positive_int, help="decoder blocks of the talker queries")
+    add("--num_heads", type=_positive_int, help="attention heads")
+    add("--ff_dim", type=_positive_int, help="width of the feed-forward layers")
+    add("--dropout", type=_probability, help="dropout in every block")
     add("--max_speakers", type=_positive_int, help="streams (default: what the data has)")
     add("--reconstruction_weight", type=_weight,
-        help="weight of 'streams sum to the mixture' (default: 0.5 where the data is a sum, else 0)")
-    add("--activity_weight", type=_weight, default=0.5, help="weight of the talker activity loss")
+        help="weight of 'streams sum to the mixture' (default: 0.5 where the data is a sum, or 0)")
+    add("--activity_weight", type=_weight, help="weight of the talker activity loss")
     add("--remix", action=argparse.BooleanOptionalAction,
-        help="fresh mixtures of the training sources every epoch (default: where the data is a sum)")
-    add("--save_every", type=_positive_int, default=5, help="epochs between periodic checkpoints")
+        help="fresh mixtures of the training sources every epoch (default: if the data is a sum)")
+    add("--save_every", type=_positive_int, help="epochs between periodic checkpoints")
     add("--patience", type=_positive_int, help="stop after this many epochs without a better one")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
-    add("--seed", type=int, default=42, help="seed of weights, order, remixing and dropout")
+    add("--seed", type=int, help="seed of weights, order, remixing and dropout")
     add("--export", metavar="DIR", help="also save the best weights alone, for from_pretrained")
     _add_device_arguments(parser)
+    parser.set_defaults(**parser_defaults)
 
 
 def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
@@ -132,7 +156,7 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     add("--split", default="val", choices=["val", "train"], help="which mixtures to score")
     add("--batch_size", type=_positive_int, default=8, help="mixtures per step")
     add("--threshold", type=_probability,
-        help="a stream is a talker from this probability on (default: the checkpoint's)")  # fmt: skip
+        help="a stream is a talker from this probability on (default: the checkpoint's)")
     add("--json", metavar="FILE", help="also write every number to this file")
     add("--picture", metavar="FILE", help="also draw mixtures, targets and streams to this .png")
     _add_device_arguments(parser)
@@ -174,15 +198,15 @@ def build_parser() -> argparse.ArgumentParser:
                   f"{run} infer --input multi_speaker_data/val/mixed/val_00000.npy"),
         "integrate": (_integrate_parser, "Print what each talker of a recording says.",
                       f"{run} integrate --model Qwen/Qwen2-Audio-7B-Instruct --audio meeting.wav"),
-    }  # fmt: skip
+    }
     parser = argparse.ArgumentParser(
         description="Train and use a speaker separator inside a frozen audio-language model.",
-        epilog="example:\n  " + commands["train"][2], formatter_class=_HelpFormatter)  # fmt: skip
+        epilog="example:\n  " + commands["train"][2], formatter_class=_HelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (add_arguments, description, example) in commands.items():
         add_arguments(subparsers.add_parser(
             name, help=description, description=description, formatter_class=_HelpFormatter,
-            epilog=f"example:\n  {example}"))  # fmt: skip
+            epilog=f"example:\n  {example}"))
     return parser
 
 
@@ -233,6 +257,9 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         Probability from which a stream counts as a talker; training calibrates it.
     feature_source : dict, optional
         Where the training features came from (encoder, layer, frame rate).
+    mask : "shares" or "gains"
+        Shares of the streams in the mixture sum to 1, right where features of talkers add up;
+        gains in [0, 2] are free of each other, for the features of an encoder.
 
     Raises
     ------
@@ -250,16 +277,20 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         dropout: float = 0.1,
         threshold: float = 0.5,
         feature_source: dict | None = None,
+        mask: str = "shares",
     ):
         super().__init__()
         if num_heads < 2 or num_heads % 2 or feature_dim % num_heads:
             raise InputError(
                 f"num_heads must be even and divide feature_dim, not {num_heads} for {feature_dim}"
             )
+        if mask not in ("shares", "gains"):
+            raise InputError(f"mask must be shares or gains, not {mask!r}")
         sizes = {"dim_feedforward": ff_dim, "dropout": dropout}
         options = {"activation": "gelu", "batch_first": True, "norm_first": True, **sizes}
         self.feature_dim, self.max_speakers = feature_dim, max_speakers
         self.threshold, self.feature_source = threshold, dict(feature_source or {})
+        self.mask = mask
         self.speaker_queries = nn.Parameter(torch.randn(max_speakers, feature_dim))
         self.decoder = nn.ModuleList(
             nn.TransformerDecoderLayer(feature_dim, num_heads, **options) for _ in range(num_layers)
@@ -308,8 +339,10 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
             streams, src_key_padding_mask=padding.repeat_interleave(S, dim=0)
         ).unflatten(0, (B, S))  # [B, S, T, D]
         pooled = masked_mean(streams, valid[:, None], 2)
+        pooled = F.layer_norm(pooled, (D,))  # the residual stream grows; without this, so do logits
         speaker_probs = self.activity_head(pooled).squeeze(-1).float().sigmoid()
-        mask = (streams - frames[:, None]).softmax(dim=1)
+        update = streams - frames[:, None]
+        mask = update.softmax(dim=1) if self.mask == "shares" else 1 + update.tanh()
         return mask * mixture[:, None], speaker_probs
 
     def _check(self, features: Tensor, frame_mask: Tensor | None) -> Tensor:
@@ -458,7 +491,7 @@ def si_sdr(estimate: Tensor, target: Tensor, frame_mask: Tensor) -> Tensor:
 
 
 def trivial_outputs(mixture: Tensor, speaker_mask: Tensor) -> dict[str, Tensor]:
-    """What needs no separator, [B, T, D] each: the yardsticks of every score in this project."""
+    """Return what needs no separator, [B, T, D] each: the yardsticks of every score here."""
     count = speaker_mask.sum(1).clamp(min=1).to(mixture.dtype)[:, None, None]
     return {
         "zeros": torch.zeros_like(mixture),
@@ -470,7 +503,7 @@ def trivial_outputs(mixture: Tensor, speaker_mask: Tensor) -> dict[str, Tensor]:
 def active_streams(
     speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None
 ) -> Tensor:
-    """Which streams are talkers, [B, S] of bool: by threshold, or the likeliest ``num_speakers``."""
+    """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest."""
     if num_speakers is None:
         return speaker_probs >= threshold
     if not 0 <= num_speakers <= speaker_probs.shape[-1]:
@@ -578,7 +611,7 @@ class MultiSpeakerDataset(Dataset):
         if len(shapes) > 1:
             lengths = sorted(shape[0] for shape in shapes)
             raise InputError(
-                f"sources and mixture of {sample['id']} in {self.folder} differ in length: {lengths}"
+                f"sources and mixture of {sample['id']} differ in length ({self.folder}): {lengths}"
             )
 
     def __len__(self) -> int:
@@ -668,7 +701,8 @@ def make_loader(
 
 def pick_device(name: str = "auto") -> str:
     """Return "cuda", "mps" or "cpu"; "auto" takes the first that is there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available()
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         return next(device for device, found in there.items() if found)
     if name not in there:
@@ -726,7 +760,7 @@ def to_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
 CHECKPOINT_KEYS = (
     "epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
     "train_loss", "val_loss", "train_history",
-)  # fmt: skip
+)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -741,6 +775,17 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         raise InputError(
             f"could not write {path} (is the disk full?); earlier checkpoints are intact ({reason})"
         ) from None
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name: checkpoints are replaced, never changed, so two may share one."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
 
 
 def load_checkpoint(path, device: str = "cpu") -> dict:
@@ -762,7 +807,7 @@ def load_checkpoint(path, device: str = "cpu") -> dict:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
         raise InputError(f"{path} is truncated or not a checkpoint") from None
     missing = [key for key in (*CHECKPOINT_KEYS, "model_config")
-               if not isinstance(checkpoint, dict) or key not in checkpoint]  # fmt: skip
+               if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise InputError(f"{path} is not a separator checkpoint: it has no {missing[0]!r}")
     return checkpoint
@@ -865,7 +910,7 @@ def train_epoch(
             separated, probs = separator(batch["mixture"], batch["frame_mask"])
         loss = separator_loss(
             separated, probs, batch["targets"], batch["speaker_mask"],
-            batch["mixture"], batch["frame_mask"], **weights)  # fmt: skip
+            batch["mixture"], batch["frame_mask"], **weights)
         optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
         nn.utils.clip_grad_norm_(separator.parameters(), 1.0)
@@ -883,9 +928,8 @@ def train_epoch(
     return dict(zip(LOSS_PARTS, means.tolist(), strict=True))
 
 
-def make_scheduler(optimizer, epochs: int, done: int = 0):
-    """Cosine per epoch to a tenth of the starting rate, ``done`` epochs in."""
-    rate = optimizer.defaults["lr"]
+def make_scheduler(optimizer, epochs: int, rate: float, done: int = 0):
+    """Cosine per epoch from ``rate`` to a tenth of it, ``done`` epochs in."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = rate
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=rate / 10)
@@ -895,7 +939,7 @@ def make_scheduler(optimizer, epochs: int, done: int = 0):
 
 
 def check_disk(folder: Path, parameters: int, checkpoints: int) -> None:
-    """Refuse to start a run whose checkpoints (weights and two moments, 4 bytes each) cannot fit."""
+    """Refuse a run whose checkpoints (weights and two moments, 4 bytes each) cannot fit."""
     need, free = 12 * parameters * checkpoints, shutil.disk_usage(folder).free
     if need > free:
         raise InputError(
@@ -927,30 +971,97 @@ def format_epoch(row: dict, epochs: int) -> str:
     )
 
 
+class _Run(NamedTuple):
+    """What one training run holds; built by ``_start_run``."""
+
+    options: TrainOptions
+    device: str
+    dtype: torch.dtype
+    config: dict
+    weights: dict
+    separator: SpeakerSeparatorTransformer
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    mixtures: Dataset
+    val_set: Dataset
+    history: list[dict]
+
+
+def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
+    """Agree on sizes, make or restore separator and optimizer, and say what will be trained."""
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    streams = _agree_on_streams(train_set, val_set, options.max_speakers)
+    config = {"feature_dim": train_set.feature_dim, "max_speakers": streams, "threshold": 0.5,
+              "mask": "shares" if train_set.is_sum else "gains", "feature_source": train_set.source,
+              "num_layers": options.num_layers, "num_heads": options.num_heads,
+              "ff_dim": options.ff_dim, "dropout": options.dropout}
+    checkpoint = newest_checkpoint(folder, device) if options.resume else None
+    if checkpoint:
+        config = checkpoint["model_config"]
+        _check_sizes(config, train_set.feature_dim, streams, "the data")
+    torch.manual_seed(options.seed)
+    separator = SpeakerSeparatorTransformer(**config).to(device)
+    parameters = sum(p.numel() for p in separator.parameters())
+    check_disk(folder, parameters, 2 + options.epochs // options.save_every)
+    optimizer = torch.optim.AdamW(
+        separator.parameters(), lr=options.lr, weight_decay=options.weight_decay,
+        betas=(0.9, 0.98), fused=fuses_optimizer(device))
+    history: list[dict] = []
+    if checkpoint:
+        separator.load_state_dict(checkpoint["model_state_dict"])
+        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        history = checkpoint["train_history"]
+    scheduler = make_scheduler(optimizer, options.epochs, options.lr, len(history))
+    remix = train_set.is_sum if options.remix is None else options.remix
+    if remix and not train_set.is_sum:
+        raise InputError("--remix needs mixtures that are sums of their sources; these are not")
+    mixtures = RemixedDataset(train_set, config["max_speakers"], options.seed)
+    reconstruction = options.reconstruction_weight
+    if reconstruction is None:
+        reconstruction = 0.5 if train_set.is_sum else 0.0
+    weights = {"reconstruction_weight": reconstruction, "activity_weight": options.activity_weight}
+    print(
+        f"device {device}, {str(dtype).removeprefix('torch.')}, {parameters:,} parameters, "
+        f"{len(train_set)} training{' (remixed every epoch)' if remix else ''} and "
+        f"{len(val_set)} validation mixtures, {config['max_speakers']} streams"
+    )
+    return _Run(options, device, dtype, config, weights, separator, optimizer, scheduler,
+                mixtures if remix else train_set, val_set, history)
+
+
+def _run_epoch(run: _Run, epoch: int) -> dict:
+    """Train and validate once; returns the epoch's row of the history."""
+    started, seed = time.perf_counter(), run.options.seed + epoch
+    if isinstance(run.mixtures, RemixedDataset):
+        run.mixtures.epoch = epoch
+    torch.manual_seed(seed)  # dropout of a resumed run is that of an unbroken one
+    loader = make_loader(
+        run.mixtures, run.options.batch_size, run.separator.max_speakers, run.device, seed
+    )
+    rate = run.scheduler.get_last_lr()[0]
+    train = train_epoch(
+        run.separator, loader, run.optimizer, run.weights, run.device, run.dtype, epoch
+    )
+    val = evaluate_separator(
+        run.separator, run.val_set, device=run.device, dtype=run.dtype, **run.weights
+    )
+    run.scheduler.step()
+    synchronize(run.device)
+    seconds = time.perf_counter() - started
+    return {"epoch": epoch, "lr": rate, "seconds": seconds, "train": train, "val": val}
+
+
 def train_speaker_separator(
-    data_dir=DEFAULT_DATA_DIR,
-    checkpoint_dir=DEFAULT_CHECKPOINT_DIR,
-    *,
-    epochs: int = 20,
-    batch_size: int = 2,
-    lr: float = 3e-4,
-    weight_decay: float = 0.01,
-    num_layers: int = 4,
-    num_heads: int = 8,
-    ff_dim: int = 2048,
-    dropout: float = 0.1,
-    max_speakers: int | None = None,
-    reconstruction_weight: float | None = None,
-    activity_weight: float = 0.5,
-    remix: bool | None = None,
-    save_every: int = 5,
-    patience: int | None = None,
-    resume: bool = False,
-    seed: int = 42,
-    device: str = "auto",
-    dtype: str = "auto",
+    data_dir=DEFAULT_DATA_DIR, checkpoint_dir=DEFAULT_CHECKPOINT_DIR, **options
 ) -> list[dict]:
-    """Train a separator on a dataset; flags and meanings as in ``train --help``.
+    """Train a separator on a dataset; writes checkpoints, report and curves.
+
+    Parameters
+    ----------
+    data_dir, checkpoint_dir : path
+    **options
+        The fields of ``TrainOptions``, explained by ``train --help``.
 
     Returns
     -------
@@ -963,100 +1074,52 @@ def train_speaker_separator(
     FileNotFoundError, ValueError
         For data, checkpoints or devices that cannot be used.
     """
-    device = pick_device(device)
-    precision = pick_dtype(dtype, device)
+    options, folder = TrainOptions(**options), Path(checkpoint_dir)
+    pick_device(options.device)
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
-    streams = _agree_on_streams(train_set, val_set, max_speakers)
-    folder = Path(checkpoint_dir)
-    _prepare_folder(folder, resume)
-    checkpoint = newest_checkpoint(folder, device) if resume else None
-    config = checkpoint["model_config"] if resume else {
-        "feature_dim": train_set.feature_dim, "max_speakers": streams, "num_layers": num_layers,
-        "num_heads": num_heads, "ff_dim": ff_dim, "dropout": dropout, "threshold": 0.5,
-        "feature_source": train_set.source,
-    }  # fmt: skip
-    _check_sizes(config, train_set.feature_dim, streams, "the data")
-
-    torch.manual_seed(seed)
-    separator = SpeakerSeparatorTransformer(**config).to(device)
-    parameters = sum(p.numel() for p in separator.parameters())
-    check_disk(folder, parameters, 2 + epochs // save_every)
-    optimizer = torch.optim.AdamW(
-        separator.parameters(), lr=lr, weight_decay=weight_decay, fused=fuses_optimizer(device)
-    )
-    history: list[dict] = []
-    if checkpoint:
-        separator.load_state_dict(checkpoint["model_state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        optimizer.defaults["lr"] = lr
-        history = checkpoint["train_history"]
-    scheduler = make_scheduler(optimizer, epochs, len(history))
-    remix = train_set.is_sum if remix is None else remix
-    if remix and not train_set.is_sum:
-        raise InputError(f"--remix needs mixtures that are sums of their sources, not {data_dir}")
-    mixtures = RemixedDataset(train_set, config["max_speakers"], seed) if remix else train_set
-    if reconstruction_weight is None:
-        reconstruction_weight = 0.5 if train_set.is_sum else 0.0
-    weights = {"reconstruction_weight": reconstruction_weight, "activity_weight": activity_weight}
-    print(
-        f"device {device}, {str(precision).removeprefix('torch.')}, {parameters:,} parameters, "
-        f"{len(train_set)} training{' (remixed every epoch)' if remix else ''} and "
-        f"{len(val_set)} validation mixtures, {config['max_speakers']} streams"
-    )
-
-    for epoch in range(len(history) + 1, epochs + 1):
-        started = time.perf_counter()
-        if remix:
-            mixtures.epoch = epoch
-        torch.manual_seed(seed + epoch)  # dropout of a resumed run is that of an unbroken one
-        loader = make_loader(mixtures, batch_size, config["max_speakers"], device, seed + epoch)
-        rate = scheduler.get_last_lr()[0]
-        train = train_epoch(separator, loader, optimizer, weights, device, precision, epoch)
-        val = evaluate_separator(
-            separator, val_set, batch_size=8, device=device, dtype=precision, **weights
-        )
-        scheduler.step()
-        synchronize(device)
-        row = {"epoch": epoch, "lr": rate, "seconds": time.perf_counter() - started,
-               "train": train, "val": val}  # fmt: skip
-        history.append(row)
-        print(format_epoch(row, epochs), flush=True)
-        best = min(range(len(history)), key=lambda i: history[i]["val"]["total"]) + 1
-        stop = patience is not None and epoch - best >= patience
-        state = {
-            "epoch": epoch, "model_state_dict": separator.state_dict(),
-            "optimizer_state_dict": optimizer.state_dict(),
-            "scheduler_state_dict": scheduler.state_dict(),
-            "train_loss": train["total"], "val_loss": val["total"], "train_history": history,
-            "model_config": {**config, "threshold": val["calibrated_threshold"]},
-            "seed": seed, "loss_weights": weights, "remix": remix,
-        }  # fmt: skip
-        write_epoch(folder, state, epoch == best, epoch % save_every == 0 or epoch == epochs or stop)
+    _agree_on_streams(train_set, val_set, options.max_speakers)
+    _prepare_folder(folder, options.resume)  # moves an earlier run aside, so after the checks
+    run = _start_run(options, train_set, val_set, folder)
+    history = run.history
+    for epoch in range(len(history) + 1, options.epochs + 1):
+        history.append(_run_epoch(run, epoch))
+        print(format_epoch(history[-1], options.epochs), flush=True)
+        best = min(history, key=lambda row: row["val"]["total"])["epoch"]
+        stop = options.patience is not None and epoch - best >= options.patience
+        last = stop or epoch == options.epochs
+        write_epoch(folder, run, epoch == best, last or epoch % options.save_every == 0)
         if stop:
-            print(f"no better epoch in {patience}; stopped at epoch {epoch}, best was {best}")
+            print(f"no better epoch in {options.patience}; stopped, the best was {best}")
             break
-    write_report(folder, config, weights, history, train_set, val_set, remix)
+    if not history:
+        raise InputError("nothing to train: --epochs is smaller than what is done")
+    write_report(folder, run, train_set)
     plot_history(folder / "training_curves.png", history)
     return history
 
 
-def write_epoch(folder: Path, state: dict, is_best: bool, is_periodic: bool) -> None:
+def checkpoint_of(run: _Run) -> dict:
+    """Everything a checkpoint holds: plain types and tensors only."""
+    row = run.history[-1]
+    return {
+        "epoch": row["epoch"], "model_state_dict": run.separator.state_dict(),
+        "optimizer_state_dict": run.optimizer.state_dict(),
+        "scheduler_state_dict": run.scheduler.state_dict(),
+        "train_loss": row["train"]["total"], "val_loss": row["val"]["total"],
+        "train_history": run.history, "options": run.options._asdict(),
+        "model_config": {**run.config, "threshold": row["val"]["calibrated_threshold"]},
+    }
+
+
+def write_epoch(folder: Path, run: _Run, is_best: bool, is_periodic: bool) -> None:
     """Write the checkpoints that an epoch calls for; one that is both is written once."""
-    best, periodic = folder / "best_model.pt", folder / f"checkpoint_epoch_{state['epoch']}.pt"
+    periodic = folder / f"checkpoint_epoch_{run.history[-1]['epoch']}.pt"
     if is_best:
-        save_checkpoint(best, state)
-    if not is_periodic:
-        return
-    temporary = periodic.with_name(periodic.name + ".tmp")
-    try:
-        if not is_best:
-            raise OSError("nothing to share")
-        # Checkpoints are replaced, never changed in place, so two names may share one file.
-        temporary.unlink(missing_ok=True)
-        os.link(best, temporary)
-        os.replace(temporary, periodic)
-    except OSError:
-        save_checkpoint(periodic, state)
+        save_checkpoint(folder / "best_model.pt", checkpoint_of(run))
+    if is_best and is_periodic:
+        link_or_copy(folder / "best_model.pt", periodic)
+    elif is_periodic:
+        save_checkpoint(periodic, checkpoint_of(run))
 
 
 def _agree_on_streams(train_set, val_set, max_speakers: int | None) -> int:
@@ -1086,35 +1149,44 @@ def _check_sizes(config: dict, feature_dim: int, max_speakers: int, other: str) 
         )
 
 
-def write_report(folder, config, weights, history, train_set, val_set, remix) -> None:
+def _markdown_table(header: str, rows: list) -> list[str]:
+    columns = header.split(", ")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["", *("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]
+
+
+def write_report(folder: Path, run: _Run, train_set) -> None:
     """Write training_report.md: what was run, on what, and how it scored beside trivial outputs."""
-    last, best = history[-1], min(history, key=lambda row: row["val"]["total"])
-    settings = {**config, **weights, "remix": remix, "epochs": len(history)}
-    settings["feature_source"] = json.dumps(config["feature_source"])
-    lines = ["# Training report", "", "## Configuration", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in settings.items()]
-    lines += ["", "## Data", "", "| split | mixtures | talkers | mean per mixture | by count |",
-              "|---|---|---|---|---|"]  # fmt: skip
-    for name, dataset in (("train", train_set), ("val", val_set)):
+    last, best = run.history[-1], min(run.history, key=lambda row: row["val"]["total"])
+    settings = {**run.options._asdict(), **run.config, **run.weights}
+    data, losses = [], []
+    for name, dataset in (("train", train_set), ("val", run.val_set)):
         counts = [len(sample["speakers"]) for sample in dataset.samples]
-        by_count = ", ".join(f"{n}: {counts.count(n)}" for n in sorted(set(counts)))
+        by_count = "; ".join(f"{n}: {counts.count(n)}" for n in sorted(set(counts)))
         talkers = len({talker for talker, _ in dataset.source_files()})
-        lines.append(f"| {name} | {len(counts)} | {talkers} | {np.mean(counts):.2f} | {by_count} |")
-    lines += ["", f"## Validation, best epoch ({best['epoch']})", "", *score_table(best["val"])]
-    lines += ["", "## Loss by epoch", "", "| epoch | lr | train | val | separation | "
-              "reconstruction | activity | count accuracy |", "|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for row in history:
-        parts = " | ".join(f"{row['val'][part]:.4f}" for part in LOSS_PARTS)
-        lines.append(f"| {row['epoch']} | {row['lr']:.2e} | {row['train']['total']:.4f} | {parts} "
-                     f"| {row['val']['count_accuracy']:.1%} |")  # fmt: skip
-    terms = {"separation": 1.0, "reconstruction": weights["reconstruction_weight"],
-             "activity": weights["activity_weight"]}  # fmt: skip
-    shares = {part: weight * last["val"][part] for part, weight in terms.items()}
-    lines += ["", "## Loss composition, last epoch (validation)", "", "| part | weight | share |",
-              "|---|---|---|"]  # fmt: skip
-    total = max(sum(shares.values()), 1e-12)
-    lines += [f"| {part} | {terms[part]} | {share / total:.0%} |" for part, share in shares.items()]
-    lines += ["", "## Checkpoints", ""] + [f"- {path.name}" for path in list_checkpoints(folder)]
+        data.append([name, len(counts), talkers, f"{np.mean(counts):.2f}", by_count])
+    for row in run.history:
+        parts = [f"{row['val'][part]:.4f}" for part in LOSS_PARTS]
+        losses.append([row["epoch"], f"{row['lr']:.2e}", f"{row['train']['total']:.4f}", *parts,
+                       f"{row['val']['count_accuracy']:.1%}"])
+    terms = {"separation": 1.0, "reconstruction": run.weights["reconstruction_weight"],
+             "activity": run.weights["activity_weight"]}
+    total = max(sum(terms[part] * last["val"][part] for part in terms), 1e-12)
+    shares = [[part, weight, f"{weight * last['val'][part] / total:.0%}"]
+              for part, weight in terms.items()]
+    lines = [
+        "# Training report", "", "## Configuration",
+        *_markdown_table("setting, value", [[k, json.dumps(v)] for k, v in settings.items()]),
+        "## Data",
+        *_markdown_table("split, mixtures, talkers, mean per mixture, mixtures by talkers", data),
+        f"## Validation, best epoch ({best['epoch']})", "", *score_table(best["val"]), "",
+        "## Loss by epoch",
+        *_markdown_table("epoch, lr, train, validation, separation, reconstruction, activity, "
+                         "talker count right", losses),
+        "## Loss composition, last epoch (validation)",
+        *_markdown_table("part, weight, share", shares),
+        "## Checkpoints", "", *(f"- {path.name}" for path in list_checkpoints(folder)),
+    ]
     (folder / "training_report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -1192,7 +1264,7 @@ def evaluate_separator(
 
 
 def _score_batch(separated, probs, batch: dict, weights: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of every score over a batch, what to divide them by, and probabilities by talker."""
+    """Return sums of every score, what to divide them by, and probabilities by talker."""
     mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
     active = batch["speaker_mask"].float()
     loss = separator_loss(
@@ -1204,7 +1276,7 @@ def _score_batch(separated, probs, batch: dict, weights: dict) -> tuple[Tensor, 
     trivial = torch.stack([
         (talker_mse(output[:, None], targets, frame_mask) * active).sum()
         for output in trivial_outputs(mixture, batch["speaker_mask"]).values()
-    ])  # fmt: skip
+    ])
     valid = frame_mask[:, None]
     estimates = reorder(separated.float(), loss.assignment)
     improvement = si_sdr(estimates, targets, valid) - si_sdr(mixture[:, None], targets, valid)
@@ -1231,13 +1303,14 @@ def _activity_scores(probs: Tensor, truth: Tensor, threshold: float) -> dict[str
 def score_table(scores: dict) -> list[str]:
     """Lines of the table that stands in the report and that ``evaluate`` prints."""
     lines = ["| output | separation MSE | SI-SDR improvement (dB) | talker count right |",
-             "|---|---|---|---|"]  # fmt: skip
+             "|---|---|---|---|"]
     improvements = {"zeros": "-", "mixture": "0.0", "mixture / count": "0.0"}
     for name, value in scores["trivial_mse"].items():
         lines.append(f"| {name} | {value:.3f} | {improvements[name]} | - |")
-    lines.append(f"| always the commonest count | - | - | {scores['majority_count_accuracy']:.1%} |")
+    commonest = scores["majority_count_accuracy"]
+    lines.append(f"| always the commonest count | - | - | {commonest:.1%} |")
     lines.append(f"| **separator** | {scores['separation']:.3f} | "
-                 f"{scores['si_sdr_improvement']:.1f} | {scores['count_accuracy']:.1%} |")  # fmt: skip
+                 f"{scores['si_sdr_improvement']:.1f} | {scores['count_accuracy']:.1%} |")
     return lines
 
 
@@ -1250,12 +1323,12 @@ def plot_streams(path, rows: list[dict[str, Tensor]]) -> None:
     for axes_row, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
         reference = next(iter(row.values())).float()
         limit = max(reference.abs().quantile(0.99).item() if reference.numel() < 1 << 24
-                    else reference.abs().max().item(), 1e-6)  # fmt: skip
+                    else reference.abs().max().item(), 1e-6)
         for axes in axes_row[len(row) :]:
             axes.set_axis_off()
         for axes, (title, features) in zip(axes_row, row.items(), strict=False):
             axes.imshow(features.float().cpu().T, aspect="auto", origin="lower", cmap="RdBu_r",
-                        vmin=-limit, vmax=limit, interpolation="nearest")  # fmt: skip
+                        vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set_title(title, fontsize=8)
             axes.tick_params(labelsize=6)
         axes_row[0].set(xlabel="frame", ylabel="feature")
@@ -1382,7 +1455,7 @@ def _tower_weights(path_or_id: str, prefix: str) -> dict[str, Tensor]:
     from transformers.utils import cached_file
 
     index = cached_file(path_or_id, "model.safetensors.index.json",
-                        _raise_exceptions_for_missing_entries=False)  # fmt: skip
+                        _raise_exceptions_for_missing_entries=False)
     shards = ["model.safetensors"]
     if index:
         placed = _read_json(Path(index))["weight_map"]
@@ -1481,7 +1554,7 @@ def encode_waveforms(
         )
     inputs = encoder.feature_extractor(
         waveforms, sampling_rate=encoder.sampling_rate, return_attention_mask=True,
-        padding="max_length", return_tensors="pt")  # fmt: skip
+        padding="max_length", return_tensors="pt")
     hidden, frame_mask = tower_front(
         encoder.tower, inputs["input_features"], inputs["attention_mask"], layer
     )
@@ -1556,7 +1629,7 @@ def write_separation(folder: Path, features: Tensor, separation: Separation, abo
             name, probability = f"speaker_{len(speakers) + 1}", separation.probabilities[stream]
             np.save(folder / f"{name}.npy", separation.streams[stream].float().cpu().numpy())
             speakers.append({"file": f"{name}.npy", "stream": stream,
-                             "probability": round(probability.item(), 4)})  # fmt: skip
+                             "probability": round(probability.item(), 4)})
             panels[f"speaker {len(speakers)} ({probability:.2f})"] = separation.streams[stream]
         result = {
             **about,
@@ -1594,7 +1667,7 @@ class _Integration:
         self.tower, self.separator, self.layer = audio_tower_of(model), separator, layer
         self.threshold = separator.threshold if threshold is None else threshold
         self.generate, self.tower_forward = model.generate, self.tower.forward
-        self.resuming = False
+        self.resuming, self.mel_mask = False, None
 
     def resume_tower(self, input_features, attention_mask=None, **kwargs):
         """Run the tower as before; inside ``generate`` its input is streams cut at ``layer``."""
@@ -1736,11 +1809,13 @@ def build_prompt(processor, prompt: str) -> str:
     """Return the model's chat text for one recording and a question about it."""
     content = [{"type": "audio", "audio_url": "recording"}, {"type": "text", "text": prompt}]
     chat = [{"role": "system", "content": "You are a helpful assistant."},
-            {"role": "user", "content": content}]  # fmt: skip
+            {"role": "user", "content": content}]
     return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
 
-def answer_per_talker(model, processor, audio, prompt: str = DEFAULT_PROMPT, **options) -> list[dict]:
+def answer_per_talker(
+    model, processor, audio, prompt: str = DEFAULT_PROMPT, **options
+) -> list[dict]:
     """Ask an integrated model about one recording; returns speaker, probability, text of each.
 
     ``audio`` is a path or mono samples at the processor's rate; ``options`` go to ``generate``.
@@ -1755,7 +1830,7 @@ def answer_per_talker(model, processor, audio, prompt: str = DEFAULT_PROMPT, **o
         )
     inputs = processor(
         text=build_prompt(processor, prompt), audio=samples, return_tensors="pt",
-        sampling_rate=extractor.sampling_rate).to(model.device)  # fmt: skip
+        sampling_rate=extractor.sampling_rate).to(model.device)
     ids = model.generate(**inputs, **options)
     texts = processor.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
     return [
@@ -1779,7 +1854,7 @@ def cmd_train(args) -> None:
     train_speaker_separator(**options)
     folder = Path(args.checkpoint_dir)
     print(f"wrote {folder / 'training_report.md'}, {folder / 'training_curves.png'} and "
-          + ", ".join(path.name for path in list_checkpoints(folder)))  # fmt: skip
+          + ", ".join(path.name for path in list_checkpoints(folder)))
     if args.export:
         load_separator(folder / "best_model.pt").save_pretrained(args.export)
         print(f"exported the best weights to {args.export}")
@@ -1794,9 +1869,9 @@ def cmd_evaluate(args) -> None:
     _check_sizes(sizes, dataset.feature_dim, dataset.max_speakers, "the data")
     scores = evaluate_separator(
         separator, dataset, batch_size=args.batch_size, device=device,
-        dtype=pick_dtype(args.dtype, device), threshold=args.threshold)  # fmt: skip
+        dtype=pick_dtype(args.dtype, device), threshold=args.threshold)
     print(f"{len(dataset)} mixtures of {args.data_dir}/{args.split}, talkers from probability "
-          f"{scores['threshold']:.2f} on\n")  # fmt: skip
+          f"{scores['threshold']:.2f} on\n")
     print("\n".join(score_table(scores)))
     print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
     if args.json:
@@ -1812,7 +1887,7 @@ def _features_to_separate(args, source: dict, device: str) -> tuple[Tensor, int 
         return read_features(Path(args.input)), layer
     encoder = args.encoder or source.get("encoder")
     if not encoder:
-        raise InputError("this separator was trained on simulated features: give --encoder for audio")
+        raise InputError("the separator was trained on simulated features: audio needs --encoder")
     return encode_audio(args.input, encoder, layer, device=device), layer
 
 
@@ -1823,15 +1898,15 @@ def cmd_infer(args) -> None:
     source = separator.feature_source
     features, layer = _features_to_separate(args, source, device)
     _check_sizes({"feature_dim": separator.feature_dim, "max_speakers": 0},
-                 features.shape[1], 0, args.input)  # fmt: skip
+                 features.shape[1], 0, args.input)
     with autocast(device, pick_dtype(args.dtype, device)):
         separation = separate(separator, features, args.threshold, args.num_speakers)
     about = {"input": args.input, "checkpoint": args.checkpoint, "layer": layer,
-             "frame_rate": source.get("frame_rate"), "num_frames": len(features)}  # fmt: skip
+             "frame_rate": source.get("frame_rate"), "num_frames": len(features)}
     result = write_separation(Path(args.output_dir), features, separation, about)
     probabilities = ", ".join(f"{p:.2f}" for p in result["probabilities"])
     print(f"{result['num_speakers']} talkers (stream probabilities {probabilities}) "
-          f"-> {args.output_dir}")  # fmt: skip
+          f"-> {args.output_dir}")
 
 
 def cmd_integrate(args) -> None:
@@ -1857,7 +1932,7 @@ def cmd_integrate(args) -> None:
     for audio in args.audio:
         answers[audio] = answer_per_talker(
             model, processor, audio, args.prompt,
-            max_new_tokens=args.max_new_tokens, num_speakers=args.num_speakers)  # fmt: skip
+            max_new_tokens=args.max_new_tokens, num_speakers=args.num_speakers)
         if len(args.audio) > 1:
             print(audio)
         for row in answers[audio]:
@@ -1872,7 +1947,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns 0, or 2 after one line on standard error for bad input."""
     args = build_parser().parse_args(argv)
     commands = {"train": cmd_train, "evaluate": cmd_evaluate, "infer": cmd_infer,
-                "integrate": cmd_integrate}  # fmt: skip
+                "integrate": cmd_integrate}
     try:
         commands[args.command](args)
     except (InputError, OSError) as error:

@@ -1,0 +1,37 @@
+"""List the recordings of the Free Spoken Digit Dataset for the dataset generator.
+
+    python examples/digits_manifest.py path/to/fsdd digits.jsonl
+
+Writes one JSON line per ``{digit}_{speaker}_{index}.wav`` with audio, speaker, text and split:
+recordings 0 to 9 of each digit and speaker are for validation, the others for training.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def main(folder: str, manifest: str) -> int:
+    """Write the manifest; returns 0, or 2 where there are no recordings."""
+    recordings = sorted(Path(folder).glob("[0-9]_*_*.wav"))
+    if not recordings:
+        print(f"error: no recordings named like 7_theo_3.wav in {folder}", file=sys.stderr)
+        return 2
+    with open(manifest, "w", encoding="utf-8") as lines:
+        for path in recordings:
+            digit, speaker, index = path.stem.split("_")
+            audio = os.path.relpath(path, Path(manifest).resolve().parent)
+            split = "val" if int(index) < 10 else "train"
+            row = {"audio": audio, "speaker": speaker, "text": WORDS[int(digit)], "split": split}
+            lines.write(json.dumps(row) + "\n")
+    print(f"{len(recordings)} recordings -> {manifest}")
+    return 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))
