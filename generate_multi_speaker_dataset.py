@@ -257,11 +257,11 @@ def render_speech_mixture(talkers: list[PlannedTalker], encoder, layer, folder: 
     waveforms = [render_talker(talker, rate) for talker in talkers]
     sources, mixture = mix_talkers(waveforms, encoder.max_samples)
     mixed, *features = encode_waveforms(encoder, [mixture, *sources], layer)
-    soundfile.write(folder / f"mixed/{name}.wav", mixture, rate)
+    soundfile.write(folder / f"mixed/{name}.wav", mixture, rate, subtype="FLOAT")
     speakers = []
     for i, (talker, source, feature) in enumerate(zip(talkers, sources, features, strict=True)):
         wav = f"separated/{name}_speaker_{i}.wav"
-        soundfile.write(folder / wav, source, rate)
+        soundfile.write(folder / wav, source, rate, subtype="FLOAT")
         text = " ".join(u.text for u in talker.utterances if u.text)
         speakers.append({"speaker_id": talker.utterances[0].speaker, "text": text,
                          "features": feature.numpy(), "wav_file": wav})

@@ -31,8 +31,9 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from contextlib import nullcontext
-from itertools import permutations
+from itertools import count, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,8 +139,9 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--reconstruction_weight", type=_weight,
         help="weight of 'streams sum to the mixture' (default: 0.5 where the data is a sum, or 0)")
     add("--activity_weight", type=_weight, help="weight of the talker activity loss")
-    add("--remix", action=argparse.BooleanOptionalAction,
+    add("--remix", action="store_true",
         help="fresh mixtures of the training sources every epoch (default: if the data is a sum)")
+    add("--no_remix", dest="remix", action="store_false", help="the same mixtures every epoch")
     add("--save_every", type=_positive_int, help="epochs between periodic checkpoints")
     add("--patience", type=_positive_int, help="stop after this many epochs without a better one")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
@@ -330,20 +332,23 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         level = (power + 1e-8).sqrt()[:, None, None]  # loud and soft recordings look alike inside
         frames = mixture / level + 0.3 * sinusoidal_positions(T, D, mixture.device)
         context = self.refinement[0](frames, src_key_padding_mask=padding)
+        context = F.layer_norm(context, (D,))
         queries = self.speaker_queries.expand(B, S, D)
         for block in self.decoder:
             queries = block(queries, context, memory_key_padding_mask=padding)
+        queries = F.layer_norm(queries, (D,))
 
         streams = (context[:, None] + queries[:, :, None]).flatten(0, 1)  # [B*S, T, D]
         streams = self.refinement[1](
             streams, src_key_padding_mask=padding.repeat_interleave(S, dim=0)
         ).unflatten(0, (B, S))  # [B, S, T, D]
-        pooled = masked_mean(streams, valid[:, None], 2)
-        pooled = F.layer_norm(pooled, (D,))  # the residual stream grows; without this, so do logits
-        speaker_probs = self.activity_head(pooled).squeeze(-1).float().sigmoid()
-        update = streams - frames[:, None]
+        update = (streams - frames[:, None]).float()
         mask = update.softmax(dim=1) if self.mask == "shares" else 1 + update.tanh()
-        return mask * mixture[:, None], speaker_probs
+        separated = mask * mixture[:, None]
+        # Activity is read off what was separated: an empty stream is a talker who is not there.
+        pooled = masked_mean(separated / level[:, None], valid[:, None], 2)  # [B, S, D]
+        speaker_probs = self.activity_head(pooled).squeeze(-1).float().sigmoid()
+        return separated, speaker_probs
 
     def _check(self, features: Tensor, frame_mask: Tensor | None) -> Tensor:
         if features.dim() != 3 or features.shape[-1] != self.feature_dim or not features.shape[1]:
@@ -552,9 +557,11 @@ def read_features(path: Path, feature_dim: int | None = None, header_only: bool 
         raise InputError(f"{path} has width {features.shape[1]}, expected {feature_dim}")
     if header_only:
         return features
+    with np.errstate(over="ignore"):
+        features = features.astype(np.float32, copy=False)
     if not np.isfinite(features).all():
-        raise InputError(f"{path} holds NaN or infinite values")
-    return torch.from_numpy(features.astype(np.float32, copy=False))
+        raise InputError(f"{path} holds NaN, infinite or too large values")
+    return torch.from_numpy(features)
 
 
 def _read_json(path: Path):
@@ -597,8 +604,12 @@ class MultiSpeakerDataset(Dataset):
                 self._check_sample(sample)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} misses an entry: {error}") from None
+        except (AttributeError, ValueError) as error:
+            raise InputError(f"{path} is damaged: {error}") from None
         source = Path(data_dir) / "dataset.json"
         self.source = _read_json(source) if source.is_file() else {}
+        if not isinstance(self.source, dict):
+            raise InputError(f"{source} must hold an object, not a {type(self.source).__name__}")
         first = self[0]
         self.is_sum = torch.allclose(first["targets"].sum(0), first["mixture"], atol=1e-4)
 
@@ -801,7 +812,9 @@ def load_checkpoint(path, device: str = "cpu") -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train one first")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
     except UnpicklingError:
         raise InputError(f"{path} holds more than tensors and plain values; not opened") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
@@ -810,6 +823,8 @@ def load_checkpoint(path, device: str = "cpu") -> dict:
                if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise InputError(f"{path} is not a separator checkpoint: it has no {missing[0]!r}")
+    if not isinstance(checkpoint["model_config"], dict):
+        raise InputError(f"{path} is not a separator checkpoint: its configuration is damaged")
     return checkpoint
 
 
@@ -818,7 +833,7 @@ def build_separator(config: dict, state: dict, origin) -> SpeakerSeparatorTransf
     try:
         separator = SpeakerSeparatorTransformer(**config)
         separator.load_state_dict(state)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{origin} does not fit this version of the separator: {reason}") from None
     return separator
@@ -878,8 +893,8 @@ def set_aside_earlier_run(folder: Path) -> Path | None:
     paths = list_checkpoints(folder)
     if not paths:
         return None
-    number = 1 + sum(1 for _ in folder.glob("earlier_run_*"))
-    aside = folder / f"earlier_run_{number}"
+    names = (folder / f"earlier_run_{number}" for number in count(1))
+    aside = next(name for name in names if not name.exists())
     aside.mkdir()
     for path in [*paths, folder / "training_report.md", folder / "training_curves.png"]:
         if path.exists():
@@ -933,8 +948,10 @@ def make_scheduler(optimizer, epochs: int, rate: float, done: int = 0):
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = rate
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=rate / 10)
-    for _ in range(done):
-        scheduler.step()
+    with warnings.catch_warnings():  # it asks for optimizer steps first; they were in another run
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(done):
+            scheduler.step()
     return scheduler
 
 
@@ -996,12 +1013,15 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
               "mask": "shares" if train_set.is_sum else "gains", "feature_source": train_set.source,
               "num_layers": options.num_layers, "num_heads": options.num_heads,
               "ff_dim": options.ff_dim, "dropout": options.dropout}
+    torch.manual_seed(options.seed)
     checkpoint = newest_checkpoint(folder, device) if options.resume else None
     if checkpoint:
         config = checkpoint["model_config"]
-        _check_sizes(config, train_set.feature_dim, streams, "the data")
-    torch.manual_seed(options.seed)
-    separator = SpeakerSeparatorTransformer(**config).to(device)
+        separator = build_separator(config, checkpoint["model_state_dict"], folder)
+    else:
+        separator = SpeakerSeparatorTransformer(**config)
+    _check_sizes(separator, train_set.feature_dim, streams, "the data")
+    separator.to(device)
     parameters = sum(p.numel() for p in separator.parameters())
     check_disk(folder, parameters, 2 + options.epochs // options.save_every)
     optimizer = torch.optim.AdamW(
@@ -1009,14 +1029,12 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
         betas=(0.9, 0.98), fused=fuses_optimizer(device))
     history: list[dict] = []
     if checkpoint:
-        separator.load_state_dict(checkpoint["model_state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        history = checkpoint["train_history"]
+        history = restore_optimizer(optimizer, checkpoint, folder)
     scheduler = make_scheduler(optimizer, options.epochs, options.lr, len(history))
     remix = train_set.is_sum if options.remix is None else options.remix
     if remix and not train_set.is_sum:
         raise InputError("--remix needs mixtures that are sums of their sources; these are not")
-    mixtures = RemixedDataset(train_set, config["max_speakers"], options.seed)
+    mixtures = RemixedDataset(train_set, separator.max_speakers, options.seed)
     reconstruction = options.reconstruction_weight
     if reconstruction is None:
         reconstruction = 0.5 if train_set.is_sum else 0.0
@@ -1024,10 +1042,19 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
     print(
         f"device {device}, {str(dtype).removeprefix('torch.')}, {parameters:,} parameters, "
         f"{len(train_set)} training{' (remixed every epoch)' if remix else ''} and "
-        f"{len(val_set)} validation mixtures, {config['max_speakers']} streams"
+        f"{len(val_set)} validation mixtures, {separator.max_speakers} streams"
     )
     return _Run(options, device, dtype, config, weights, separator, optimizer, scheduler,
                 mixtures if remix else train_set, val_set, history)
+
+
+def restore_optimizer(optimizer, checkpoint: dict, origin) -> list[dict]:
+    """Put an optimizer back where a checkpoint left it; returns the history of its run."""
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        return list(checkpoint["train_history"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"cannot resume from {origin}: its optimizer state is {error}") from None
 
 
 def _run_epoch(run: _Run, epoch: int) -> dict:
@@ -1135,16 +1162,16 @@ def _agree_on_streams(train_set, val_set, max_speakers: int | None) -> int:
     return max_speakers or found
 
 
-def _check_sizes(config: dict, feature_dim: int, max_speakers: int, other: str) -> None:
-    """Fail unless a separator of this configuration fits the other side's features and talkers."""
-    if config["feature_dim"] != feature_dim:
+def _check_sizes(separator, feature_dim: int, max_speakers: int, other) -> None:
+    """Fail unless a separator fits the other side's feature width and number of talkers."""
+    if separator.feature_dim != feature_dim:
         raise InputError(
-            f"the separator reads features {config['feature_dim']} wide and {other} has "
+            f"the separator reads features {separator.feature_dim} wide and {other} has "
             f"{feature_dim}: train one on these features"
         )
-    if config["max_speakers"] < max_speakers:
+    if separator.max_speakers < max_speakers:
         raise InputError(
-            f"the separator has {config['max_speakers']} streams and {other} asks for "
+            f"the separator has {separator.max_speakers} streams and {other} asks for "
             f"{max_speakers}: train one with --max_speakers={max_speakers}"
         )
 
@@ -1451,7 +1478,7 @@ def load_audio_encoder(path_or_id: str, device: str = "cpu") -> AudioEncoder:
 
 def _tower_weights(path_or_id: str, prefix: str) -> dict[str, Tensor]:
     """Weights below ``prefix`` (``model.`` before it or not) from the shards that hold them."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
     index = cached_file(path_or_id, "model.safetensors.index.json",
@@ -1465,9 +1492,13 @@ def _tower_weights(path_or_id: str, prefix: str) -> dict[str, Tensor]:
         path = cached_file(path_or_id, shard, _raise_exceptions_for_missing_entries=False)
         if path is None:
             raise InputError(f"{path_or_id} has no {shard}; only safetensors are read")
-        with safe_open(path, "pt") as weights:
-            keys = {_below(key, prefix): key for key in weights.keys()}  # noqa: SIM118
-            state |= {name: weights.get_tensor(key).float() for name, key in keys.items() if name}
+        try:
+            with safe_open(path, "pt") as weights:
+                for key in weights.keys():  # noqa: SIM118
+                    if name := _below(key, prefix):
+                        state[name] = weights.get_tensor(key).float()
+        except SafetensorError as error:
+            raise InputError(f"{path} is truncated or damaged: {error}") from None
     return state
 
 
@@ -1783,8 +1814,7 @@ def integrate_speaker_separator(
     else:
         separator = load_separator(separator_checkpoint)
         layer = separator.feature_source.get("layer") if layer is None else layer
-        sizes = {"feature_dim": separator.feature_dim, "max_speakers": separator.max_speakers}
-        _check_sizes(sizes, width, max_speakers, "the model")
+        _check_sizes(separator, width, max_speakers, "the model")
     check_layer(tower, layer)
     separator.requires_grad_(False)
     separator.to(tower.conv1.weight.device)
@@ -1813,6 +1843,20 @@ def build_prompt(processor, prompt: str) -> str:
     return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
 
+def read_recording(audio, feature_extractor) -> np.ndarray:
+    """Read a recording that one window of the model can hold."""
+    rate = feature_extractor.sampling_rate
+    samples = read_audio(audio, rate)
+    name = audio if isinstance(audio, (str, os.PathLike)) else "the recording"
+    window = feature_extractor.n_samples
+    if len(samples) > window:
+        raise InputError(f"{name} lasts {len(samples) / rate:.1f} s and the model reads "
+                         f"{window / rate:.0f} s at a time; cut it first")
+    if len(samples) < rate // 25:  # one frame of the coarsest encoder
+        raise InputError(f"{name} lasts {1000 * len(samples) / rate:.0f} ms, too short to hear")
+    return samples
+
+
 def answer_per_talker(
     model, processor, audio, prompt: str = DEFAULT_PROMPT, **options
 ) -> list[dict]:
@@ -1820,18 +1864,13 @@ def answer_per_talker(
 
     ``audio`` is a path or mono samples at the processor's rate; ``options`` go to ``generate``.
     """
-    extractor = processor.feature_extractor
-    samples = read_audio(audio, extractor.sampling_rate)
-    if len(samples) > extractor.n_samples:
-        raise InputError(
-            f"{audio if isinstance(audio, str) else 'the recording'} lasts "
-            f"{len(samples) / extractor.sampling_rate:.1f} s and the model reads "
-            f"{extractor.n_samples / extractor.sampling_rate:.0f} s at a time; cut it first"
-        )
+    samples = read_recording(audio, processor.feature_extractor)
     inputs = processor(
         text=build_prompt(processor, prompt), audio=samples, return_tensors="pt",
-        sampling_rate=extractor.sampling_rate).to(model.device)
+        sampling_rate=processor.feature_extractor.sampling_rate).to(model.device)
     ids = model.generate(**inputs, **options)
+    if not model.speaker_rows:
+        return []
     texts = processor.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
     return [
         {"speaker": number, "probability": round(row[2], 4), "text": text.strip()}
@@ -1846,6 +1885,7 @@ def answer_per_talker(
 def cmd_train(args) -> None:
     """Train, after making the default dataset when there is none."""
     options = {k: v for k, v in vars(args).items() if k not in ("command", "export")}
+    pick_device(args.device)
     if args.data_dir == DEFAULT_DATA_DIR and not Path(args.data_dir).exists():
         import generate_multi_speaker_dataset
 
@@ -1863,10 +1903,11 @@ def cmd_train(args) -> None:
 def cmd_evaluate(args) -> None:
     """Print the score table of a separator on one split."""
     device = pick_device(args.device)
+    _check_writable(args.json)
+    _check_writable(args.picture)
     dataset = MultiSpeakerDataset(args.data_dir, args.split)
     separator = load_separator(args.checkpoint, device)
-    sizes = {"feature_dim": separator.feature_dim, "max_speakers": separator.max_speakers}
-    _check_sizes(sizes, dataset.feature_dim, dataset.max_speakers, "the data")
+    _check_sizes(separator, dataset.feature_dim, dataset.max_speakers, "the data")
     scores = evaluate_separator(
         separator, dataset, batch_size=args.batch_size, device=device,
         dtype=pick_dtype(args.dtype, device), threshold=args.threshold)
@@ -1897,8 +1938,7 @@ def cmd_infer(args) -> None:
     separator = load_separator(args.checkpoint, device)
     source = separator.feature_source
     features, layer = _features_to_separate(args, source, device)
-    _check_sizes({"feature_dim": separator.feature_dim, "max_speakers": 0},
-                 features.shape[1], 0, args.input)
+    _check_sizes(separator, features.shape[1], 0, args.input)
     with autocast(device, pick_dtype(args.dtype, device)):
         separation = separate(separator, features, args.threshold, args.num_speakers)
     about = {"input": args.input, "checkpoint": args.checkpoint, "layer": layer,
@@ -1909,20 +1949,48 @@ def cmd_infer(args) -> None:
           f"-> {args.output_dir}")
 
 
+def _check_integration(args, separator) -> object:
+    """Check everything that ``integrate`` can before the model is loaded; returns the processor."""
+    from transformers import AutoConfig, AutoProcessor
+
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        processor = AutoProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot load a model from {args.model}: {reason}") from None
+    if config.model_type != "qwen2_audio":
+        raise InputError(f"{args.model} is {config.model_type}, not Qwen2-Audio")
+    tower, layer = config.audio_config, args.layer
+    _check_sizes(separator, tower.d_model, 0, "the model")
+    if layer is not None and not 0 <= layer <= tower.encoder_layers:
+        raise InputError(f"layer must be 0 to {tower.encoder_layers} for this model, not {layer}")
+    active_streams(torch.zeros(1, separator.max_speakers), 0.5, args.num_speakers)
+    if processor.audio_token in args.prompt:
+        raise InputError(f"--prompt must not hold {processor.audio_token}: there is one audio each")
+    for audio in args.audio:
+        read_recording(audio, processor.feature_extractor)
+    _check_writable(args.json)
+    return processor
+
+
+def _check_writable(file: str | None) -> None:
+    """Fail unless a result file could be written, before the work that fills it."""
+    if file and not os.access(Path(file).resolve().parent, os.W_OK):
+        raise InputError(f"cannot write {file}: no such folder, or not yours to write in")
+
+
 def cmd_integrate(args) -> None:
     """Print what each talker of each recording says."""
-    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+    from transformers import Qwen2AudioForConditionalGeneration
 
-    for audio in args.audio:
-        if not Path(audio).is_file():
-            raise FileNotFoundError(f"no such audio file: {audio}")
     device = pick_device(args.device)
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else "auto"
     separator = load_separator(args.checkpoint)
+    processor = _check_integration(args, separator)
     try:
-        processor = AutoProcessor.from_pretrained(args.model)
         model = Qwen2AudioForConditionalGeneration.from_pretrained(args.model, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # safetensors' and the hub's own kinds among them
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"cannot load a Qwen2-Audio model from {args.model}: {reason}") from None
     integrate_speaker_separator(
