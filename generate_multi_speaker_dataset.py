@@ -244,6 +244,8 @@ def mix_talkers(waveforms: list[np.ndarray], max_samples: int) -> tuple[np.ndarr
     for source, waveform in zip(sources, waveforms, strict=True):
         kept = waveform[:length]
         source[: len(kept)] = kept
+    peak = max(np.abs(sources).max(), np.abs(sources.sum(axis=0)).max())
+    sources /= max(1.0, peak)  # a .wav holds no more than full scale
     return sources, sources.sum(axis=0)
 
 
@@ -257,11 +259,11 @@ def render_speech_mixture(talkers: list[PlannedTalker], encoder, layer, folder: 
     waveforms = [render_talker(talker, rate) for talker in talkers]
     sources, mixture = mix_talkers(waveforms, encoder.max_samples)
     mixed, *features = encode_waveforms(encoder, [mixture, *sources], layer)
-    soundfile.write(folder / f"mixed/{name}.wav", mixture, rate, subtype="FLOAT")
+    soundfile.write(folder / f"mixed/{name}.wav", mixture, rate, subtype="PCM_24")
     speakers = []
     for i, (talker, source, feature) in enumerate(zip(talkers, sources, features, strict=True)):
         wav = f"separated/{name}_speaker_{i}.wav"
-        soundfile.write(folder / wav, source, rate, subtype="FLOAT")
+        soundfile.write(folder / wav, source, rate, subtype="PCM_24")
         text = " ".join(u.text for u in talker.utterances if u.text)
         speakers.append({"speaker_id": talker.utterances[0].speaker, "text": text,
                          "features": feature.numpy(), "wav_file": wav})
@@ -394,14 +396,20 @@ def generate_dataset(args, command_line: str) -> None:
 # Command line
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the example as written and shows every default that is a value."""
+
+    def _get_help_string(self, action):
+        shows = action.default not in (None, False, argparse.SUPPRESS)
+        return action.help + (" (default: %(default)s)" if shows else "")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; its defaults make the dataset of the README."""
     parser = argparse.ArgumentParser(
         description="Make mixtures of talkers with each talker alone, as encoder features.",
         epilog="example:\n  python generate_multi_speaker_dataset.py --train_samples=100",
-        formatter_class=type("Formatter", (argparse.RawDescriptionHelpFormatter,
-                                           argparse.ArgumentDefaultsHelpFormatter), {}),
-    )
+        formatter_class=_HelpFormatter)
     add = parser.add_argument
     add("--train_samples", type=int, default=30, help="training mixtures")
     add("--val_samples", type=int, default=10, help="validation mixtures")

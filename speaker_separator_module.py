@@ -1073,6 +1073,9 @@ def _run_epoch(run: _Run, epoch: int) -> dict:
     val = evaluate_separator(
         run.separator, run.val_set, device=run.device, dtype=run.dtype, **run.weights
     )
+    if not math.isfinite(val["total"]):
+        raise InputError(f"the validation loss is not finite in epoch {epoch}; the last "
+                         "checkpoint is intact: look at the validation data")
     run.scheduler.step()
     synchronize(run.device)
     seconds = time.perf_counter() - started
@@ -1354,8 +1357,8 @@ def plot_streams(path, rows: list[dict[str, Tensor]]) -> None:
         for axes in axes_row[len(row) :]:
             axes.set_axis_off()
         for axes, (title, features) in zip(axes_row, row.items(), strict=False):
-            axes.imshow(features.float().cpu().T, aspect="auto", origin="lower", cmap="RdBu_r",
-                        vmin=-limit, vmax=limit, interpolation="nearest")
+            axes.imshow(features.float().cpu().numpy().T, aspect="auto", origin="lower",
+                        cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
             axes.set_title(title, fontsize=8)
             axes.tick_params(labelsize=6)
         axes_row[0].set(xlabel="frame", ylabel="feature")
@@ -1750,9 +1753,10 @@ def _generate_per_talker(model, inputs=None, *args, num_speakers=None, **kwargs)
     mel_mask = kwargs.get("feature_attention_mask")
     streams, model.speaker_rows = integration.split(input_features, mel_mask, num_speakers)
     if not model.speaker_rows:
-        return input_ids[:0]
+        return torch.zeros(0, 0, dtype=torch.long) if input_ids is None else input_ids[:0]
     rows = torch.tensor([sample for sample, _, _ in model.speaker_rows])
-    kwargs["input_ids"] = input_ids
+    if input_ids is not None:
+        kwargs["input_ids"] = input_ids
     for name, value in kwargs.items():
         if isinstance(value, Tensor) and value.dim() and len(value) == B:
             kwargs[name] = value[rows.to(value.device)]

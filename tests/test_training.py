@@ -339,6 +339,14 @@ def test_loss_that_is_not_finite(own_dataset, tmp_path, capsys):
     assert all(weight.isfinite().all() for weight in separator.parameters())
 
 
+def test_validation_loss_that_is_not_finite(own_dataset, tmp_path, capsys):
+    """Else the first epoch stays the best for ever: nothing is smaller than NaN."""
+    for path in (own_dataset / "val").rglob("*00001*.npy"):
+        np.save(path, np.full_like(np.load(path), 1e30))
+    assert_fails(capsys, train_flags(own_dataset, tmp_path / "run"), "not finite", "epoch 1")
+    assert not (tmp_path / "run/best_model.pt").exists()
+
+
 # --------------------------------------------------------------------------------------------------
 # Checkpoints that are none
 
