@@ -1,0 +1,49 @@
+"""The README's commands are ones that the parsers take, and CI runs its test command."""
+
+import shlex
+from pathlib import Path
+
+import generate_multi_speaker_dataset
+import pytest
+import speaker_separator_module as ssm
+
+ROOT = Path(__file__).parent.parent
+PARSERS = {
+    "speaker_separator_module.py": ssm.build_parser(),
+    "generate_multi_speaker_dataset.py": generate_multi_speaker_dataset.build_parser(),
+}
+
+
+def readme_commands() -> list[list[str]]:
+    """Every `python SCRIPT.py ...` of the README as words, also behind `$` and `&&`."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    parts = [part.strip().removeprefix("$ ") for line in lines for part in line.split("&&")]
+    return [shlex.split(part) for part in parts if part.startswith("python ") and ".py" in part]
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_command_is_understood(command):
+    script, arguments = command[1], command[2:]
+    assert (ROOT / script).is_file()
+    if script in PARSERS:
+        PARSERS[script].parse_args(arguments)
+
+
+def test_every_command_of_the_module_but_none_more_is_shown():
+    shown = {command[2] for command in readme_commands() if "separator_module" in command[1]}
+    assert shown == {"train", "evaluate", "infer", "integrate"}
+
+
+def test_files_named_in_the_tree_exist():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## Files")[1]
+    names = [line.split()[0] for line in tree.splitlines() if line and line[0] not in "`#"]
+    made_by_commands = {"multi_speaker_data/"}
+    for name in set(names) - made_by_commands:
+        assert list(ROOT.glob(name.rstrip("/"))), name
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command = next(line for line in readme.splitlines() if "pytest" in line and "pip" in line)
+    last_of_ci = (ROOT / ".ci/run").read_text(encoding="utf-8").strip().splitlines()[-1]
+    assert command.endswith(last_of_ci)
