@@ -3,8 +3,9 @@
 import shlex
 from pathlib import Path
 
-import generate_multi_speaker_dataset
 import pytest
+
+import generate_multi_speaker_dataset
 import speaker_separator_module as ssm
 
 ROOT = Path(__file__).parent.parent
