@@ -135,7 +135,10 @@ def _read_manifest(manifest: Path) -> list[Utterance]:
     from speaker_separator_module import InputError
 
     utterances = []
-    lines = manifest.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = manifest.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{manifest} is no manifest of JSON lines, nor a folder") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -148,7 +151,8 @@ def _read_manifest(manifest: Path) -> list[Utterance]:
             ) from None
         if not audio.is_file():
             raise FileNotFoundError(f"{manifest}, line {number}: no such audio file: {audio}")
-        utterances.append(Utterance(audio, speaker, row.get("text", ""), row.get("split", "")))
+        text, split = (str(row.get(key) or "") for key in ("text", "split"))
+        utterances.append(Utterance(audio, speaker, text, split))
     return utterances
 
 
@@ -237,7 +241,7 @@ def render_talker(talker: PlannedTalker, sampling_rate: int) -> np.ndarray:
 def mix_talkers(waveforms: list[np.ndarray], max_samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Pad talkers to the longest and sum them: sources [n, samples] and mixture [samples].
 
-    Nothing is cut but what the encoder's window could not hold.
+    Nothing is cut but what the encoder's window could not hold (the transcript keeps its words).
     """
     length = min(max(len(waveform) for waveform in waveforms), max_samples)
     sources = np.zeros((len(waveforms), length), np.float32)
@@ -266,8 +270,8 @@ def render_speech_mixture(talkers: list[PlannedTalker], encoder, layer, folder: 
         soundfile.write(folder / wav, source, rate, subtype="PCM_24")
         text = " ".join(u.text for u in talker.utterances if u.text)
         speakers.append({"speaker_id": talker.utterances[0].speaker, "text": text,
-                         "features": feature.numpy(), "wav_file": wav})
-    return speakers, mixed.numpy()
+                         "features": feature.cpu().numpy(), "wav_file": wav})
+    return speakers, mixed.cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,6 +385,8 @@ def generate_dataset(args, command_line: str) -> None:
         about |= {"seed": args.seed, "command_line": command_line}
         (staging / "dataset.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         replace_splits(output_dir, staging)
+    except FileNotFoundError:
+        raise
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"cannot write the dataset to {output_dir}: {reason}") from None
@@ -452,8 +458,8 @@ def check_arguments(args) -> None:
         (not simulated or args.seq_len >= 1, f"--seq_len must be 1 or more, not {args.seq_len}"),
         (simulated or args.encoder, "--speech_dir needs --encoder (Whisper or Qwen2-Audio)"),
         (1 <= args.join[0] <= args.join[1], "--join needs two numbers, the smaller first"),
-        (min(args.max_gap, args.max_onset, args.level_difference) >= 0,
-         "--max_gap, --max_onset and --level_difference must be 0 or more"),
+        (all(0 <= x < 1000 for x in (args.max_gap, args.max_onset, args.level_difference)),
+         "--max_gap, --max_onset and --level_difference must be numbers of 0 or more"),
     ]
     for holds, complaint in rules:
         if not holds:
@@ -464,13 +470,13 @@ def main(argv: list[str] | None = None) -> int:
     """Make a dataset; returns 0, or 2 after one line on standard error for bad input."""
     args = build_parser().parse_args(argv)
     arguments = sys.argv[1:] if argv is None else argv
-    from speaker_separator_module import InputError
+    from speaker_separator_module import InputError, first_line
 
     try:
         check_arguments(args)
         generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))
     except (InputError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     return 0
 

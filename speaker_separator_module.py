@@ -33,17 +33,24 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from itertools import count, permutations
+from itertools import count as count_from
+from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
 
 DEFAULT_DATA_DIR = "multi_speaker_data"
 DEFAULT_CHECKPOINT_DIR = "checkpoints"
+MAX_STREAMS = 7  # the loss looks at every order of them: 5040
 DEFAULT_PROMPT = "What does the person say?"
 
 
 class InputError(ValueError):
     """Something the user gave that the user can mend; the command line prints it and exits 2."""
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, without the rest of the story."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class TrainOptions(NamedTuple):
@@ -85,6 +92,13 @@ def _positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**62:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
     return value
 
 
@@ -146,7 +160,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--save_every", type=_positive_int, help="epochs between periodic checkpoints")
     add("--patience", type=_positive_int, help="stop after this many epochs without a better one")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
-    add("--seed", type=int, help="seed of weights, order, remixing and dropout")
+    add("--seed", type=_seed, help="seed of weights, order, remixing and dropout")
     add("--export", metavar="DIR", help="also save the best weights alone, for from_pretrained")
     _add_device_arguments(parser)
     parser.set_defaults(**parser_defaults)
@@ -257,7 +271,8 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
     num_layers, num_heads, ff_dim, dropout
         Size of the decoder blocks; refinement blocks have ``num_heads // 2`` heads.
     threshold : float
-        Probability from which a stream counts as a talker; training calibrates it.
+        Probability from which a stream counts as a talker; training sets it to what counts most
+        validation mixtures right.
     feature_source : dict, optional
         Where the training features came from (encoder, layer, frame rate).
     mask : "shares" or "gains"
@@ -283,6 +298,8 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         mask: str = "shares",
     ):
         super().__init__()
+        if not 1 <= max_speakers <= MAX_STREAMS:
+            raise InputError(f"max_speakers must be 1 to {MAX_STREAMS}, not {max_speakers}")
         if num_heads < 2 or num_heads % 2 or feature_dim % num_heads:
             raise InputError(
                 f"num_heads must be even and divide feature_dim, not {num_heads} for {feature_dim}"
@@ -331,7 +348,8 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
 
         power = masked_mean(mixture.float().square().mean(-1), frame_mask, 1)
         level = (power + 1e-8).sqrt()[:, None, None]  # loud and soft recordings look alike inside
-        frames = mixture / level + 0.3 * sinusoidal_positions(T, D, mixture.device)
+        positions = 0.3 * sinusoidal_positions(T, D, mixture.device)
+        frames = (mixture / level + positions).to(mixture.dtype)
         context = self.refinement[0](frames, src_key_padding_mask=padding)
         context = F.layer_norm(context, (D,))
         queries = self.speaker_queries.expand(B, S, D)
@@ -345,10 +363,10 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         ).unflatten(0, (B, S))  # [B, S, T, D]
         update = (streams - frames[:, None]).float()
         mask = update.softmax(dim=1) if self.mask == "shares" else 1 + update.tanh()
-        separated = mask * mixture[:, None]
+        separated = (mask * mixture[:, None]).to(mixture.dtype)
         # Activity is read off what was separated: an empty stream is a talker who is not there.
         pooled = masked_mean(separated / level[:, None], valid[:, None], 2)  # [B, S, D]
-        speaker_probs = self.activity_head(pooled).squeeze(-1).float().sigmoid()
+        speaker_probs = self.activity_head(pooled.to(mixture.dtype)).squeeze(-1).float().sigmoid()
         return separated, speaker_probs
 
     def _check(self, features: Tensor, frame_mask: Tensor | None) -> Tensor:
@@ -468,7 +486,8 @@ def separator_loss(
     if frame_mask is None:
         frame_mask = mixture.new_ones(mixture.shape[:2], dtype=torch.bool)
     _check_loss_shapes(separated, speaker_probs, targets, speaker_mask, mixture, frame_mask)
-    separated, probs = separated.float(), speaker_probs.float()
+    separated, targets, mixture = separated.float(), targets.float(), mixture.float()
+    probs = speaker_probs.float()
     active = speaker_mask.to(separated.dtype)
     with torch.no_grad():
         assignment = best_assignment(pairwise_mse(separated, targets, frame_mask), active)
@@ -605,14 +624,18 @@ class MultiSpeakerDataset(Dataset):
                 self._check_sample(sample)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} misses an entry: {error}") from None
+        except InputError:
+            raise
         except (AttributeError, ValueError) as error:
             raise InputError(f"{path} is damaged: {error}") from None
         source = Path(data_dir) / "dataset.json"
         self.source = _read_json(source) if source.is_file() else {}
         if not isinstance(self.source, dict):
             raise InputError(f"{source} must hold an object, not a {type(self.source).__name__}")
-        first = self[0]
-        self.is_sum = torch.allclose(first["targets"].sum(0), first["mixture"], atol=1e-4)
+        several = (i for i, s in enumerate(self.samples) if len(s["speakers"]) > 1)
+        probe = self[next(several, 0)]  # one talker alone is always a sum
+        adds_up = torch.allclose(probe["targets"].sum(0), probe["mixture"], atol=1e-4)
+        self.is_sum = self.source.get("kind") != "speech" and adds_up
 
     def _files(self, sample) -> list[Path]:
         names = [sample["mixed_audio"], *(s["feature_file"] for s in sample["speakers"])]
@@ -751,7 +774,7 @@ def pins_memory(device: str) -> bool:
 
 
 def fuses_optimizer(device: str) -> bool:
-    """AdamW in one kernel: 10 times faster on CPU (measured), supported on CUDA; not on MPS."""
+    """AdamW in one kernel: 10 times faster on CPU (measured); on MPS only in newer versions."""
     return device in ("cpu", "cuda")
 
 
@@ -783,7 +806,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"could not write {path} (is the disk full?); earlier checkpoints are intact ({reason})"
         ) from None
@@ -800,7 +823,7 @@ def link_or_copy(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def load_checkpoint(path, device: str = "cpu") -> dict:
+def load_checkpoint(path) -> dict:
     """Open a training checkpoint without running any code that is in it.
 
     Raises
@@ -815,9 +838,11 @@ def load_checkpoint(path, device: str = "cpu") -> dict:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
-        raise InputError(f"{path} holds more than tensors and plain values; not opened") from None
+        raise InputError(
+            f"{path} is no checkpoint, or holds more than tensors and plain values; not opened"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
         raise InputError(f"{path} is truncated or not a checkpoint") from None
     missing = [key for key in (*CHECKPOINT_KEYS, "model_config")
@@ -835,7 +860,7 @@ def build_separator(config: dict, state: dict, origin) -> SpeakerSeparatorTransf
         separator = SpeakerSeparatorTransformer(**config)
         separator.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{origin} does not fit this version of the separator: {reason}") from None
     return separator
 
@@ -855,7 +880,7 @@ def load_separator(path_or_id, device: str = "cpu") -> SpeakerSeparatorTransform
     """
     path = Path(path_or_id)
     if path.is_file() or path.suffix == ".pt":
-        checkpoint = load_checkpoint(path, device)
+        checkpoint = load_checkpoint(path)
         separator = build_separator(
             checkpoint["model_config"], checkpoint["model_state_dict"], path
         )
@@ -865,7 +890,7 @@ def load_separator(path_or_id, device: str = "cpu") -> SpeakerSeparatorTransform
         try:
             separator = SpeakerSeparatorTransformer.from_pretrained(str(path_or_id))
         except Exception as error:  # the hub raises dozens of kinds, over many lines
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"cannot load a separator from {path_or_id}: {reason}") from None
     return separator.to(device).eval()
 
@@ -877,16 +902,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return best + sorted(periodic, key=lambda p: int(p.stem.split("_")[-1]))
 
 
-def newest_checkpoint(folder: Path, device: str) -> dict:
-    """Open the checkpoint with the highest epoch."""
+def newest_checkpoint(folder: Path) -> dict:
+    """Open the checkpoint with the highest epoch, on the CPU."""
     paths = list_checkpoints(folder)
     if not paths:
         raise FileNotFoundError(f"nothing to resume in {folder}; train without --resume first")
-    newest = load_checkpoint(paths[-1], device)
-    if len(paths) > 1 and paths[0].stat().st_mtime_ns > paths[-1].stat().st_mtime_ns:
-        best = load_checkpoint(paths[0], device)
-        newest = best if best["epoch"] > newest["epoch"] else newest
-    return newest
+    ends = {paths[0], paths[-1]}  # best_model.pt may be newer than the last periodic one
+    return max((load_checkpoint(path) for path in ends), key=lambda found: found["epoch"])
 
 
 def set_aside_earlier_run(folder: Path) -> Path | None:
@@ -894,7 +916,7 @@ def set_aside_earlier_run(folder: Path) -> Path | None:
     paths = list_checkpoints(folder)
     if not paths:
         return None
-    names = (folder / f"earlier_run_{number}" for number in count(1))
+    names = (folder / f"earlier_run_{number}" for number in count_from(1))
     aside = next(name for name in names if not name.exists())
     aside.mkdir()
     for path in [*paths, folder / "training_report.md", folder / "training_curves.png"]:
@@ -966,25 +988,24 @@ def check_disk(folder: Path, parameters: int, checkpoints: int) -> None:
         )
 
 
-def _prepare_folder(folder: Path, resume: bool) -> None:
+def _prepare_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".write_test").touch()
         (folder / ".write_test").unlink()
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
-    if not resume and (aside := set_aside_earlier_run(folder)):
-        print(f"an earlier run was in {folder}; moved it to {aside}")
 
 
 def format_epoch(row: dict, epochs: int) -> str:
     """One line of the training log."""
     train, val = row["train"], row["val"]
     parts = " ".join(f"{part} {val[part]:.3f}" for part in LOSS_PARTS[1:])
-    relative = val["separation"] / min(val["trivial_mse"].values())
+    trivial = min(val["trivial_mse"].values())  # 0 where every mixture is one talker or silence
+    relative = f"{val['separation'] / trivial:.2f}" if trivial else "-"
     return (
         f"epoch {row['epoch']:3d}/{epochs}  train {train['total']:.3f}  val {val['total']:.3f} "
-        f"({parts})  count {val['count_accuracy']:.0%}  MSE / best trivial {relative:.2f}  "
+        f"({parts})  count {val['count_accuracy']:.0%}  MSE / best trivial {relative}  "
         f"lr {row['lr']:.1e}  {row['seconds']:.0f} s"
     )
 
@@ -1015,9 +1036,9 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
               "num_layers": options.num_layers, "num_heads": options.num_heads,
               "ff_dim": options.ff_dim, "dropout": options.dropout}
     torch.manual_seed(options.seed)
-    checkpoint = newest_checkpoint(folder, device) if options.resume else None
+    checkpoint = newest_checkpoint(folder) if options.resume else None
     if checkpoint:
-        config = checkpoint["model_config"]
+        config = {**checkpoint["model_config"], "threshold": 0.5}  # as in an unbroken run
         separator = build_separator(config, checkpoint["model_state_dict"], folder)
     else:
         separator = SpeakerSeparatorTransformer(**config)
@@ -1110,10 +1131,15 @@ def train_speaker_separator(
     options, folder = TrainOptions(**options), Path(checkpoint_dir)
     pick_device(options.device)
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
-    _agree_on_streams(train_set, val_set, options.max_speakers)
-    _prepare_folder(folder, options.resume)  # moves an earlier run aside, so after the checks
+    _prepare_folder(folder)
     run = _start_run(options, train_set, val_set, folder)
     history = run.history
+    if len(history) >= options.epochs:
+        print(f"{len(history)} epochs are done already; ask for more with --epochs")
+        return history
+    # After every check, so that a refused command leaves an earlier run where it is.
+    if not options.resume and (aside := set_aside_earlier_run(folder)):
+        print(f"an earlier run was in {folder}; moved it to {aside}")
     for epoch in range(len(history) + 1, options.epochs + 1):
         history.append(_run_epoch(run, epoch))
         print(format_epoch(history[-1], options.epochs), flush=True)
@@ -1124,8 +1150,6 @@ def train_speaker_separator(
         if stop:
             print(f"no better epoch in {options.patience}; stopped, the best was {best}")
             break
-    if not history:
-        raise InputError("nothing to train: --epochs is smaller than what is done")
     write_report(folder, run, train_set)
     plot_history(folder / "training_curves.png", history)
     return history
@@ -1244,7 +1268,7 @@ def plot_history(path: Path, history: list[dict]) -> None:
     for axes, title in zip((loss, separation, count), titles, strict=True):
         axes.set(title=title, xlabel="epoch")
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1257,7 +1281,7 @@ def evaluate_separator(
     dataset: Dataset,
     *,
     batch_size: int = 8,
-    device: str = "cpu",
+    device: str | None = None,
     dtype: torch.dtype = torch.float32,
     threshold: float | None = None,
     reconstruction_weight: float = 0.5,
@@ -1275,6 +1299,7 @@ def evaluate_separator(
         ``trivial_mse`` by name.
     """
     separator.eval()
+    device = device or separator.speaker_queries.device.type
     weights = {"reconstruction_weight": reconstruction_weight, "activity_weight": activity_weight}
     names = (*LOSS_PARTS, "zeros", "mixture", "mixture / count", "improvement")
     sums, probabilities, truths, weight_sums = [], [], [], []
@@ -1354,7 +1379,7 @@ def plot_streams(path, rows: list[dict[str, Tensor]]) -> None:
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(2.6 * columns, 2.2 * len(rows)), layout="constrained")
     for axes_row, row in zip(figure.subplots(len(rows), columns, squeeze=False), rows, strict=True):
-        reference = next(iter(row.values())).float()
+        reference = next(iter(row.values())).float().cpu()
         limit = max(reference.abs().quantile(0.99).item() if reference.numel() < 1 << 24
                     else reference.abs().max().item(), 1e-6)
         for axes in axes_row[len(row) :]:
@@ -1365,7 +1390,7 @@ def plot_streams(path, rows: list[dict[str, Tensor]]) -> None:
             axes.set_title(title, fontsize=8)
             axes.tick_params(labelsize=6)
         axes_row[0].set(xlabel="frame", ylabel="feature")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 @torch.inference_mode()
@@ -1465,7 +1490,7 @@ def load_audio_encoder(path_or_id: str, device: str = "cpu") -> AudioEncoder:
         config = AutoConfig.from_pretrained(path_or_id)
         extractor = AutoFeatureExtractor.from_pretrained(path_or_id)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"cannot load an encoder from {path_or_id}: {reason}") from None
     if config.model_type == "qwen2_audio":
         tower, prefixes = Qwen2AudioEncoder(config.audio_config), ("audio_tower.",)
@@ -1659,8 +1684,9 @@ def write_separation(folder: Path, features: Tensor, separation: Separation, abo
     """Write active talkers' features, separation.json and separation.png; returns the JSON."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("speaker_[0-9]*.npy"):  # of an earlier, perhaps longer, list
-            old.unlink()
+        for old in folder.glob("speaker_*.npy"):  # of an earlier, perhaps longer, list
+            if old.stem.removeprefix("speaker_").isdigit():
+                old.unlink()
         panels, speakers = {"mixture": features}, []
         for stream in separation.active.nonzero().flatten().tolist():
             name, probability = f"speaker_{len(speakers) + 1}", separation.probabilities[stream]
@@ -1704,30 +1730,24 @@ class _Integration:
         self.tower, self.separator, self.layer = audio_tower_of(model), separator, layer
         self.threshold = separator.threshold if threshold is None else threshold
         self.generate, self.tower_forward = model.generate, self.tower.forward
-        self.resuming, self.mel_mask = False, None
+        self.hooked_forward = self.tower.__dict__.get("forward")  # where accelerate keeps its hook
+        self.frame_mask: Tensor | None = None  # of the rows under way, while ``generate`` runs
 
     def resume_tower(self, input_features, attention_mask=None, **kwargs):
         """Run the tower as before; inside ``generate`` its input is streams cut at ``layer``."""
-        if not self.resuming:
+        if self.frame_mask is None:
             return self.tower_forward(input_features, attention_mask=attention_mask, **kwargs)
         from transformers.modeling_outputs import BaseModelOutput
 
-        packed, mel_mask = input_features, self.mel_mask
-        frames = packed.shape[-1] // 2
-        if self.layer is None and is_qwen_tower(self.tower):
-            frames //= 2
-        hidden = packed.reshape(len(packed), -1, frames).transpose(1, 2)  # [rows, T, D]
-        frame_mask = None
-        if mel_mask is not None:
-            lengths = (mel_mask.sum(-1) - 1) // 2 + 1
-            frame_mask = torch.arange(frames, device=hidden.device) < lengths[:, None]
-            copies = len(hidden) // len(frame_mask)  # beams repeat every row
-            frame_mask = frame_mask.repeat_interleave(copies, dim=0)
+        rows, frames = len(input_features), self.frame_mask.shape[1]
+        hidden = input_features.reshape(rows, -1, frames).transpose(1, 2)  # [rows, T, D]
+        copies = rows // len(self.frame_mask)  # beams repeat every row
+        frame_mask = self.frame_mask.repeat_interleave(copies, dim=0).to(hidden.device)
         return BaseModelOutput(tower_rest(self.tower, hidden, frame_mask, self.layer))
 
     @torch.no_grad()
     def split(self, input_features, mel_mask, num_speakers):
-        """Streams of active talkers [rows, T, D] with the (sample, stream, probability) of each."""
+        """Streams of active talkers [rows, T, D], their frame masks [rows, T] and who they are."""
         hidden, frame_mask = tower_front(self.tower, input_features, mel_mask, self.layer)
         weight = self.separator.speaker_queries
         streams, probs = self.separator(
@@ -1737,14 +1757,16 @@ class _Integration:
         inside = frame_mask[:, None, :, None]
         streams = torch.where(inside, streams.to(hidden.device, hidden.dtype), hidden[:, None])
         rows = active_streams(probs, self.threshold, num_speakers).nonzero().tolist()
-        picked = [streams[sample, stream] for sample, stream in rows]
+        samples, picked = [b for b, _ in rows], [s for _, s in rows]
         talkers = [(b, s, float(probs[b, s])) for b, s in rows]
-        return (torch.stack(picked) if picked else streams.new_zeros(0)), talkers
+        return streams[samples, picked], frame_mask[samples], talkers
 
 
 def _generate_per_talker(model, inputs=None, *args, num_speakers=None, **kwargs):
     """``generate`` of an integrated model: one row per active talker, grouped by sample."""
     integration = model._speaker_integration
+    if inputs is not None and inputs.is_floating_point():  # Whisper's generate(input_features)
+        kwargs["input_features"], inputs = inputs, None
     input_features = kwargs.get("input_features")
     model.speaker_rows = None
     if input_features is None:
@@ -1753,26 +1775,29 @@ def _generate_per_talker(model, inputs=None, *args, num_speakers=None, **kwargs)
     B = len(input_features)
     if input_ids is not None and len(input_ids) != B:
         raise InputError(f"{len(input_ids)} prompts came with {B} recordings: give one per prompt")
-    mel_mask = kwargs.get("feature_attention_mask")
-    streams, model.speaker_rows = integration.split(input_features, mel_mask, num_speakers)
+    mel_mask = kwargs.get("attention_mask" if input_ids is None else "feature_attention_mask")
+    streams, frame_mask, model.speaker_rows = integration.split(
+        input_features, mel_mask, num_speakers
+    )
     if not model.speaker_rows:
         return torch.zeros(0, 0, dtype=torch.long) if input_ids is None else input_ids[:0]
     rows = torch.tensor([sample for sample, _, _ in model.speaker_rows])
     if input_ids is not None:
         kwargs["input_ids"] = input_ids
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor) and value.dim() and len(value) == B:
-            kwargs[name] = value[rows.to(value.device)]
     # Packed to the shape of a spectrogram [rows, any, mel frames], from which the model reads how
     # many frames there are; expanding for beams then works as for any other input.
-    packed = streams.transpose(1, 2).reshape(len(rows), -1, input_features.shape[-1])
-    kwargs["input_features"] = packed
-    integration.mel_mask = kwargs.get("feature_attention_mask")
-    integration.resuming = True
+    kwargs["input_features"] = streams.transpose(1, 2).reshape(
+        len(rows), -1, input_features.shape[-1]
+    )
+    for name, value in kwargs.items():
+        per_sample = isinstance(value, Tensor) and value.dim() and len(value) == B
+        if per_sample and name != "input_features":
+            kwargs[name] = value[rows.to(value.device)]
+    integration.frame_mask = frame_mask
     try:
         return integration.generate(*args, **kwargs)
     finally:
-        integration.resuming, integration.mel_mask = False, None
+        integration.frame_mask = None
 
 
 def integrate_speaker_separator(
@@ -1782,7 +1807,7 @@ def integrate_speaker_separator(
     layer: int | None = None,
     threshold: float | None = None,
 ):
-    """Put a separator into a Qwen2-Audio model, in place: ``generate`` then answers per talker.
+    """Put a separator into an audio-language model, in place: ``generate`` answers per talker.
 
     After this ``model.generate(**inputs)`` returns one row per active talker, grouped by sample;
     ``model.speaker_rows`` lists their (sample, stream, probability), counted from 0. Encoder blocks
@@ -1791,7 +1816,7 @@ def integrate_speaker_separator(
 
     Parameters
     ----------
-    model : Qwen2AudioForConditionalGeneration
+    model : Qwen2AudioForConditionalGeneration or WhisperForConditionalGeneration
     max_speakers : int
         Streams of the separator.
     separator_checkpoint : path or hub id, optional
@@ -1804,7 +1829,8 @@ def integrate_speaker_separator(
 
     Returns
     -------
-    The same model, with the separator as ``model.speaker_separator``.
+    model
+        The same object, with the separator as ``model.speaker_separator``.
 
     Raises
     ------
@@ -1839,6 +1865,8 @@ def remove_speaker_separator(model):
     if integration is None:
         return model
     del model.generate, integration.tower.forward, model.speaker_separator, model.speaker_rows
+    if integration.hooked_forward is not None:
+        integration.tower.forward = integration.hooked_forward
     return model
 
 
@@ -1897,7 +1925,8 @@ def cmd_train(args) -> None:
         import generate_multi_speaker_dataset
 
         print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
-        generate_multi_speaker_dataset.main([])
+        if generate_multi_speaker_dataset.main([]):
+            raise InputError("could not make the default dataset")
     train_speaker_separator(**options)
     folder = Path(args.checkpoint_dir)
     print(f"wrote {folder / 'training_report.md'}, {folder / 'training_curves.png'} and "
@@ -1964,7 +1993,7 @@ def _check_integration(args, separator) -> object:
         config = AutoConfig.from_pretrained(args.model)
         processor = AutoProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"cannot load a model from {args.model}: {reason}") from None
     if config.model_type != "qwen2_audio":
         raise InputError(f"{args.model} is {config.model_type}, not Qwen2-Audio")
@@ -1992,13 +2021,13 @@ def cmd_integrate(args) -> None:
     from transformers import Qwen2AudioForConditionalGeneration
 
     device = pick_device(args.device)
-    dtype = torch.bfloat16 if args.dtype == "bfloat16" else "auto"
+    dtype = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
     separator = load_separator(args.checkpoint)
     processor = _check_integration(args, separator)
     try:
         model = Qwen2AudioForConditionalGeneration.from_pretrained(args.model, dtype=dtype)
     except Exception as error:  # safetensors' and the hub's own kinds among them
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"cannot load a Qwen2-Audio model from {args.model}: {reason}") from None
     integrate_speaker_separator(
         model.to(device), separator.max_speakers, args.checkpoint, args.layer, args.threshold
@@ -2026,7 +2055,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         commands[args.command](args)
     except (InputError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; checkpoints so far are whole, train --resume goes on", file=sys.stderr)

@@ -520,3 +520,8 @@ def test_silent_recordings_make_no_nan(tmp_path, qwen_folder):
     broken_wav(np.zeros(2000, np.float32))(tmp_path / "speech")
     folder = make_speech(tmp_path / "speech", qwen_folder, tmp_path / "data")
     read_all(folder)
+
+
+def test_speech_is_no_sum_even_where_it_starts_with_one_talker(own_dataset):
+    edit_json(own_dataset / "dataset.json", lambda about: about.update(kind="speech"))
+    assert not ssm.MultiSpeakerDataset(own_dataset, "train").is_sum

@@ -512,3 +512,30 @@ def test_digits_model(digits):
         rows = ssm.answer_per_talker(pass_through(model), processor, samples)
         assert [row["text"] for row in rows] == ["three one nine"]
         assert torch.equal(model.generate(**inputs), untouched)
+
+
+def test_whisper_gives_a_row_per_talker(whisper_folder):
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = WhisperConfig.from_pretrained(whisper_folder)
+    whisper = WhisperForConditionalGeneration(config).eval()
+    frames = 2 * config.max_source_positions
+    mel = torch.randn(2, config.num_mel_bins, frames)
+    options = {"decoder_input_ids": torch.tensor([[3], [3]]), "max_new_tokens": 4}
+    before = whisper.generate(mel, **options)
+    ssm.integrate_speaker_separator(whisper, threshold=0)
+    assert len(whisper.generate(mel, **options)) == len(whisper.speaker_rows) == 6
+    ssm.remove_speaker_separator(whisper)
+    torch.testing.assert_close(whisper.generate(mel, **options), before)
+
+
+def test_a_hook_on_the_tower_survives(qwen):
+    """Libraries that place a model on devices wrap the forward of its parts."""
+    tower = ssm.audio_tower_of(qwen)
+    original = tower.forward
+    tower.forward = hook = lambda *args, **kwargs: original(*args, **kwargs)
+    ssm.integrate_speaker_separator(qwen)
+    assert tower.forward is not hook
+    ssm.remove_speaker_separator(qwen)
+    assert tower.forward is hook

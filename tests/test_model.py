@@ -181,3 +181,18 @@ def test_separate():
     assert likeliest == probs[0].argmax()
     with pytest.raises(ValueError, match=r"\[T, D\]"):
         ssm.separate(separator, features[None])
+
+
+def test_bfloat16_weights():
+    separator = tiny_separator().eval()
+    mixture = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(3))
+    expected, probs = separator(mixture)
+    streams, halved = separator.bfloat16()(mixture.bfloat16())
+    assert streams.dtype == torch.bfloat16
+    torch.testing.assert_close(streams.float(), expected, atol=0.1, rtol=0)
+    torch.testing.assert_close(halved, probs, atol=0.02, rtol=0)
+
+
+def test_too_many_streams_are_refused():
+    with pytest.raises(ValueError, match="max_speakers must be 1 to 7, not 12"):
+        tiny_separator(max_speakers=12)

@@ -71,6 +71,7 @@ def test_resumed_run_equals_unbroken_run(remix, dataset, tmp_path):
     resumed = train_tiny(dataset, tmp_path / "resumed", resume=True, **options)
     np.testing.assert_allclose(losses(resumed), losses(whole), rtol=0, atol=1e-6)
     assert [row["lr"] for row in resumed] == [row["lr"] for row in whole]
+    assert [row["val"]["threshold"] for row in resumed] == [0.5] * 4
     last = [torch.load(tmp_path / name / "checkpoint_epoch_4.pt") for name in ("whole", "resumed")]
     for a, b in zip(*(c["model_state_dict"].values() for c in last), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -104,7 +105,7 @@ def test_resume_takes_the_newest(trained, dataset, tmp_path):
         os.utime(folder / "best_model.pt", (stamp, stamp))
         for number in (2, 3):
             os.utime(folder / f"checkpoint_epoch_{number}.pt", (10, 10))
-        assert ssm.newest_checkpoint(folder, "cpu")["epoch"] == max(best_epoch, 3)
+        assert ssm.newest_checkpoint(folder)["epoch"] == max(best_epoch, 3)
 
 
 def test_resume_of_a_finished_run_changes_nothing(trained, dataset, tmp_path):
@@ -238,6 +239,21 @@ def test_earlier_run_is_set_aside(dataset, tmp_path, capsys):
     for number in (1, 2):
         aside = tmp_path / f"earlier_run_{number}"
         assert (snapshot(aside), (aside / "training_report.md").read_bytes()) == kept[number - 1]
+
+
+def test_refused_command_leaves_an_earlier_run(trained, dataset, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    before = snapshot(folder)
+    assert_fails(capsys, train_flags(dataset, folder, "--num_heads=3"), "num_heads")
+    assert snapshot(folder) == before
+
+
+def test_single_talkers_alone_can_be_trained_on(tmp_path):
+    """The mixture itself is perfect there, so there is nothing to divide the error by."""
+    data = make_dataset(tmp_path / "data", "--min_speakers=1", "--max_speakers=1")
+    history = train_tiny(data, tmp_path / "run", epochs=1)
+    assert history[0]["val"]["trivial_mse"]["mixture"] == 0
+    assert "best trivial -" in ssm.format_epoch(history[0], 1)
 
 
 def test_earlier_runs_may_be_tidied_up(dataset, tmp_path):
