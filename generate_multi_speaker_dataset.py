@@ -31,8 +31,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 NUM_VOICES = 12
 NUM_BANDS = 32
 BANDS_PER_VOICE = 6
@@ -40,6 +38,64 @@ VOICE_SEED = 1280  # one inventory for all datasets; --seed draws utterances and
 MODULATION = 0.6
 SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
+
+# --------------------------------------------------------------------------------------------------
+# Command line: stands before numpy and torch are imported, so that --help answers at once
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the example as written and shows every default that is a value."""
+
+    def _get_help_string(self, action):
+        shows = action.default not in (None, False, argparse.SUPPRESS)
+        return action.help + (" (default: %(default)s)" if shows else "")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; its defaults make the dataset of the README."""
+    parser = argparse.ArgumentParser(
+        description="Make mixtures of talkers with each talker alone, as encoder features.",
+        epilog="example:\n  python generate_multi_speaker_dataset.py --train_samples=100",
+        formatter_class=_HelpFormatter)
+    add = parser.add_argument
+    add("--train_samples", type=int, default=30, help="training mixtures")
+    add("--val_samples", type=int, default=10, help="validation mixtures")
+    add("--max_speakers", type=int, default=3, help="most talkers in a mixture")
+    add("--min_speakers", type=int, default=2, help="fewest talkers in a mixture")
+    add("--seed", type=int, default=42, help="draws utterances and mixtures")
+    add("--output_dir", default="multi_speaker_data", help="where train/ and val/ go")
+    simulated = parser.add_argument_group("simulated talkers").add_argument
+    simulated("--seq_len", type=int, default=100, help="frames per mixture")
+    simulated("--feature_dim", type=int, default=1280, help="feature width")
+    speech = parser.add_argument_group("recorded talkers").add_argument
+    speech("--speech_dir", help="a folder per speaker, or a JSON-lines manifest; takes recordings")
+    speech("--encoder", help="Whisper or Qwen2-Audio, a local folder or hub id")
+    speech("--layer", type=int, help="encoder block whose features to take; none: its output")
+    speech("--join", type=int, nargs=2, default=[1, 1], metavar=("MIN", "MAX"),
+           help="recordings said in a row by each talker")
+    speech("--max_gap", type=float, default=0.15, help="longest pause between them in seconds")
+    speech("--max_onset", type=float, default=0.4, help="latest start of a talker in seconds")
+    speech("--level_difference", type=float, default=3.0, help="most dB between two talkers")
+    speech("--share_speakers", action="store_true", help="use every speaker in train and val")
+    speech("--device", default="auto", help="where the encoder runs: auto, cpu, cuda or mps")
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().parse_args()
+
+import numpy as np  # noqa: E402
+
+from speaker_separator_module import (  # noqa: E402
+    AudioEncoder,
+    InputError,
+    check_layer,
+    encode_waveforms,
+    first_line,
+    load_audio_encoder,
+    pick_device,
+    read_audio,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Simulated talkers
@@ -117,8 +173,6 @@ def read_speech(path: Path) -> list[Utterance]:
     split is given, ``split``. In a folder, transcripts are read from ``NAME.txt`` beside a
     recording or from LibriSpeech's ``*.trans.txt``.
     """
-    from speaker_separator_module import InputError
-
     manifest = path / "manifest.jsonl" if path.is_dir() else path
     if manifest.is_file():
         utterances = _read_manifest(manifest)
@@ -132,8 +186,6 @@ def read_speech(path: Path) -> list[Utterance]:
 
 
 def _read_manifest(manifest: Path) -> list[Utterance]:
-    from speaker_separator_module import InputError
-
     utterances = []
     try:
         lines = manifest.read_text(encoding="utf-8").splitlines()
@@ -198,8 +250,6 @@ class PlannedTalker(NamedTuple):
 
 def plan_speech(args, split: str, utterances: list[Utterance], samples: int) -> list[list]:
     """Draw all mixtures of a split: for each, its talkers and what they say."""
-    from speaker_separator_module import InputError
-
     by_speaker: dict[str, list[Utterance]] = {}
     for utterance in utterances:
         by_speaker.setdefault(utterance.speaker, []).append(utterance)
@@ -226,8 +276,6 @@ def plan_speech(args, split: str, utterances: list[Utterance], samples: int) -> 
 
 def render_talker(talker: PlannedTalker, sampling_rate: int) -> np.ndarray:
     """Build the waveform of one planned talker, at SPEECH_RMS while speaking plus the gain."""
-    from speaker_separator_module import read_audio
-
     pieces, speech = [], []
     for utterance, gap in zip(talker.utterances, talker.gaps, strict=True):
         pieces.append(np.zeros(round(gap * sampling_rate), np.float32))
@@ -253,11 +301,11 @@ def mix_talkers(waveforms: list[np.ndarray], max_samples: int) -> tuple[np.ndarr
     return sources, sources.sum(axis=0)
 
 
-def render_speech_mixture(talkers: list[PlannedTalker], encoder, layer, folder: Path, name: str):
+def render_speech_mixture(
+    talkers: list[PlannedTalker], encoder: AudioEncoder, layer, folder: Path, name: str
+):
     """Render, encode and save the audio of one mixture; returns its talkers and its features."""
     import soundfile
-
-    from speaker_separator_module import encode_waveforms
 
     rate = encoder.sampling_rate
     waveforms = [render_talker(talker, rate) for talker in talkers]
@@ -322,8 +370,6 @@ def print_statistics(split: str, entries: list[dict]) -> None:
 
 def check_replaceable(output_dir: Path) -> None:
     """Fail if the dataset would take the place of something that is none."""
-    from speaker_separator_module import InputError
-
     for split in ("train", "val"):
         old = output_dir / split
         if old.exists() and not (old / "metadata.json").is_file():
@@ -351,8 +397,6 @@ def _renderers(args) -> tuple[dict, dict]:
 
         about = {"kind": "simulated", "encoder": None, "layer": None, "frame_rate": None}
         return {"train": render_simulated, "val": render_simulated}, about
-    from speaker_separator_module import check_layer, load_audio_encoder, pick_device
-
     splits = split_speech(read_speech(Path(args.speech_dir)), args.share_speakers, args.seed)
     samples = {"train": args.train_samples, "val": args.val_samples}
     plans = {s: plan_speech(args, s, splits[s], samples[s]) for s in splits}
@@ -371,8 +415,6 @@ def _renderers(args) -> tuple[dict, dict]:
 
 def generate_dataset(args, command_line: str) -> None:
     """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
-    from speaker_separator_module import InputError
-
     output_dir = Path(args.output_dir)
     check_replaceable(output_dir)
     staging = output_dir / ".staging"
@@ -399,51 +441,11 @@ def generate_dataset(args, command_line: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line
-
-
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the example as written and shows every default that is a value."""
-
-    def _get_help_string(self, action):
-        shows = action.default not in (None, False, argparse.SUPPRESS)
-        return action.help + (" (default: %(default)s)" if shows else "")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser; its defaults make the dataset of the README."""
-    parser = argparse.ArgumentParser(
-        description="Make mixtures of talkers with each talker alone, as encoder features.",
-        epilog="example:\n  python generate_multi_speaker_dataset.py --train_samples=100",
-        formatter_class=_HelpFormatter)
-    add = parser.add_argument
-    add("--train_samples", type=int, default=30, help="training mixtures")
-    add("--val_samples", type=int, default=10, help="validation mixtures")
-    add("--max_speakers", type=int, default=3, help="most talkers in a mixture")
-    add("--min_speakers", type=int, default=2, help="fewest talkers in a mixture")
-    add("--seed", type=int, default=42, help="draws utterances and mixtures")
-    add("--output_dir", default="multi_speaker_data", help="where train/ and val/ go")
-    simulated = parser.add_argument_group("simulated talkers").add_argument
-    simulated("--seq_len", type=int, default=100, help="frames per mixture")
-    simulated("--feature_dim", type=int, default=1280, help="feature width")
-    speech = parser.add_argument_group("recorded talkers").add_argument
-    speech("--speech_dir", help="a folder per speaker, or a JSON-lines manifest; takes recordings")
-    speech("--encoder", help="Whisper or Qwen2-Audio, a local folder or hub id")
-    speech("--layer", type=int, help="encoder block whose features to take; none: its output")
-    speech("--join", type=int, nargs=2, default=[1, 1], metavar=("MIN", "MAX"),
-           help="recordings said in a row by each talker")
-    speech("--max_gap", type=float, default=0.15, help="longest pause between them in seconds")
-    speech("--max_onset", type=float, default=0.4, help="latest start of a talker in seconds")
-    speech("--level_difference", type=float, default=3.0, help="most dB between two talkers")
-    speech("--share_speakers", action="store_true", help="use every speaker in train and val")
-    speech("--device", default="auto", help="where the encoder runs: auto, cpu, cuda or mps")
-    return parser
+# Main
 
 
 def check_arguments(args) -> None:
     """Fail with one line if the arguments cannot make a dataset."""
-    from speaker_separator_module import InputError
-
     simulated = not args.speech_dir
     rules = [
         (args.train_samples >= 1 and args.val_samples >= 1, "--train_samples and --val_samples "
@@ -470,8 +472,6 @@ def main(argv: list[str] | None = None) -> int:
     """Make a dataset; returns 0, or 2 after one line on standard error for bad input."""
     args = build_parser().parse_args(argv)
     arguments = sys.argv[1:] if argv is None else argv
-    from speaker_separator_module import InputError, first_line
-
     try:
         check_arguments(args)
         generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))
