@@ -51,9 +51,16 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help + (" (default: %(default)s)" if shows else "")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; its defaults make the dataset of the README."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Make mixtures of talkers with each talker alone, as encoder features.",
         epilog="example:\n  python generate_multi_speaker_dataset.py --train_samples=100",
         formatter_class=_HelpFormatter)

@@ -88,39 +88,31 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return action.help + (" (default: %(default)s)" if shows else "")
 
 
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return value
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**62:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return value
+def _number(kind: type, low: float, high: float = math.inf):
+    """Return an argument type: a finite number from ``low`` to ``high``."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be between {low:g} and {high:g}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls a text that is no number at all
+    return parse
 
 
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return value
-
-
-def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, not {text}")
-    return value
-
-
-def _weight(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of 0 or more, not {text}")
-    return value
+_positive_int = _number(int, 1)
+_positive_float = _number(float, 1e-12)
+_probability = _number(float, 0, 1)
+_weight = _number(float, 0)
+_seed = _number(int, 0, 2**62)
 
 
 def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -216,7 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
         "integrate": (_integrate_parser, "Print what each talker of a recording says.",
                       f"{run} integrate --model Qwen/Qwen2-Audio-7B-Instruct --audio meeting.wav"),
     }
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description="Train and use a speaker separator inside a frozen audio-language model.",
         epilog="example:\n  " + commands["train"][2], formatter_class=_HelpFormatter)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
