@@ -1811,9 +1811,9 @@ def integrate_speaker_separator(
     model : Qwen2AudioForConditionalGeneration or WhisperForConditionalGeneration
     max_speakers : int
         Streams of the separator.
-    separator_checkpoint : path or hub id, optional
-        Trained separator (``best_model.pt``, an exported folder, a hub id); without one the
-        separator has random weights and is good for tests only.
+    separator_checkpoint : path, hub id or separator, optional
+        Trained separator (``best_model.pt``, an exported folder, a hub id, a loaded one);
+        without it the separator has random weights and is good for tests only.
     layer : int, optional
         Encoder block to separate after; default: what the checkpoint was trained on.
     threshold : float, optional
@@ -1837,7 +1837,8 @@ def integrate_speaker_separator(
     if separator_checkpoint is None:
         separator = SpeakerSeparatorTransformer(width, max_speakers).eval()
     else:
-        separator = load_separator(separator_checkpoint)
+        loaded = isinstance(separator_checkpoint, SpeakerSeparatorTransformer)
+        separator = separator_checkpoint if loaded else load_separator(separator_checkpoint)
         layer = separator.feature_source.get("layer") if layer is None else layer
         _check_sizes(separator, width, max_speakers, "the model")
     check_layer(tower, layer)
@@ -2022,7 +2023,7 @@ def cmd_integrate(args) -> None:
         reason = first_line(error)
         raise InputError(f"cannot load a Qwen2-Audio model from {args.model}: {reason}") from None
     integrate_speaker_separator(
-        model.to(device), separator.max_speakers, args.checkpoint, args.layer, args.threshold
+        model.to(device), separator.max_speakers, separator, args.layer, args.threshold
     )
     answers = {}
     for audio in args.audio:
