@@ -57,7 +57,7 @@ class TrainOptions(NamedTuple):
     """How to train; the flags of ``train`` by the same names, which explain themselves there."""
 
     epochs: int = 20
-    batch_size: int = 2
+    batch_size: int = 8
     lr: float | None = None
     weight_decay: float = 0.01
     num_layers: int = 4
@@ -68,6 +68,7 @@ class TrainOptions(NamedTuple):
     reconstruction_weight: float | None = None
     activity_weight: float = 0.5
     remix: bool | None = None
+    mixtures_per_epoch: int | None = None
     save_every: int = 5
     patience: int | None = None
     resume: bool = False
@@ -136,7 +137,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=_positive_int, help="passes over the training mixtures")
     add("--batch_size", type=_positive_int, help="mixtures per step")
     add("--lr", type=_positive_float,
-        help="learning rate at the start of the cosine (default: 0.08 / feature width)")
+        help="learning rate at the start of the cosine (default: 0.128 / feature width)")
     add("--weight_decay", type=_weight, help="AdamW weight decay")
     add("--num_layers", type=_positive_int, help="decoder blocks of the talker queries")
     add("--num_heads", type=_positive_int, help="attention heads")
@@ -149,6 +150,8 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--remix", action="store_true",
         help="fresh mixtures of the training sources every epoch (default: if the data is a sum)")
     add("--no_remix", dest="remix", action="store_false", help="the same mixtures every epoch")
+    add("--mixtures_per_epoch", type=_positive_int,
+        help="with remixing: how many are drawn (default: what the data has, 120 or more)")
     add("--save_every", type=_positive_int, help="epochs between periodic checkpoints")
     add("--patience", type=_positive_int, help="stop after this many epochs without a better one")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
@@ -664,16 +667,20 @@ class RemixedDataset(Dataset):
     """
 
     SILENCE = 0.04  # share of mixtures without any talker
+    LEAST = 120  # mixtures per epoch: a few sources make many mixtures
 
-    def __init__(self, base: MultiSpeakerDataset, max_speakers: int, seed: int = 0):
+    def __init__(
+        self, base: MultiSpeakerDataset, max_speakers: int, seed: int = 0, length: int | None = None
+    ):
         self.base, self.seed, self.epoch = base, seed, 0
+        self.length = length or max(len(base), self.LEAST)
         self.by_talker: dict[str, list[Path]] = {}
         for talker, path in base.source_files():
             self.by_talker.setdefault(talker, []).append(path)
         self.max_speakers = min(max_speakers, len(self.by_talker))
 
     def __len__(self) -> int:
-        return len(self.base)
+        return self.length
 
     def __getitem__(self, index: int) -> dict:
         rng = np.random.default_rng([self.seed, self.epoch, index])
@@ -993,12 +1000,13 @@ def format_epoch(row: dict, epochs: int) -> str:
     """One line of the training log."""
     train, val = row["train"], row["val"]
     parts = " ".join(f"{part} {val[part]:.3f}" for part in LOSS_PARTS[1:])
-    trivial = min(val["trivial_mse"].values())  # 0 where every mixture is one talker or silence
-    relative = f"{val['separation'] / trivial:.2f}" if trivial else "-"
+    trivial = ", ".join(f"{name} {mse:.3f}" for name, mse in val["trivial_mse"].items())
+    best = min(val["trivial_mse"].values())  # 0 where every mixture is one talker or silence
+    relative = f"{val['separation'] / best:.2f}" if best else "-"
     return (
         f"epoch {row['epoch']:3d}/{epochs}  train {train['total']:.3f}  val {val['total']:.3f} "
-        f"({parts})  count {val['count_accuracy']:.0%}  MSE / best trivial {relative}  "
-        f"lr {row['lr']:.1e}  {row['seconds']:.0f} s"
+        f"({parts})  count {val['count_accuracy']:.0%}  MSE / best trivial {relative} "
+        f"({trivial})  lr {row['lr']:.1e}  {row['seconds']:.0f} s"
     )
 
 
@@ -1038,8 +1046,8 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
     separator.to(device)
     parameters = sum(p.numel() for p in separator.parameters())
     check_disk(folder, parameters, 2 + options.epochs // options.save_every)
-    # Wider separators want smaller steps: measured best near 3e-4 at width 320, 6e-5 at 1280.
-    lr = options.lr or 0.08 / separator.feature_dim
+    # Wider separators want smaller steps; 1e-4 at 1280 (benchmarks/ABLATIONS.md).
+    lr = options.lr or 0.128 / separator.feature_dim
     optimizer = torch.optim.AdamW(
         separator.parameters(), lr=lr, weight_decay=options.weight_decay,
         betas=(0.9, 0.98), fused=fuses_optimizer(device))
@@ -1050,14 +1058,16 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
     remix = train_set.is_sum if options.remix is None else options.remix
     if remix and not train_set.is_sum:
         raise InputError("--remix needs mixtures that are sums of their sources; these are not")
-    mixtures = RemixedDataset(train_set, separator.max_speakers, options.seed)
+    mixtures = RemixedDataset(
+        train_set, separator.max_speakers, options.seed, options.mixtures_per_epoch
+    )
     reconstruction = options.reconstruction_weight
     if reconstruction is None:
         reconstruction = 0.5 if train_set.is_sum else 0.0
     weights = {"reconstruction_weight": reconstruction, "activity_weight": options.activity_weight}
     print(
         f"device {device}, {str(dtype).removeprefix('torch.')}, {parameters:,} parameters, "
-        f"{len(train_set)} training{' (remixed every epoch)' if remix else ''} and "
+        f"{len(train_set)} training{f' (remixed to {len(mixtures)} an epoch)' if remix else ''} and "
         f"{len(val_set)} validation mixtures, {separator.max_speakers} streams"
     )
     return _Run(options, device, dtype, config, weights, separator, optimizer, scheduler,

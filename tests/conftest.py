@@ -21,7 +21,8 @@ import speaker_separator_module as ssm  # noqa: E402
 SHARED = ROOT.parent / "shared"
 WIDTH, FRAMES = 32, 20
 SIZES = {"num_layers": 1, "num_heads": 4, "ff_dim": 32}
-SIZE_FLAGS = [f"--{name}={value}" for name, value in SIZES.items()]
+SHORT = {"batch_size": 2, "mixtures_per_epoch": 4}  # epochs of two steps
+SHORT_FLAGS = [f"--{name}={value}" for name, value in {**SIZES, **SHORT}.items()]
 CPU = {"device": "cpu", "dtype": "float32"}
 CPU_FLAGS = ["--device=cpu", "--dtype=float32"]
 PNG = b"\x89PNG"
@@ -47,13 +48,13 @@ def tiny_separator(max_speakers=3, seed=0, **options):
 
 
 def train_tiny(data, folder, **options):
-    return ssm.train_speaker_separator(data, folder, **{**SIZES, **CPU, "epochs": 1, **options})
+    return ssm.train_speaker_separator(data, folder, **{**SIZES, **SHORT, **CPU, "epochs": 1, **options})
 
 
 def train_flags(data, folder, *more):
     """Command line of a one-epoch training run of the tiny separator."""
     return ["train", f"--data_dir={data}", f"--checkpoint_dir={folder}", "--epochs=1",
-            *SIZE_FLAGS, *CPU_FLAGS, *map(str, more)]  # fmt: skip
+            *SHORT_FLAGS, *CPU_FLAGS, *map(str, more)]  # fmt: skip
 
 
 def make_dataset(folder, *flags):

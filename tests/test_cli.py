@@ -14,7 +14,7 @@ from conftest import (
     PNG,
     RATE,
     ROOT,
-    SIZE_FLAGS,
+    SHORT_FLAGS,
     WIDTH,
     assert_fails,
     run,
@@ -143,7 +143,7 @@ def test_train_makes_the_default_dataset(tmp_path, monkeypatch, capsys):
         return make([*argv, *sizes])
 
     monkeypatch.setattr(generator, "main", make_tiny)
-    argv = ["train", "--epochs=1", *SIZE_FLAGS, *CPU_FLAGS]
+    argv = ["train", "--epochs=1", *SHORT_FLAGS, *CPU_FLAGS]
     assert ssm.main(argv) == 0
     assert "making the default dataset" in capsys.readouterr().out
     assert (tmp_path / "checkpoints/best_model.pt").is_file()

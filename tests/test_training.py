@@ -13,7 +13,7 @@ import torch
 from conftest import (
     CPU_FLAGS,
     PNG,
-    SIZE_FLAGS,
+    SHORT_FLAGS,
     WIDTH,
     assert_fails,
     make_dataset,
@@ -485,6 +485,6 @@ def test_checkpoint_folder_not_writable(dataset, tmp_path, capsys):
 def test_sizes_come_from_the_data(tmp_path, capsys):
     data = make_dataset(tmp_path / "data", "--feature_dim=48", "--max_speakers=2")
     argv = ["train", f"--data_dir={data}", f"--checkpoint_dir={tmp_path / 'run'}", "--epochs", "1"]
-    assert ssm.main([*argv, *SIZE_FLAGS, *CPU_FLAGS]) == 0
+    assert ssm.main([*argv, *SHORT_FLAGS, *CPU_FLAGS]) == 0
     separator = ssm.load_separator(tmp_path / "run/best_model.pt")
     assert (separator.feature_dim, separator.max_speakers) == (48, 2)
