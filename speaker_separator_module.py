@@ -1065,10 +1065,11 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
     if reconstruction is None:
         reconstruction = 0.5 if train_set.is_sum else 0.0
     weights = {"reconstruction_weight": reconstruction, "activity_weight": options.activity_weight}
+    remixed = f" (remixed to {len(mixtures)} an epoch)" if remix else ""
     print(
         f"device {device}, {str(dtype).removeprefix('torch.')}, {parameters:,} parameters, "
-        f"{len(train_set)} training{f' (remixed to {len(mixtures)} an epoch)' if remix else ''} and "
-        f"{len(val_set)} validation mixtures, {separator.max_speakers} streams"
+        f"{len(train_set)} training{remixed} and {len(val_set)} validation mixtures, "
+        f"{separator.max_speakers} streams"
     )
     return _Run(options, device, dtype, config, weights, separator, optimizer, scheduler,
                 mixtures if remix else train_set, val_set, history)

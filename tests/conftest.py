@@ -48,7 +48,8 @@ def tiny_separator(max_speakers=3, seed=0, **options):
 
 
 def train_tiny(data, folder, **options):
-    return ssm.train_speaker_separator(data, folder, **{**SIZES, **SHORT, **CPU, "epochs": 1, **options})
+    options = {**SIZES, **SHORT, **CPU, "epochs": 1, **options}
+    return ssm.train_speaker_separator(data, folder, **options)
 
 
 def train_flags(data, folder, *more):
