@@ -41,6 +41,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +86,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the example as written and shows every default that is a value."""
 
     def _get_help_string(self, action):
-        shows = action.default not in (None, False, argparse.SUPPRESS)
-        return action.help + (" (default: %(default)s)" if shows else "")
+        default = action.default
+        if default in (None, False, argparse.SUPPRESS):
+            return action.help
+        words = default if isinstance(default, tuple) else (default,)
+        return f"{action.help} (default: {' '.join(map(str, words))})"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -397,24 +401,11 @@ def plan_mixture(
     rng: np.random.Generator, options: MixingOptions, by_speaker: dict[str, list[Utterance]],
     noises: list[str], count: int | None = None,
 ) -> PlannedMixture:
-    """Draw one mixture.
+    """Draw one mixture of ``count`` different speakers, or of a count that is drawn too.
 
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Everything is drawn from it.
-    by_speaker : dict
-        The utterances of every speaker; talkers of a mixture are different speakers.
-    noises : list of paths
-        Noise is added if there are any.
-    count : int, optional
-        Talkers; drawn from ``min_speakers`` to ``max_speakers`` if not given. 0 plans a mixture as
-        long as one talker would be, with noise alone or digital silence.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If a recording is missing, unreadable or empty, or there are fewer speakers than talkers.
+    With ``count=0`` it has noise alone or digital silence, as long as one talker would be. Raises
+    FileNotFoundError or ValueError if a recording is missing, unreadable or empty, or there are
+    fewer speakers than talkers.
     """
     if count is None:
         count = int(rng.integers(options.min_speakers, options.max_speakers + 1))
@@ -482,31 +473,32 @@ def _plan_overlap(rng, options, talkers: list[PlannedTalker], target: float) -> 
     """Set onsets for a target ratio; the first talker keeps the earliest onset drawn.
 
     Lengths too different, or a window too short, put some ratios out of reach. Then the longest
-    talker says less, though never fewer utterances than ``join`` asks for, while that helps.
+    talkers say less, though never fewer utterances than ``join`` asks for, where that helps.
     """
     lead, window = min(t.onset for t in talkers), _window(options)
-    onsets, miss = _place(rng, [t.seconds for t in talkers], target, window)
-    while miss > OVERLAP_TOLERANCE:
-        longest = max(talkers, key=lambda talker: talker.seconds)
-        if len(longest.utterances) <= options.join[0]:
+    onsets, miss = _place(rng, talkers, target, window)
+    best, shorter = (miss, talkers, onsets), talkers
+    while best[0] > OVERLAP_TOLERANCE:
+        can_shorten = [t for t in shorter if len(t.utterances) > options.join[0]]
+        if not can_shorten:
             break
-        shorter = [_without_last(t) if t is longest else t for t in talkers]
-        new_onsets, new_miss = _place(rng, [t.seconds for t in shorter], target, window)
-        if new_miss >= miss:
-            break
-        talkers, onsets, miss = shorter, new_onsets, new_miss
+        longest = max(can_shorten, key=lambda talker: talker.seconds)
+        shorter = [_without_last(t) if t is longest else t for t in shorter]
+        onsets, miss = _place(rng, shorter, target, window)
+        best = min(best, (miss, shorter, onsets), key=lambda found: found[0])
+    _, talkers, onsets = best
     end = max(onset + t.seconds for onset, t in zip(onsets, talkers, strict=True))
     lead = max(0.0, min(lead, window - end))
     return [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
 
 
-def _place(rng, seconds: list[float], target: float, window: float) -> tuple[list[float], float]:
+def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float], float]:
     """Onsets in seconds whose overlap ratio is nearest to the target, and how far off it is.
 
     Between taking turns (ratio 0) and the others in a row beside the longest, who never stops (no
     placement overlaps more), onsets move in a straight line and the ratio changes steadily.
     """
-    seconds, count = np.array(seconds), len(seconds)
+    seconds, count = np.array([t.seconds for t in talkers]), len(talkers)
     order, longest = rng.permutation(count), int(np.argmax(seconds))
     turns, beside = np.zeros(count), np.zeros(count)
     turns[order[1:]] = np.cumsum(seconds[order])[:-1]
@@ -593,12 +585,12 @@ def room_responses(plan: PlannedMixture, sampling_rate: int) -> list[tuple[np.nd
     for talker in plan.talkers:
         room.add_source(talker.position)
     room.compute_rir()
-    responses, filter_delay = [], pyroomacoustics.constants.get("frac_delay_length") // 2
+    responses, lead = [], pyroomacoustics.constants.get("frac_delay_length") // 2
     for talker, response in zip(plan.talkers, room.rir[0], strict=True):
         metres = np.linalg.norm(np.subtract(talker.position, plan.room.microphone))
-        direct = filter_delay + round(metres / room.c * sampling_rate)
-        end = direct + round(plan.room.rt60 * sampling_rate)
-        responses.append((response[:end].astype(np.float32), direct))
+        start = round(metres / room.c * sampling_rate)  # earlier, its high-pass filter rings
+        end = start + lead + round(plan.room.rt60 * sampling_rate)
+        responses.append((response[start:end].astype(np.float32), lead))
     return responses
 
 
@@ -650,11 +642,7 @@ def render_mixture(
 
     Talkers are padded to the longest. ``max_samples`` cuts the tail of reverberation, and an
     utterance that is longer by itself, no other word. Short recordings stay in memory, decoded.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If a recording is missing or unreadable, or has a NaN in it.
+    Raises FileNotFoundError or ValueError if one is missing or unreadable or has a NaN in it.
     """
     responses = room_responses(plan, sampling_rate) if plan.room and plan.talkers else []
     responses = responses or [None] * len(plan.talkers)
@@ -708,9 +696,7 @@ def encode_mixtures(
     for plan in plans:
         sources, mixture = next(rendered)
         waveforms = [mixture, *sources]
-        mixed, *features = (
-            f.cpu().numpy() for f in encode_waveforms(encoder, waveforms, layer)
-        )
+        mixed, *features = (f.cpu().numpy() for f in encode_waveforms(encoder, waveforms, layer))
         speakers = [
             {"speaker_id": t.utterances[0].speaker, "text": t.text, "features": f}
             for t, f in zip(plan.talkers, features, strict=True)
@@ -739,12 +725,10 @@ def write_mixture(
         entries.append(entry)
     turns = [{"speaker_id": entry["speaker_id"], "text": entry["text"]} for entry in entries]
     if waveforms:
-        wavs = [f"mixed/{name}.wav", *(f"separated/{name}_speaker_{i}.wav" for i in
-                                       range(len(entries)))]
-        _write_wavs(folder, wavs, waveforms, sampling_rate)
-        more["mixed_wav"] = wavs[0]
-        for entry, wav in zip(entries, wavs[1:], strict=True):
-            entry["wav_file"] = wav
+        more["mixed_wav"] = f"mixed/{name}.wav"
+        wavs = [f"separated/{name}_speaker_{i}.wav" for i in range(len(entries))]
+        _write_wavs(folder, [more["mixed_wav"], *wavs], waveforms, sampling_rate)
+        entries = [{**entry, "wav_file": wav} for entry, wav in zip(entries, wavs, strict=True)]
     return {
         "id": name, "mixed_audio": f"mixed/{name}.npy", "num_speakers": len(entries),
         "speakers": entries, "conversation": turns, "seq_len": int(mixed.shape[0]),
@@ -776,24 +760,11 @@ def _write_json(path: Path, content) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def write_utterances(path: Path, utterances: list[Utterance]) -> None:
-    """List the utterances of a split, so that training can mix them afresh."""
-    rows = [{"audio": str(Path(u.audio).absolute()), "speaker": u.speaker, "text": u.text}
-            for u in utterances]
-    _write_json(path, rows)
-
-
 def load_mixing(data_dir, split: str) -> tuple[MixingOptions, dict[str, list[Utterance]], list]:
-    """Return what ``plan_mixture`` needs to draw further mixtures like those of a split.
+    """Return the options, utterances and noises with which ``plan_mixture`` draws more of a split.
 
-    Returns
-    -------
-    options, utterances by speaker, recordings of noise
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the dataset was not made from recordings, or one of them is gone.
+    Raises FileNotFoundError or ValueError if the dataset was not made from recordings, its files
+    are damaged, or a recording is gone.
     """
     listing = Path(data_dir) / split / "utterances.json"
     if not listing.is_file():
@@ -820,8 +791,10 @@ def print_statistics(split: str, entries: list[dict]) -> None:
         return
     talkers = len({s["speaker_id"] for entry in entries for s in entry["speakers"]})
     spread = ", ".join(f"{n} talkers: {c}" for n, c in sorted(Counter(counts).items()))
+    overlaps = [e["overlap"] for e in entries if "overlap_target" in e]
+    overlap = f", overlap {min(overlaps):.2f} to {max(overlaps):.2f}" if overlaps else ""
     print(f"{split}: {len(counts)} mixtures of {talkers} different talkers, "
-          f"{np.mean(counts):.2f} talkers on average ({spread})")
+          f"{np.mean(counts):.2f} talkers on average ({spread}){overlap}")
 
 
 def check_replaceable(output_dir: Path) -> None:
@@ -892,9 +865,10 @@ def divide_speech(args) -> dict[str, list[Utterance]]:
     for split, utterances in splits.items():
         speakers = len({u.speaker for u in utterances})
         if speakers < args.max_speakers:
+            hint = ", or use --split_by utterance" if args.split_by == "speaker" else ""
             raise InputError(
                 f"the {split} split has {speakers} speakers and mixtures of {args.max_speakers} "
-                "were asked for: lower --max_speakers, or use --split_by utterance"
+                f"were asked for: lower --max_speakers{hint}"
             )
     return splits
 
@@ -912,7 +886,9 @@ def generate_dataset(args, command_line: str) -> None:
         staging.mkdir(parents=True)
         entries = {s: write_split(staging / s, s, n, mixtures) for s, n in _samples(args).items()}
         for split, utterances in splits.items():
-            write_utterances(staging / split / "utterances.json", utterances)
+            rows = [{"audio": str(Path(u.audio).absolute()), "speaker": u.speaker, "text": u.text}
+                    for u in utterances]
+            _write_json(staging / split / "utterances.json", rows)
         _write_json(staging / "dataset.json", about)
         replace_splits(output_dir, staging)
     except FileNotFoundError:
@@ -935,7 +911,8 @@ def generate_dataset(args, command_line: str) -> None:
 
 def check_arguments(args) -> None:
     """Fail with one line if the arguments cannot make a dataset."""
-    for holds, complaint in [*_rules(args), *_simulated_rules(args), *_speech_rules(args)]:
+    rules = _rules(args) + _speech_rules(args) + ([] if args.speech_dir else _simulated_rules(args))
+    for holds, complaint in rules:
         if not holds:
             raise InputError(complaint)
 
@@ -952,8 +929,6 @@ def _rules(args) -> list[tuple[bool, str]]:
 
 
 def _simulated_rules(args) -> list[tuple[bool, str]]:
-    if args.speech_dir:
-        return []
     return [
         (args.max_speakers <= NUM_VOICES, f"--max_speakers can be {NUM_VOICES} at most: there are "
          "no more simulated voices"),
@@ -966,21 +941,17 @@ def _simulated_rules(args) -> list[tuple[bool, str]]:
 
 
 def _speech_rules(args) -> list[tuple[bool, str]]:
-    overlap, speed, snr = args.overlap or (0, 1), args.speed, args.snr_db
+    limits = {"join": (1, 1000), "overlap": (0, 1), "speed": (0.5, 2), "snr_db": (-100, 100)}
+    ranges = [(f"--{name} needs two numbers from {low} to {high}, the smaller first",
+               [low, *(getattr(args, name) or ()), high]) for name, (low, high) in limits.items()]
     return [
-        (not args.speech_dir or args.encoder, "--speech_dir needs --encoder (Whisper or "
+        (bool(args.encoder or not args.speech_dir), "--speech_dir needs --encoder (Whisper or "
          "Qwen2-Audio)"),
-        (1 <= args.join[0] <= args.join[1], "--join needs two numbers, the smaller first"),
         (all(0 <= x < 1000 for x in (args.max_gap, args.max_onset, args.level_difference)),
          "--max_gap, --max_onset and --level_difference must be numbers of 0 or more"),
-        (0 <= overlap[0] <= overlap[1] <= 1, "--overlap needs two numbers from 0 to 1, the smaller "
-         "first"),
-        (0.5 <= speed[0] <= speed[1] <= 2, "--speed needs two numbers from 0.5 to 2, the smaller "
-         "first"),
-        (-100 <= snr[0] <= snr[1] <= 100, "--snr_db needs two numbers from -100 to 100, the "
-         "smaller first"),
-        (not args.reverb or find_spec("pyroomacoustics"), "--reverb needs pyroomacoustics: pip "
-         "install -r requirements.txt"),
+        *((all(a <= b for a, b in pairwise(values)), words) for words, values in ranges),
+        (not args.reverb or find_spec("pyroomacoustics") is not None,
+         "--reverb needs pyroomacoustics: pip install -r requirements.txt"),
     ]
 
 
