@@ -20,7 +20,7 @@ Speech (``--speech_dir``). Random utterances of different speakers are mixed as 
 encoded by a frozen Whisper or Qwen2-Audio tower; targets are the encoded single talkers, aligned.
 The plan of all mixtures is drawn first from the seed; rendering it draws nothing more, so that any
 number of ``--workers`` writes the same bytes. No word is cut: the longest talker ends the mixture,
-and who would outlast the encoder's window says fewer utterances.
+and who would outlast the encoder's window says fewer utterances, or shorter ones.
 
 Overlap ratio: the share of the time from the first talker's start to the last talker's end in which
 two or more talkers are speaking, each from the start of its first utterance to the end of its last,
@@ -58,7 +58,7 @@ OVERLAP_TOLERANCE = 0.01
 ROOM_METRES = ((4.0, 3.5, 2.5), (7.0, 6.0, 3.2))  # smallest and largest; all can have these RT60
 ROOM_RT60 = (0.15, 0.4)  # seconds
 WALL_DISTANCE, TABLE_HEIGHT, MOUTH_HEIGHT = 0.5, 0.8, (1.2, 1.8)  # metres; no mouth at the mic
-MAX_REFLECTIONS = 30  # per path; all would take up to 0.5 s a room and matter below -30 dB only
+MAX_REFLECTIONS = 30  # per path: the first 20 dB decay as planned; all would take 0.5 s a room
 
 
 class MixingOptions(NamedTuple):
@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     speech("--layer", type=int, help="encoder block whose features to take; none: its output")
     speech("--split_by", choices=("speaker", "utterance"), default="speaker",
            help="what train and val do not share, unless the manifest gives the split")
-    speech("--workers", type=int, default=0, help="processes that render; 0: this one")
+    speech("--workers", type=int, default=0, help="processes that render; 0, the default: this one")
     speech("--device", default="auto", help="where the encoder runs: auto, cpu, cuda or mps")
     draw = parser.add_argument_group("mixing recorded talkers").add_argument
     range_of = {"nargs": 2, "metavar": ("MIN", "MAX")}
@@ -434,6 +434,8 @@ def _window(options: MixingOptions) -> float:
 
 
 def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedTalker:
+    longest = _window(options) * options.speed[0]
+    pool = [u for u in pool if recording_seconds(u.audio) <= longest] or pool
     words = int(rng.integers(options.join[0], options.join[1] + 1))
     picks = [pool[int(i)] for i in rng.integers(len(pool), size=words)]
     onset, *gaps = rng.uniform(0, [options.max_onset, *[options.max_gap] * (words - 1)]).tolist()
@@ -629,6 +631,8 @@ def render_noise(noise: PlannedNoise, sampling_rate: int, talkers: np.ndarray) -
         needed = -(-len(talkers) * rate // sampling_rate) + 1
         recording.seek(int(noise.start * rate))
         part = recording.read(needed, dtype="float32", always_2d=True).mean(axis=1)
+    if not np.isfinite(part).all():
+        raise InputError(f"{noise.audio} holds NaN or infinite samples")
     samples = read_audio(np.resize(part, needed), sampling_rate, rate)[: len(talkers)]
     level = float(np.sqrt(np.mean(talkers**2))) or SPEECH_RMS
     rms = float(np.sqrt(np.mean(samples**2)))
@@ -841,8 +845,8 @@ def speech_dataset(args, splits: dict[str, list[Utterance]]) -> tuple[Iterator[d
         plans += plan_speech(options, args.seed, split, splits[split], samples, noises)
     too_long = {t.utterances for p in plans for t in p.talkers if t.seconds > options.max_seconds}
     if too_long:
-        print(f"cut {len(too_long)} recordings to the encoder's {window / rate:.0f} s; "
-              "their transcripts are whole")
+        print(f"longer than the encoder's window and cut to {window / rate:.0f} s, their texts "
+              f"left whole: {len(too_long)} recordings")
     rendered = render_mixtures(plans, rate, window, args.workers)
     about = {"kind": "speech", "encoder": encoder.name, "layer": args.layer,
              "frame_rate": encoder.frame_rate(args.layer), "mixing": options._asdict()}

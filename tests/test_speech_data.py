@@ -192,6 +192,11 @@ def test_turns_do_not_exceed_the_window(by_speaker):
         assert plan.overlap > 0
 
 
+def test_speaker_with_recordings_that_fit_says_those(by_speaker):
+    plan = plans(by_speaker, 30, max_seconds=0.16)
+    assert {t.utterances[0].audio.stem for p in plan for t in p.talkers} == set("0369")
+
+
 def test_recording_longer_than_the_window_is_cut_and_said_once(
     tmp_path, qwen_folder, capsys
 ):
@@ -470,20 +475,22 @@ def test_simulated_talkers_are_not_mixed_like_recordings(flag, tmp_path, capsys)
 
 
 def test_bad_noise(speech_dir, qwen_folder, tmp_path, capsys):
-    noise = tmp_path / "noise"
-    noise.mkdir()
-    (noise / "bad.wav").write_bytes(b"no audio at all")
-    argv = flags_for(speech_dir, qwen_folder, tmp_path / "data", f"--noise_dir={noise}")
-    assert_fails(capsys, argv, "bad.wav", "cannot read audio", main=generator.main)
+    bad = tmp_path / "noise/bad.wav"
+    bad.parent.mkdir()
+    bad.write_bytes(b"no audio at all")
+    argv = flags_for(speech_dir, qwen_folder, tmp_path / "data", f"--noise_dir={bad.parent}")
+    assert_fails(capsys, argv, bad, "cannot read audio", main=generator.main)
+    soundfile.write(bad, np.full(2000, np.nan), RATE, subtype="FLOAT")
+    assert_fails(capsys, argv, bad, "NaN", main=generator.main)
 
 
-def test_bad_recording_met_by_a_worker(qwen_folder, tmp_path, capsys):
+def test_bad_recording(qwen_folder, tmp_path, capsys):
     for speaker in range(2):
         for take in range(2):
             samples = np.full(2000, np.nan, np.float32)
             path = tmp_path / f"speech/s{speaker}/{take}.wav"
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, samples, RATE, subtype="FLOAT")
-    argv = flags_for(tmp_path / "speech", qwen_folder, tmp_path / "data", "--workers=1")
+    argv = flags_for(tmp_path / "speech", qwen_folder, tmp_path / "data")
     assert_fails(capsys, argv, "NaN", main=generator.main)
     assert not (tmp_path / "data/train").exists()
