@@ -455,7 +455,7 @@ def test_manifest_gives_the_split(manifest, qwen_folder, tmp_path):
 
 
 def test_speakers_may_be_shared(speech_dir, qwen_folder, tmp_path):
-    flags = ["--share_speakers", "--max_speakers=9", "--min_speakers=9"]
+    flags = ["--split_by=utterance", "--max_speakers=9", "--min_speakers=9"]
     folder = make_speech(speech_dir, qwen_folder, tmp_path / "data", *flags)
     assert speakers(folder, "train") & speakers(folder, "val")
 
@@ -507,7 +507,7 @@ def test_bad_speech(make, words, qwen_folder, tmp_path, capsys):
     [
         (["--layer=3"], "layer must be 0 to 2"),
         (["--layer=-1"], "layer must be 0 to 2"),
-        (["--max_speakers=3"], "--share_speakers"),
+        (["--max_speakers=3"], "--split_by"),
         (["--device=tpu"], "tpu"),
         (["--encoder=/no/such/model"], "/no/such/model"),
     ],

@@ -1,0 +1,496 @@
+"""Mixing recordings: what is planned, what is rendered, what is said to bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import RATE, assert_fails, edit_json, sine
+from conftest import write_wav as wav
+
+import generate_multi_speaker_dataset as generator
+from generate_multi_speaker_dataset import MixingOptions, PlannedTalker, Utterance
+
+SECONDS = (0.11, 0.17, 0.26)  # of each speaker's recordings
+
+
+@pytest.fixture(scope="module")
+def speech_dir(tmp_path_factory):
+    """Five speakers with ten recordings each; a text names its speaker and take."""
+    folder = tmp_path_factory.mktemp("speech")
+    for speaker in range(5):
+        for take in range(10):
+            samples = sine(SECONDS[take % 3] + 0.01 * speaker, 150 + 40 * speaker + 3 * take)
+            path = wav(folder / f"s{speaker}" / f"{take}.wav", samples + np.float32(1e-4))
+            path.with_suffix(".txt").write_text(f"s{speaker}-{take}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_speaker(speech_dir):
+    return generator.group_by_speaker(generator.read_speech(speech_dir))
+
+
+@pytest.fixture(scope="module")
+def noise_dir(tmp_path_factory):
+    """One recording of noise longer than a mixture and one that has to be looped, at 22 kHz."""
+    folder, rng = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    for name, seconds in (("long", 5), ("sub/short", 0.1)):
+        wav(folder / f"{name}.wav", 0.1 * rng.standard_normal(round(22050 * seconds)), 22050)
+    return folder
+
+
+def plans(by_speaker, count, noises=(), talkers=None, **options):
+    rng, options = np.random.default_rng(1), MixingOptions(**options)
+    return [generator.plan_mixture(rng, options, by_speaker, noises, talkers)
+            for _ in range(count)]  # fmt: skip
+
+
+def one_talker(audio, **more):
+    utterance = Utterance(audio, "someone", "word")
+    seconds = generator.recording_seconds(audio)
+    return PlannedTalker((utterance,), (1.0,), (0.0,), seconds, 0.0, 0.0)._replace(**more)
+
+
+def flags_for(speech, encoder, output, *more):
+    return [f"--speech_dir={speech}", f"--encoder={encoder}", f"--output_dir={output}",
+            "--train_samples=3", "--val_samples=2", "--max_speakers=2", "--device=cpu",
+            "--split_by=utterance", *map(str, more)]  # fmt: skip
+
+
+def contents(folder):
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != "dataset.json")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def metadata(folder, split):
+    return json.loads((folder / split / "metadata.json").read_text())
+
+
+def decibels(of, to):
+    return 10 * np.log10(np.mean(of**2) / np.mean(to**2))
+
+
+# --------------------------------------------------------------------------------------------------
+# Splits
+
+
+def test_split_by_speaker_shares_no_speaker(by_speaker):
+    everything = [u for group in by_speaker.values() for u in group]
+    split = generator.split_speech(everything, "speaker", seed=3)
+    speakers = {name: {u.speaker for u in group} for name, group in split.items()}
+    assert not speakers["train"] & speakers["val"]
+    assert (len(speakers["train"]), len(speakers["val"])) == (4, 1)
+
+
+def test_split_by_utterance_shares_speakers_but_no_utterance(by_speaker):
+    everything = [u for group in by_speaker.values() for u in group]
+    split = generator.split_speech(everything, "utterance", seed=3)
+    assert not set(split["train"]) & set(split["val"])
+    assert sorted(split["train"] + split["val"]) == sorted(everything)
+    for speaker in by_speaker:
+        assert sum(u.speaker == speaker for u in split["val"]) == 2  # a fifth of ten
+    assert split != generator.split_speech(everything, "utterance", seed=4)
+
+
+def test_only_utterance_of_a_speaker_is_for_training(by_speaker):
+    lonely = [group[0] for group in by_speaker.values()]
+    assert generator.split_speech(lonely, "utterance", 0) == {"train": lonely, "val": []}
+
+
+# --------------------------------------------------------------------------------------------------
+# Plans
+
+
+def test_plan_is_a_function_of_the_seed(by_speaker):
+    options = {"overlap": (0, 1), "speed": (0.9, 1.1), "reverb": True, "join": (1, 3)}
+    assert plans(by_speaker, 5, **options) == plans(by_speaker, 5, **options)
+    assert len(set(plans(by_speaker, 5, **options))) == 5
+
+
+def test_plan_decodes_nothing(by_speaker, monkeypatch):
+    monkeypatch.setattr(generator, "read_audio", None)
+    plans(by_speaker, 5, overlap=(0, 1), reverb=True)
+
+
+def test_one_to_max_speakers_talkers(by_speaker):
+    counts = {len(p.talkers) for p in plans(by_speaker, 60, min_speakers=1, max_speakers=4)}
+    assert counts == {1, 2, 3, 4}
+    for plan in plans(by_speaker, 20, min_speakers=2, max_speakers=5):
+        assert len({t.utterances[0].speaker for t in plan.talkers}) == len(plan.talkers)
+
+
+@pytest.mark.parametrize(
+    ("spans", "ratio"),
+    [
+        ([(0, 1)], 0),
+        ([(0, 1), (0, 1)], 1),
+        ([(0, 1), (1, 2)], 0),
+        ([(0, 1), (2, 3)], 0),
+        ([(0.5, 2.5), (1.5, 2.5)], 0.5),
+        ([(0, 3), (2, 4), (3.5, 5)], 0.3),
+        ([(0, 4), (0, 2), (2, 4)], 1),
+        ([(0, 4), (1, 2), (1, 2)], 0.25),
+    ],
+)
+def test_overlap_ratio(spans, ratio):
+    assert generator.overlap_ratio(*np.array(spans, float).T) == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize("talkers", [2, 3, 4])
+def test_overlap_ratio_is_as_asked(target, talkers, by_speaker):
+    """Three or four recordings each: lengths are so near each other that the ratio is in reach."""
+    options = {"overlap": (target, target), "join": (3, 4), "min_speakers": talkers}
+    for plan in plans(by_speaker, 15, max_speakers=talkers, **options):
+        assert plan.overlap == pytest.approx(target, abs=0.011)
+        assert min(t.onset for t in plan.talkers) <= 0.4
+        sources, _ = generator.render_mixture(plan, RATE)
+        first, last = zip(*(np.flatnonzero(source)[[0, -1]] for source in sources), strict=True)
+        talking = np.zeros(sources.shape[1], int)
+        for start, end in zip(first, last, strict=True):  # pauses inside count as speech
+            talking[start : end + 1] += 1
+        span = talking[min(first) : max(last) + 1]
+        assert np.mean(span > 1) == pytest.approx(plan.overlap, abs=0.005)
+
+
+def test_overlap_out_of_reach_is_as_near_as_lengths_allow(tmp_path):
+    """A second beside 0.2 s cannot overlap by more than 0.2; beside one another word, by 0.4."""
+    group = {name: [Utterance(wav(tmp_path / f"{name}.wav", sine(s, 200)), name, name)]
+             for name, s in (("long", 1.0), ("short", 0.2))}  # fmt: skip
+    for plan in plans(group, 5, max_speakers=2, overlap=(1, 1)):
+        assert plan.overlap == pytest.approx(0.2)
+        assert plan.overlap_target == 1
+    several = plans(group, 20, max_speakers=2, overlap=(1, 1), join=(1, 2), max_gap=0)
+    assert max(plan.overlap for plan in several) == pytest.approx(0.4)
+    assert all(len(t.utterances) == 1 for p in several for t in p.talkers
+               if t.utterances[0].speaker == "long")  # fmt: skip
+
+
+def test_utterances_that_do_not_fit_are_not_planned(by_speaker):
+    window = 0.7
+    for overlap in (None, (0, 0.5)):
+        for plan in plans(by_speaker, 20, join=(1, 6), max_seconds=window, overlap=overlap):
+            sources, _ = generator.render_mixture(plan, RATE)
+            assert sources.shape[1] <= window * RATE
+            for talker, source in zip(plan.talkers, sources, strict=True):
+                spoken = sum(round(soundfile.info(u.audio).duration * RATE)
+                             for u in talker.utterances)  # fmt: skip
+                assert np.count_nonzero(source) > 0.99 * spoken
+                assert talker.text.split() == [u.text for u in talker.utterances]
+
+
+def test_turns_do_not_exceed_the_window(by_speaker):
+    """Three talkers of 0.3 s and more cannot take turns in 0.5 s: they overlap instead."""
+    options = {"overlap": (0, 0), "join": (2, 2), "max_seconds": 0.7, "min_speakers": 3}
+    for plan in plans(by_speaker, 10, **options):
+        assert plan.seconds <= 0.7
+        assert plan.overlap > 0
+
+
+def test_speaker_with_recordings_that_fit_says_those(by_speaker):
+    plan = plans(by_speaker, 30, max_seconds=0.16)
+    assert {t.utterances[0].audio.stem for p in plan for t in p.talkers} == set("0369")
+
+
+def test_recording_longer_than_the_window_is_cut_and_said_once(
+    tmp_path, qwen_folder, capsys
+):
+    for speaker in range(2):
+        for take in range(2):
+            path = wav(tmp_path / f"speech/s{speaker}/{take}.wav", sine(1.5, 200))
+            path.with_suffix(".txt").write_text("a long story")
+    argv = flags_for(tmp_path / "speech", qwen_folder, tmp_path / "data")
+    assert generator.main(argv) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert sum("cut" in line and "1 s" in line for line in printed) == 1
+    entry = metadata(tmp_path / "data", "train")[0]
+    mixed, _ = soundfile.read(tmp_path / "data/train" / entry["mixed_wav"])
+    assert len(mixed) == RATE
+    assert entry["overlap"] > 0.5
+
+
+def test_silence(by_speaker, noise_dir):
+    (quiet,) = plans(by_speaker, 1, talkers=0)
+    sources, mixture = generator.render_mixture(quiet, RATE)
+    assert (len(sources), quiet.overlap, quiet.talkers) == (0, 0, ())
+    assert len(mixture) == round(quiet.seconds * RATE) > 0
+    assert not mixture.any()
+    options = {"snr_db": (20, 20), "reverb": True}
+    (noisy,) = plans(by_speaker, 1, generator.list_noises(noise_dir), talkers=0, **options)
+    _, mixture = generator.render_mixture(noisy, RATE)
+    assert np.sqrt(np.mean(mixture**2)) == pytest.approx(generator.SPEECH_RMS / 10, rel=0.01)
+
+
+def test_more_talkers_than_speakers(by_speaker):
+    with pytest.raises(generator.InputError, match="6 talkers .* 5 speakers"):
+        plans(by_speaker, 1, talkers=6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Rendering
+
+
+def test_no_sample_is_lost(by_speaker):
+    """The mixture is as long as its longest talker and is the sum of all of them."""
+    for plan in plans(by_speaker, 10, join=(1, 3), max_onset=0.1):
+        sources, mixture = generator.render_mixture(plan, RATE)
+        assert mixture.dtype == sources.dtype == np.float32
+        np.testing.assert_allclose(sources.sum(0), mixture, atol=1e-6)
+        ends = [round((t.onset + t.seconds) * RATE) for t in plan.talkers]
+        assert abs(len(mixture) - max(ends)) <= 1
+        for talker, source in zip(plan.talkers, sources, strict=True):
+            spoken = sum(soundfile.info(u.audio).frames for u in talker.utterances)
+            assert abs(np.count_nonzero(source) - spoken) <= 0.01 * spoken  # zero crossings
+
+
+def test_utterances_are_said_in_order_with_pauses(by_speaker):
+    for plan in plans(by_speaker, 10, join=(3, 3), max_gap=0.1):
+        for talker in plan.talkers:
+            lengths = [generator.recording_seconds(u.audio) for u in talker.utterances]
+            ends = [s + n for s, n in zip(talker.starts, lengths, strict=True)]
+            pauses = [b - a for a, b in zip(ends, talker.starts[1:], strict=False)]
+            assert all(0 <= pause <= 0.1 for pause in pauses)
+            assert talker.seconds == pytest.approx(ends[-1])
+            waveform = generator.render_talker(talker, RATE)
+            for u, start, n in zip(talker.utterances, talker.starts, lengths, strict=True):
+                begin = round((talker.onset + start) * RATE)
+                part = waveform[begin : begin + round(n * RATE)]
+                original = soundfile.read(u.audio)[0]
+                assert np.corrcoef(part, original)[0, 1] > 0.999
+
+
+def test_level_difference(by_speaker):
+    differences = []
+    for plan in plans(by_speaker, 40, level_difference=12.0, max_speakers=2, max_onset=0):
+        one, other = generator.render_mixture(plan, RATE)[0]
+        levels = [decibels(s[s != 0], np.array([0.05])) for s in (one, other)]
+        assert levels == pytest.approx([t.gain_db for t in plan.talkers], abs=0.05)
+        differences.append(abs(levels[0] - levels[1]))
+    assert max(differences) <= 12.05
+    assert max(differences) > 6
+
+
+def test_peaks_fit_into_a_wav(tmp_path):
+    """A click is far above its own RMS; talkers and mixture are turned down together."""
+    click = np.full(4000, 1e-3, np.float32)
+    click[100] = 1
+    audio = wav(tmp_path / "click.wav", click)
+    talkers = (one_talker(audio, gain_db=10.0), one_talker(audio, gain_db=4.0))
+    plan = generator.PlannedMixture(talkers, 0.25, 1.0)
+    sources, mixture = generator.render_mixture(plan, RATE)
+    assert np.abs(mixture).max() == pytest.approx(1)
+    assert decibels(sources[0], sources[1]) == pytest.approx(6, abs=0.01)
+
+
+@pytest.mark.parametrize("snr_db", [-5.0, 0.0, 15.0])
+def test_noise_is_in_the_mixture_alone_at_the_ratio_asked_for(snr_db, by_speaker, noise_dir):
+    noises, used = generator.list_noises(noise_dir), set()
+    for plan in plans(by_speaker, 8, noises, snr_db=(snr_db, snr_db)):
+        sources, mixture = generator.render_mixture(plan, RATE)
+        noise = mixture - sources.sum(0)
+        assert decibels(sources.sum(0), noise) == pytest.approx(snr_db, abs=0.05)
+        quiet, _ = generator.render_mixture(plan._replace(noise=None), RATE)
+        scale = np.abs(quiet).max() / np.abs(sources).max()  # noise may lift the peak
+        np.testing.assert_allclose(scale * sources, quiet, atol=1e-5)
+        assert noise[-100:].any()  # looped to the end
+        used.add(plan.noise.audio)
+    assert len(used) == 2
+
+
+def test_speed_changes_durations_alone(by_speaker):
+    for speed in (0.8, 1.25):
+        for plan in plans(by_speaker, 5, speed=(speed, speed), join=(2, 2), max_gap=0.1):
+            for talker in plan.talkers:
+                spoken = sum(generator.recording_seconds(u.audio) for u in talker.utterances)
+                end = talker.onset + talker.seconds
+                waveform = generator.render_talker(talker, RATE)
+                assert np.count_nonzero(waveform) / RATE == pytest.approx(spoken / speed, rel=0.01)
+                assert len(waveform) / RATE == pytest.approx(end, abs=1e-3)
+    drawn = plans(by_speaker, 5, speed=(0.9, 1.1))
+    speeds = {speed for plan in drawn for talker in plan.talkers for speed in talker.speeds}
+    assert len(speeds) > 5
+    assert all(0.9 <= s <= 1.1 for s in speeds)
+
+
+def test_reverb_lengthens_and_keeps_onset_level_and_sum(by_speaker):
+    for plan in plans(by_speaker, 4, reverb=True):
+        wet, mixture = generator.render_mixture(plan, RATE)
+        dry, _ = generator.render_mixture(plan._replace(room=None), RATE)
+        again, _ = generator.render_mixture(plan, RATE)
+        assert np.array_equal(wet, again)
+        np.testing.assert_allclose(wet.sum(0), mixture, atol=1e-6)
+        assert 0.1 * RATE < wet.shape[1] - dry.shape[1] <= 0.4 * RATE
+        for talker, w, d in zip(plan.talkers, wet, dry, strict=True):
+            speaking = d != 0
+            level = decibels(w[: len(d)][speaking], np.array([0.05]))
+            assert level == pytest.approx(talker.gain_db, abs=0.1)
+            onset = round(talker.onset * RATE)
+            assert np.abs(w[: max(onset - 50, 0)]).max(initial=0) < 1e-5  # half a filter
+            assert w[onset : onset + RATE // 50].any()
+
+
+def test_direct_sound_stays_at_the_onset(by_speaker):
+    plan = plans(by_speaker, 1, reverb=True)[0]
+    for response, direct in generator.room_responses(plan, RATE):
+        assert abs(int(np.argmax(np.abs(response[: direct + 20]))) - direct) <= 1
+        assert len(response) <= direct + round(plan.room.rt60 * RATE)
+
+
+def test_long_recordings_are_not_kept(tmp_path):
+    path = wav(tmp_path / "long.wav", sine(generator.CACHED_SECONDS + 0.1, 200))
+    generator.render_talker(one_talker(path), RATE)
+    before = generator._cached_audio.cache_info()
+    generator.render_talker(one_talker(path), RATE)
+    assert generator._cached_audio.cache_info() == before
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+EVERYTHING = ("--join", 1, 3, "--overlap", 0.2, 0.8, "--speed", 0.9, 1.1, "--reverb",
+              "--snr_db", 0, 10)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def everything(speech_dir, noise_dir, qwen_folder, tmp_path_factory):
+    """A dataset with all options on; not to be written to."""
+    folder = tmp_path_factory.mktemp("everything") / "data"
+    argv = flags_for(speech_dir, qwen_folder, folder, *EVERYTHING, f"--noise_dir={noise_dir}")
+    assert generator.main(argv) == 0
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_same_bytes_from_any_number_of_workers(
+    workers, everything, speech_dir, noise_dir, qwen_folder, tmp_path
+):
+    """As a script: its rendering processes import it under another name than it has."""
+    argv = flags_for(speech_dir, qwen_folder, tmp_path / "data", *EVERYTHING,
+                     f"--noise_dir={noise_dir}", f"--workers={workers}")  # fmt: skip
+    if workers:
+        done = subprocess.run([sys.executable, generator.__file__, *argv],
+                              capture_output=True, text=True, timeout=300)  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert generator.main(argv) == 0
+    assert contents(tmp_path / "data") == contents(everything)
+
+
+def test_metadata(everything):
+    for split in ("train", "val"):
+        for entry in metadata(everything, split):
+            assert 0 <= entry["overlap"] <= 1
+            assert 0.2 <= entry["overlap_target"] <= 0.8
+            assert 0 <= entry["snr_db"] <= 10
+            assert 0.15 <= entry["rt60"] <= 0.4
+            for speaker in entry["speakers"]:
+                takes = [word.split("-") for word in speaker["text"].split()]
+                assert {name for name, _ in takes} == {speaker["speaker_id"]}
+                assert (everything / split / speaker["wav_file"]).is_file()
+
+
+def test_transcripts_are_in_order(everything, by_speaker):
+    """The text names the recordings that are heard, one after the other."""
+    options, groups, noises = generator.load_mixing(everything, "train")
+    rng = np.random.default_rng([42, 0])
+    for entry in metadata(everything, "train"):
+        plan = generator.plan_mixture(rng, options, groups, noises)
+        assert [t.text for t in plan.talkers] == [s["text"] for s in entry["speakers"]]
+        for talker in plan.talkers:
+            assert [u.audio.stem for u in talker.utterances] == [
+                word.split("-")[1] for word in talker.text.split()]  # fmt: skip
+            assert all(a < b for a, b in pairwise(talker.starts))
+
+
+def test_load_mixing(everything, noise_dir):
+    options, train, noises = generator.load_mixing(everything, "train")
+    assert options == MixingOptions(
+        max_speakers=2, join=(1, 3), overlap=(0.2, 0.8), speed=(0.9, 1.1), reverb=True,
+        noise_dir=str(noise_dir), snr_db=(0, 10), max_seconds=1.0)  # fmt: skip
+    _, val, _ = generator.load_mixing(everything, "val")
+    assert len(noises) == 2
+    assert train.keys() == val.keys()
+    paths = [{u.audio for group in g.values() for u in group} for g in (train, val)]
+    assert not paths[0] & paths[1]
+    assert all(path.is_absolute() for path in paths[0])
+
+
+def test_load_mixing_says_what_is_gone(everything, dataset, tmp_path):
+    with pytest.raises(FileNotFoundError, match="--speech_dir"):
+        generator.load_mixing(dataset, "train")
+    damaged = shutil.copytree(everything, tmp_path / "copy")
+    edit_json(damaged / "train/utterances.json", lambda rows: rows[3].update(audio="/gone.wav"))
+    with pytest.raises(FileNotFoundError, match="/gone.wav"):
+        generator.load_mixing(damaged, "train")
+    edit_json(damaged / "dataset.json", lambda about: about["mixing"].update(noise_dir="/gone"))
+    with pytest.raises(FileNotFoundError, match="/gone"):
+        generator.load_mixing(damaged, "val")
+    edit_json(damaged / "dataset.json", lambda about: about["mixing"].update(colour="red"))
+    with pytest.raises(generator.InputError, match="colour"):
+        generator.load_mixing(damaged, "val")
+    edit_json(damaged / "dataset.json", lambda about: about.pop("mixing") and about)
+    with pytest.raises(generator.InputError, match="mixing"):
+        generator.load_mixing(damaged, "val")
+    (damaged / "val/utterances.json").write_text("{")
+    with pytest.raises(generator.InputError, match=r"utterances\.json"):
+        generator.load_mixing(damaged, "val")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--overlap", "0.8", "0.2"], "--overlap"),
+        (["--overlap", "0", "1.2"], "--overlap"),
+        (["--overlap", "-0.1", "1"], "--overlap"),
+        (["--overlap", "nan", "1"], "--overlap"),
+        (["--overlap", "0.5"], "--overlap"),
+        (["--snr_db", "20", "10"], "--snr_db"),
+        (["--snr_db", "nan", "10"], "--snr_db"),
+        (["--snr_db", "10", "inf"], "--snr_db"),
+        (["--speed", "1.1", "0.9"], "--speed"),
+        (["--speed", "0", "1"], "--speed"),
+        (["--workers", "-1"], "--workers"),
+        (["--split_by", "colour"], "--split_by"),
+        (["--noise_dir", "/no/such/folder"], "/no/such/folder"),
+        (["--noise_dir", "."], "no recordings of noise"),
+        (["--max_speakers", "6"], "--max_speakers"),
+    ],
+)
+def test_bad_arguments(flags, words, speech_dir, qwen_folder, tmp_path, capsys):
+    argv = flags_for(speech_dir, qwen_folder, tmp_path / "data", *flags)
+    assert_fails(capsys, argv, words, main=generator.main)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("flag", ["--reverb", "--noise_dir=.", "--overlap"])
+def test_simulated_talkers_are_not_mixed_like_recordings(flag, tmp_path, capsys):
+    argv = [flag, *(["0", "1"] if flag == "--overlap" else []), f"--output_dir={tmp_path / 'data'}"]
+    assert_fails(capsys, argv, flag.partition("=")[0], "--speech_dir", main=generator.main)
+
+
+def test_bad_noise(speech_dir, qwen_folder, tmp_path, capsys):
+    bad = tmp_path / "noise/bad.wav"
+    bad.parent.mkdir()
+    bad.write_bytes(b"no audio at all")
+    argv = flags_for(speech_dir, qwen_folder, tmp_path / "data", f"--noise_dir={bad.parent}")
+    assert_fails(capsys, argv, bad, "cannot read audio", main=generator.main)
+    soundfile.write(bad, np.full(2000, np.nan), RATE, subtype="FLOAT")
+    assert_fails(capsys, argv, bad, "NaN", main=generator.main)
+
+
+def test_bad_recording(qwen_folder, tmp_path, capsys):
+    for speaker in range(2):
+        for take in range(2):
+            samples = np.full(2000, np.nan, np.float32)
+            path = tmp_path / f"speech/s{speaker}/{take}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, samples, RATE, subtype="FLOAT")
+    argv = flags_for(tmp_path / "speech", qwen_folder, tmp_path / "data")
+    assert_fails(capsys, argv, "NaN", main=generator.main)
+    assert not (tmp_path / "data/train").exists()
