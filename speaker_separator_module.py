@@ -69,6 +69,9 @@ class TrainOptions(NamedTuple):
     activity_weight: float = 0.5
     remix: bool | None = None
     mixtures_per_epoch: int | None = None
+    llm: str | None = None
+    llm_weight: float = 0.1
+    llm_prompt: str = DEFAULT_PROMPT
     save_every: int = 5
     patience: int | None = None
     resume: bool = False
@@ -148,10 +151,15 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
         help="weight of 'streams sum to the mixture' (default: 0.5 where the data is a sum, or 0)")
     add("--activity_weight", type=_weight, help="weight of the talker activity loss")
     add("--remix", action="store_true",
-        help="fresh mixtures of the training sources every epoch (default: if the data is a sum)")
+        help="fresh mixtures every epoch: sums of source features (the default where the data is "
+             "a sum), or recordings mixed and encoded anew")
     add("--no_remix", dest="remix", action="store_false", help="the same mixtures every epoch")
     add("--mixtures_per_epoch", type=_positive_int,
         help="with remixing: how many are drawn (default: what the data has, 120 or more)")
+    add("--llm", metavar="PATH_OR_ID",
+        help="also train against the transcripts through this frozen Qwen2-Audio or Whisper")
+    add("--llm_weight", type=_weight, help="weight of the transcripts' cross-entropy")
+    add("--llm_prompt", help="what the model is asked about each talker")
     add("--save_every", type=_positive_int, help="epochs between periodic checkpoints")
     add("--patience", type=_positive_int, help="stop after this many epochs without a better one")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
@@ -224,6 +232,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":  # torch takes seconds to import; help and mistyped flags do not wait
     build_parser().parse_args()
+    sys.modules["speaker_separator_module"] = sys.modules["__main__"]  # the generator imports it
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -587,7 +596,7 @@ def _read_json(path: Path):
 
 
 class MultiSpeakerDataset(Dataset):
-    """The mixtures of one split: items are dicts with ``mixture [T, D]`` and ``targets [n, T, D]``.
+    """The mixtures of one split: dicts with ``mixture [T, D]``, ``targets [n, T, D]``, ``texts``.
 
     Parameters
     ----------
@@ -650,8 +659,8 @@ class MultiSpeakerDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         files = self._files(self.samples[index])
         mixture, *targets = (read_features(path, self.feature_dim) for path in files)
-        empty = mixture.new_zeros(0, *mixture.shape)
-        return {"mixture": mixture, "targets": torch.stack(targets) if targets else empty}
+        texts = [str(speaker.get("text") or "") for speaker in self.samples[index]["speakers"]]
+        return {"mixture": mixture, "targets": stack_targets(targets, mixture), "texts": texts}
 
     def source_files(self) -> list[tuple[str, Path]]:
         """(talker, feature file) of every source in the split."""
@@ -659,32 +668,48 @@ class MultiSpeakerDataset(Dataset):
         return [(str(s["speaker_id"]), self.folder / s["feature_file"]) for s in talkers]
 
 
-class RemixedDataset(Dataset):
-    """Fresh sums of the training sources every epoch, from silence to ``max_speakers`` talkers.
+def stack_targets(targets: list[Tensor], mixture: Tensor) -> Tensor:
+    """Stack the features of each talker to [n, T, D], also when there is none."""
+    return torch.stack(targets) if targets else mixture.new_zeros(0, *mixture.shape)
 
-    Deterministic for a seed, an epoch and an index, so that a resumed run draws the same. Sources
-    are of different talkers and start at a random frame (they wrap around).
+
+class RemixedDataset(Dataset):
+    """Fresh mixtures of the training sources every epoch, from silence to ``max_speakers`` talkers.
+
+    Deterministic for a seed, an epoch and an index, so that a resumed run draws the same.
     """
 
     SILENCE = 0.04  # share of mixtures without any talker
     LEAST = 120  # mixtures per epoch: a few sources make many mixtures
 
+    def __init__(self, base: MultiSpeakerDataset, max_speakers: int, seed: int, length: int | None):
+        self.base, self.max_speakers, self.seed, self.epoch = base, max_speakers, seed, 0
+        self.length = length or max(len(base), self.LEAST)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def draw_count(self, index: int) -> tuple[np.random.Generator, int]:
+        """Return a generator for mixture ``index`` of this epoch and how many talkers it has."""
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        silent = rng.random() < self.SILENCE
+        return rng, 0 if silent else int(rng.integers(1, self.max_speakers + 1))
+
+
+class RemixedFeatures(RemixedDataset):
+    """Sums of source features of different talkers, each rolled to start at a random frame."""
+
     def __init__(
         self, base: MultiSpeakerDataset, max_speakers: int, seed: int = 0, length: int | None = None
     ):
-        self.base, self.seed, self.epoch = base, seed, 0
-        self.length = length or max(len(base), self.LEAST)
+        super().__init__(base, max_speakers, seed, length)
         self.by_talker: dict[str, list[Path]] = {}
         for talker, path in base.source_files():
             self.by_talker.setdefault(talker, []).append(path)
         self.max_speakers = min(max_speakers, len(self.by_talker))
 
-    def __len__(self) -> int:
-        return self.length
-
     def __getitem__(self, index: int) -> dict:
-        rng = np.random.default_rng([self.seed, self.epoch, index])
-        count = 0 if rng.random() < self.SILENCE else rng.integers(1, self.max_speakers + 1)
+        rng, count = self.draw_count(index)
         talkers = rng.choice(list(self.by_talker), size=max(count, 1), replace=False)
         files = [self.by_talker[t][rng.integers(len(self.by_talker[t]))] for t in talkers]
         sources = [read_features(path, self.base.feature_dim) for path in files]
@@ -692,18 +717,59 @@ class RemixedDataset(Dataset):
         sources = [F.pad(source, (0, 0, 0, length - len(source))) for source in sources]
         shifted = [source.roll(int(rng.integers(length)), dims=0) for source in sources]
         targets = torch.stack(shifted)[:count]
-        return {"mixture": targets.sum(0), "targets": targets}
+        return {"mixture": targets.sum(0), "targets": targets, "texts": [""] * count}
 
 
-def collate(items: list[dict], max_speakers: int) -> dict[str, Tensor]:
-    """Pad items into a batch: mixture [B, T, D], targets [B, S, T, D] and their two masks."""
-    B, S, D = len(items), max_speakers, items[0]["mixture"].shape[-1]
+class RemixedSpeech(RemixedDataset):
+    """Mixtures of the training recordings, drawn as the dataset was, encoded batch by batch.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If the dataset was not made from recordings, or they or the encoder are gone.
+    """
+
+    def __init__(
+        self, base: MultiSpeakerDataset, max_speakers: int, seed: int = 0,
+        length: int | None = None, device: str = "cpu",
+    ):
+        import generate_multi_speaker_dataset as generator
+
+        super().__init__(base, max_speakers, seed, length)
+        self.generator, self.layer = generator, base.source.get("layer")
+        self.mixing = generator.load_mixing(base.folder.parent, "train")
+        self.encoder = load_audio_encoder(base.source.get("encoder"), device)
+
+    def __getitem__(self, index: int) -> dict:
+        rng, count = self.draw_count(index)
+        plan = self.generator.plan_mixture(rng, *self.mixing, count)
+        sources, mixture = self.generator.render_mixture(
+            plan, self.encoder.sampling_rate, self.encoder.max_samples)
+        return {"waveforms": [mixture, *sources], "texts": [talker.text for talker in plan.talkers]}
+
+    def encode(self, items: list[dict]) -> list[dict]:
+        """Turn waveforms into features, all of a batch at once."""
+        waveforms = [waveform for item in items for waveform in item["waveforms"]]
+        features = iter(encode_waveforms(self.encoder, waveforms, self.layer))
+        encoded = []
+        for item in items:
+            mixture, *targets = (next(features) for _ in item["waveforms"])
+            targets = stack_targets(targets, mixture)
+            encoded.append({"mixture": mixture, "targets": targets, "texts": item["texts"]})
+        return encoded
+
+
+def collate(items: list[dict], max_speakers: int) -> dict:
+    """Pad items into a batch: mixture [B, T, D], targets [B, S, T, D], two masks, and texts."""
+    first = items[0]["mixture"]
+    B, S, D = len(items), max_speakers, first.shape[-1]
     T = max(len(item["mixture"]) for item in items)
     batch = {
-        "mixture": torch.zeros(B, T, D),
-        "targets": torch.zeros(B, S, T, D),
-        "speaker_mask": torch.zeros(B, S, dtype=torch.bool),
-        "frame_mask": torch.zeros(B, T, dtype=torch.bool),
+        "mixture": first.new_zeros(B, T, D),
+        "targets": first.new_zeros(B, S, T, D),
+        "speaker_mask": first.new_zeros(B, S, dtype=torch.bool),
+        "frame_mask": first.new_zeros(B, T, dtype=torch.bool),
+        "texts": [item.get("texts", []) for item in items],
     }
     for b, item in enumerate(items):
         n, t = item["targets"].shape[:2]
@@ -719,13 +785,14 @@ def make_loader(
 ) -> DataLoader:
     """Batches of a dataset, in order or, with a seed, shuffled by it."""
     order = None if seed is None else torch.Generator().manual_seed(seed)
+    encode = getattr(dataset, "encode", lambda items: items)
     return DataLoader(
         dataset,
         batch_size=batch_size,
         shuffle=order is not None,
         generator=order,
-        collate_fn=lambda items: collate(items, max_speakers),
-        pin_memory=pins_memory(device),
+        collate_fn=lambda items: collate(encode(items), max_speakers),
+        pin_memory=pins_memory(device) and not isinstance(dataset, RemixedSpeech),
     )
 
 
@@ -767,6 +834,17 @@ def autocast(device: str, dtype: torch.dtype):
     return nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype=dtype)
 
 
+def attention_kernel(device: str):
+    """Return the context for attention in training.
+
+    On CPUs plain products, whose backward pass in bfloat16 is faster than the fused one's
+    (measured: less than half the time at 150 frames).
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else nullcontext()
+
+
 def pins_memory(device: str) -> bool:
     """Page-locked batches copy faster to CUDA and only there."""
     return device == "cuda"
@@ -783,9 +861,11 @@ def synchronize(device: str) -> None:
     waits.get(device, lambda: None)()
 
 
-def to_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:
-    """Move a batch, without waiting where its memory is page-locked."""
-    return {k: v.to(device, non_blocking=pins_memory(device)) for k, v in batch.items()}
+def to_device(batch: dict, device: str) -> dict:
+    """Move the tensors of a batch, without waiting where its memory is page-locked."""
+    wait = not pins_memory(device)
+    return {key: value.to(device, non_blocking=not wait) if isinstance(value, Tensor) else value
+            for key, value in batch.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -931,7 +1011,8 @@ LOSS_PARTS = ("total", "separation", "reconstruction", "activity")
 
 
 def train_epoch(
-    separator, loader, optimizer, weights: dict, device: str, dtype: torch.dtype, epoch: int
+    separator, loader, optimizer, weights: dict, device: str, dtype: torch.dtype, epoch: int,
+    transcripts: TranscriptLoss | None = None,
 ) -> dict[str, float]:
     """One pass over the training mixtures; returns the mean of every loss part.
 
@@ -943,16 +1024,12 @@ def train_epoch(
     losses, sizes = [], []
     for batch in tqdm(loader, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None):
         batch = to_device(batch, device)
-        with autocast(device, dtype):
-            separated, probs = separator(batch["mixture"], batch["frame_mask"])
-        loss = separator_loss(
-            separated, probs, batch["targets"], batch["speaker_mask"],
-            batch["mixture"], batch["frame_mask"], **weights)
+        parts = batch_loss(separator, batch, weights, device, dtype, transcripts)
         optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
+        parts["total"].backward()
         nn.utils.clip_grad_norm_(separator.parameters(), 1.0)
         optimizer.step()
-        losses.append(torch.stack([getattr(loss, part).detach() for part in LOSS_PARTS]))
+        losses.append(torch.stack([part.detach() for part in parts.values()]))
         sizes.append(len(batch["mixture"]))
     table = torch.stack(losses).cpu()  # [batches, parts]
     broken = (~table.isfinite().all(1)).nonzero()
@@ -962,7 +1039,25 @@ def train_epoch(
             "checkpoint is intact: lower --lr or look at that data"
         )
     means = (table * torch.tensor(sizes)[:, None]).sum(0) / sum(sizes)
-    return dict(zip(LOSS_PARTS, means.tolist(), strict=True))
+    return dict(zip(parts, means.tolist(), strict=True))
+
+
+def batch_loss(
+    separator, batch: dict, weights: dict, device: str, dtype: torch.dtype,
+    transcripts: TranscriptLoss | None = None,
+) -> dict[str, Tensor]:
+    """Every part of the loss of one batch by name; "total" is what to minimise."""
+    with autocast(device, dtype), attention_kernel(device):
+        separated, probs = separator(batch["mixture"], batch["frame_mask"])
+    loss = separator_loss(
+        separated, probs, batch["targets"], batch["speaker_mask"],
+        batch["mixture"], batch["frame_mask"], **weights)
+    parts = {part: getattr(loss, part) for part in LOSS_PARTS}
+    if transcripts:
+        with autocast(device, dtype), attention_kernel(device):
+            parts["transcript"] = transcripts(separated, loss.assignment, batch)
+        parts["total"] = loss.total + transcripts.weight * parts["transcript"]
+    return parts
 
 
 def make_scheduler(optimizer, epochs: int, rate: float, done: int = 0):
@@ -999,7 +1094,8 @@ def _prepare_folder(folder: Path) -> None:
 def format_epoch(row: dict, epochs: int) -> str:
     """One line of the training log."""
     train, val = row["train"], row["val"]
-    parts = " ".join(f"{part} {val[part]:.3f}" for part in LOSS_PARTS[1:])
+    named = [*LOSS_PARTS[1:], *(["transcript"] if "transcript" in val else [])]
+    parts = " ".join(f"{part} {val[part]:.3f}" for part in named)
     trivial = ", ".join(f"{name} {mse:.3f}" for name, mse in val["trivial_mse"].items())
     best = min(val["trivial_mse"].values())  # 0 where every mixture is one talker or silence
     relative = f"{val['separation'] / best:.2f}" if best else "-"
@@ -1024,6 +1120,7 @@ class _Run(NamedTuple):
     mixtures: Dataset
     val_set: Dataset
     history: list[dict]
+    transcripts: TranscriptLoss | None
 
 
 def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
@@ -1055,16 +1152,13 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
     if checkpoint:
         history = restore_optimizer(optimizer, checkpoint, folder)
     scheduler = make_scheduler(optimizer, options.epochs, lr, len(history))
-    remix = train_set.is_sum if options.remix is None else options.remix
-    if remix and not train_set.is_sum:
-        raise InputError("--remix needs mixtures that are sums of their sources; these are not")
-    mixtures = RemixedDataset(
-        train_set, separator.max_speakers, options.seed, options.mixtures_per_epoch
-    )
+    mixtures = _remixed(options, train_set, separator.max_speakers, device)
+    transcripts = _transcript_loss(options, train_set, separator.feature_dim, device)
     reconstruction = options.reconstruction_weight
     if reconstruction is None:
         reconstruction = 0.5 if train_set.is_sum else 0.0
     weights = {"reconstruction_weight": reconstruction, "activity_weight": options.activity_weight}
+    remix = isinstance(mixtures, RemixedDataset)
     remixed = f" (remixed to {len(mixtures)} an epoch)" if remix else ""
     print(
         f"device {device}, {str(dtype).removeprefix('torch.')}, {parameters:,} parameters, "
@@ -1072,7 +1166,38 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
         f"{separator.max_speakers} streams"
     )
     return _Run(options, device, dtype, config, weights, separator, optimizer, scheduler,
-                mixtures if remix else train_set, val_set, history)
+                mixtures, val_set, history, transcripts)
+
+
+def _remixed(options: TrainOptions, train_set, streams: int, device: str) -> Dataset:
+    """Return what an epoch draws its mixtures from: the training set, or fresh mixtures of it."""
+    remix = train_set.is_sum if options.remix is None else options.remix
+    if not remix:
+        return train_set
+    if train_set.is_sum:
+        return RemixedFeatures(train_set, streams, options.seed, options.mixtures_per_epoch)
+    if train_set.source.get("kind") != "speech":
+        raise InputError("--remix needs mixtures that are sums of their sources, or recordings; "
+                         "these are neither")
+    return RemixedSpeech(train_set, streams, options.seed, options.mixtures_per_epoch, device)
+
+
+def _transcript_loss(
+    options: TrainOptions, train_set, width: int, device: str
+) -> TranscriptLoss | None:
+    if not options.llm:
+        return None
+    if not any(speaker.get("text") for s in train_set.samples for speaker in s["speakers"]):
+        raise InputError("--llm trains against transcripts and the training data has none")
+    if train_set.source.get("kind") != "speech":
+        raise InputError("--llm needs features of recordings (generate with --speech_dir)")
+    layer = train_set.source.get("layer")
+    transcripts = TranscriptLoss(
+        options.llm, layer, device, options.llm_prompt, options.llm_weight)
+    if transcripts.width != width:
+        raise InputError(f"the features are {width} wide and {options.llm} has "
+                         f"{transcripts.width}: generate them with its own encoder")
+    return transcripts
 
 
 def restore_optimizer(optimizer, checkpoint: dict, origin) -> list[dict]:
@@ -1094,12 +1219,14 @@ def _run_epoch(run: _Run, epoch: int) -> dict:
         run.mixtures, run.options.batch_size, run.separator.max_speakers, run.device, seed
     )
     rate = run.scheduler.get_last_lr()[0]
-    train = train_epoch(
-        run.separator, loader, run.optimizer, run.weights, run.device, run.dtype, epoch
-    )
+    train = train_epoch(run.separator, loader, run.optimizer, run.weights, run.device, run.dtype,
+                        epoch, run.transcripts)
     val = evaluate_separator(
         run.separator, run.val_set, device=run.device, dtype=run.dtype, **run.weights
     )
+    if run.transcripts:
+        val["transcript"] = validate_transcripts(run)
+        val["total"] += run.transcripts.weight * val["transcript"]
     if not math.isfinite(val["total"]):
         raise InputError(f"the validation loss is not finite in epoch {epoch}; the last "
                          "checkpoint is intact: look at the validation data")
@@ -1107,6 +1234,20 @@ def _run_epoch(run: _Run, epoch: int) -> dict:
     synchronize(run.device)
     seconds = time.perf_counter() - started
     return {"epoch": epoch, "lr": rate, "seconds": seconds, "train": train, "val": val}
+
+
+@torch.inference_mode()
+def validate_transcripts(run: _Run) -> float:
+    """Mean transcript loss of the validation mixtures."""
+    losses, sizes = [], []
+    separator, device = run.separator, run.device
+    for batch in make_loader(run.val_set, 8, separator.max_speakers, device):
+        batch = to_device(batch, device)
+        parts = batch_loss(separator, batch, run.weights, device, run.dtype, run.transcripts)
+        losses.append(parts["transcript"])
+        sizes.append(sum(bool(text) for texts in batch["texts"] for text in texts))
+    weights = torch.tensor(sizes, dtype=torch.float)
+    return float((torch.stack(losses).float().cpu() * weights).sum() / weights.sum().clamp(min=1))
 
 
 def train_speaker_separator(
@@ -1915,6 +2056,113 @@ def answer_per_talker(
         {"speaker": number, "probability": round(row[2], 4), "text": text.strip()}
         for number, (row, text) in enumerate(zip(model.speaker_rows, texts, strict=True), start=1)
     ]
+
+
+# --------------------------------------------------------------------------------------------------
+# Transcripts: what the frozen model makes of the streams
+
+
+def load_listener(path_or_id: str, device: str = "cpu", dtype="auto"):
+    """Load a frozen Qwen2-Audio or Whisper model and its processor.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, or it is neither.
+    """
+    import transformers
+
+    kinds = {"qwen2_audio": "Qwen2AudioForConditionalGeneration",
+             "whisper": "WhisperForConditionalGeneration"}
+    try:
+        kind = transformers.AutoConfig.from_pretrained(path_or_id).model_type
+        if kind not in kinds:
+            raise InputError(f"it is {kind}, not Qwen2-Audio or Whisper")
+        processor = transformers.AutoProcessor.from_pretrained(path_or_id)
+        model = getattr(transformers, kinds[kind]).from_pretrained(path_or_id, dtype=dtype)
+    except Exception as error:  # safetensors' and the hub's own kinds among them
+        reason = first_line(error)
+        raise InputError(f"cannot load a model from {path_or_id}: {reason}") from None
+    return model.to(device).eval().requires_grad_(False), processor
+
+
+class TranscriptLoss:
+    """Cross-entropy of each talker's transcript through the frozen rest of a model.
+
+    Streams enter the tower after block ``layer``; gradients reach them and no weight of the model.
+    """
+
+    def __init__(
+        self, path_or_id: str, layer: int | None, device: str = "cpu",
+        prompt: str = DEFAULT_PROMPT, weight: float = 0.1,
+    ):
+        self.weight = weight
+        self.model, self.processor = load_listener(path_or_id, device)
+        self.layer, self.tower = layer, audio_tower_of(self.model)
+        check_layer(self.tower, layer)
+        self.width = self.tower.conv2.out_channels
+        self.is_qwen = is_qwen_tower(self.tower)
+        self.prompt = build_prompt(self.processor, prompt) if self.is_qwen else ""
+        self.tower.forward = self._resume_tower
+        self._streams = self._frame_mask = None
+
+    def _resume_tower(self, input_features, attention_mask=None, **kwargs):
+        from transformers.modeling_outputs import BaseModelOutput
+
+        streams = self._streams.to(self.tower.conv1.weight.dtype)
+        return BaseModelOutput(tower_rest(self.tower, streams, self._frame_mask, self.layer))
+
+    def __call__(self, separated: Tensor, assignment: Tensor, batch: dict) -> Tensor:
+        """Mean cross-entropy per token over the talkers of a batch who have a transcript.
+
+        ``separated [B, S, T, D]`` in any order of streams, ``assignment [B, S]`` of the feature
+        loss, and of the batch ``frame_mask [B, T]`` and ``texts`` (a list per mixture).
+        """
+        rows = [(sample, talker, text) for sample, texts in enumerate(batch["texts"])
+                for talker, text in enumerate(texts) if text]
+        if not rows:
+            return 0.0 * separated.sum()
+        samples, talkers, texts = zip(*rows, strict=True)
+        samples, talkers = list(samples), list(talkers)
+        self._streams = separated[samples, assignment[samples, talkers]]  # [rows, T, D]
+        self._frame_mask = batch["frame_mask"][samples]
+        labelled = self._label_prompts if self.is_qwen else self._label_texts
+        try:
+            return self.model(**labelled(list(texts), separated.device)).loss
+        finally:
+            self._streams = self._frame_mask = None
+
+    def _label_prompts(self, texts: list[str], device) -> dict[str, Tensor]:
+        """Return Qwen2-Audio's inputs: prompt, audio slots, transcript; the loss on the last."""
+        tokenizer, audio = self.processor.tokenizer, self.processor.audio_token
+        frames = self._frame_mask.sum(1) // (1 if self.layer is None else 2)
+        end = self.model.generation_config.eos_token_id
+        end = end[0] if isinstance(end, list) else end
+        ids, labels = [], []
+        for text, slots in zip(texts, frames.tolist(), strict=True):
+            prompt = tokenizer(self.prompt.replace(audio, audio * slots))["input_ids"]
+            answer = [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
+            ids.append(torch.tensor(prompt + answer))
+            labels.append(torch.tensor([-100] * len(prompt) + answer))
+        pad = nn.utils.rnn.pad_sequence
+        present = pad([torch.ones_like(row) for row in ids], batch_first=True)
+        mel_frames = self._frame_mask.shape[1] * (4 if self.layer is None else 2)
+        lengths = self._frame_mask.sum(1, keepdim=True) * (4 if self.layer is None else 2)
+        inputs = {
+            "input_ids": pad(ids, batch_first=True), "attention_mask": present,
+            "labels": pad(labels, batch_first=True, padding_value=-100),
+            "input_features": torch.zeros(len(ids), 1, mel_frames),  # its place; the tower resumes
+            "feature_attention_mask": torch.arange(mel_frames) < lengths.cpu(),
+        }
+        return {name: value.to(device) for name, value in inputs.items()}
+
+    def _label_texts(self, texts: list[str], device) -> dict[str, Tensor]:
+        """Return Whisper's inputs: the transcripts as labels."""
+        start = self.model.config.decoder_start_token_id
+        ids = [self.processor.tokenizer(text)["input_ids"] for text in texts]
+        ids = [torch.tensor(row[1:] if row[:1] == [start] else row) for row in ids]
+        labels = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
+        return {"labels": labels.to(device), "input_features": self._streams}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -308,13 +308,13 @@ def test_damaged_dataset_is_a_value_error(own_dataset):
 @pytest.fixture
 def remixed(tmp_path):
     folder = make_dataset(tmp_path / "data", "--train_samples=6")
-    return folder, ssm.RemixedDataset(ssm.MultiSpeakerDataset(folder, "train"), 3, 5, length=6)
+    return folder, ssm.RemixedFeatures(ssm.MultiSpeakerDataset(folder, "train"), 3, 5, length=6)
 
 
 def test_remix_is_deterministic(remixed):
     folder, mixtures = remixed
-    again = ssm.RemixedDataset(ssm.MultiSpeakerDataset(folder, "train"), 3, seed=5)
-    other = ssm.RemixedDataset(ssm.MultiSpeakerDataset(folder, "train"), 3, seed=6)
+    again = ssm.RemixedFeatures(ssm.MultiSpeakerDataset(folder, "train"), 3, seed=5)
+    other = ssm.RemixedFeatures(ssm.MultiSpeakerDataset(folder, "train"), 3, seed=6)
     assert len(again) == 120  # a small dataset is mixed more often than it has mixtures
     mixtures.epoch = again.epoch = other.epoch = 2
     drawn = [mixtures[i]["mixture"] for i in range(len(mixtures))]

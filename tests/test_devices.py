@@ -119,7 +119,7 @@ def test_no_float64(fused, dataset):
     scheduler = ssm.make_scheduler(optimizer, 2, 1e-3)
     before = [p.detach().clone() for p in separator.parameters()]
     with NoFloat64():
-        loader = ssm.make_loader(ssm.RemixedDataset(train_set, 3), 2, 3, "cpu", seed=1)
+        loader = ssm.make_loader(ssm.RemixedFeatures(train_set, 3), 2, 3, "cpu", seed=1)
         ssm.train_epoch(separator, loader, optimizer, {}, "cpu", torch.float32, 1)
         scheduler.step()
         ssm.evaluate_separator(separator, train_set, threshold=0.5)
