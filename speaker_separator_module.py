@@ -177,6 +177,10 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=_positive_int, default=8, help="mixtures per step")
     add("--threshold", type=_probability,
         help="a stream is a talker from this probability on (default: the checkpoint's)")
+    add("--model", metavar="PATH_OR_ID",
+        help="also count word errors of this Qwen2-Audio or Whisper (needs recordings)")
+    add("--prompt", default=DEFAULT_PROMPT, help="what the model is asked about each talker")
+    add("--max_new_tokens", type=_positive_int, default=64, help="length limit of each answer")
     add("--json", metavar="FILE", help="also write every number to this file")
     add("--picture", metavar="FILE", help="also draw mixtures, targets and streams to this .png")
     _add_device_arguments(parser)
@@ -2165,6 +2169,139 @@ class TranscriptLoss:
         return {"labels": labels.to(device), "input_features": self._streams}
 
 
+def cp_word_errors(references: list[str], hypotheses: list[str]) -> int:
+    """Count word errors under the best assignment of hypotheses to talkers, in any number of each.
+
+    Divided by the words of the references it is the concatenated minimum-permutation word error
+    rate (cpWER; Watanabe et al., 2020, arXiv:2004.09249). Case and punctuation do not count.
+    """
+    from jiwer import process_words
+    from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+    normalize = BasicTextNormalizer()
+
+    def errors(reference: str, hypothesis: str) -> int:
+        if not reference:
+            return len(hypothesis.split())
+        found = process_words(reference, hypothesis)
+        return found.substitutions + found.deletions + found.insertions
+
+    size = max(len(references), len(hypotheses))
+    said, heard = ([normalize(text).strip() for text in texts] + [""] * (size - len(texts))
+                   for texts in (references, hypotheses))
+    cost = [[errors(reference, hypothesis) for hypothesis in heard] for reference in said]
+    return min((sum(row[i] for row, i in zip(cost, order, strict=True))
+                for order in permutations(range(size))), default=0)
+
+
+def hear(model, processor, recordings: list, prompt: str, **options) -> list[list[str]]:
+    """Return what a model says of each recording: a text per talker, one if not integrated."""
+    rate, device = processor.feature_extractor.sampling_rate, model.device
+    if is_qwen_tower(audio_tower_of(model)):
+        inputs = processor(text=[build_prompt(processor, prompt)] * len(recordings), padding=True,
+                           audio=recordings, sampling_rate=rate, return_tensors="pt")
+    else:
+        inputs = processor(recordings, sampling_rate=rate, return_tensors="pt",
+                           return_attention_mask=True)
+    ids = model.generate(**inputs.to(device), **options)
+    ids = ids[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else ids
+    rows = getattr(model, "speaker_rows", None)
+    samples = range(len(recordings)) if rows is None else [sample for sample, _, _ in rows]
+    answers: list[list[str]] = [[] for _ in recordings]
+    for sample, text in zip(samples, processor.batch_decode(ids, skip_special_tokens=True),
+                            strict=True):
+        answers[sample].append(text.strip())
+    return answers
+
+
+def hear_all(model, processor, recordings: list, prompt: str, desc: str, **options) -> list:
+    """Return ``hear`` of any number of recordings, 16 at a time, with a progress bar."""
+    from tqdm import tqdm
+
+    answers = []
+    for start in tqdm(range(0, len(recordings), 16), desc=desc, leave=False, disable=None):
+        some = recordings[start : start + 16]
+        answers += hear(model, processor, some, prompt, **options)
+    return answers
+
+
+def evaluate_words(
+    separator: SpeakerSeparatorTransformer, dataset: MultiSpeakerDataset, model, processor, *,
+    threshold: float | None = None, prompt: str = DEFAULT_PROMPT, **options,
+) -> list[dict]:
+    """Count word errors for the mixtures of a dataset of recordings, with and without separator.
+
+    Returns one dict per mixture: ``talkers, overlap, words, found`` (talkers) and the word errors
+    of ``mixture`` (the model as it is), ``separated`` and ``oracle`` (each talker alone).
+    ``options`` go to ``generate``.
+
+    Raises
+    ------
+    ValueError
+        If the dataset has no recordings or no transcripts.
+    """
+    rate, samples = processor.feature_extractor.sampling_rate, dataset.samples
+    texts = [[str(s.get("text") or "") for s in sample["speakers"]] for sample in samples]
+    if not all("mixed_wav" in sample for sample in samples) or not any(map(any, texts)):
+        raise InputError(f"{dataset.folder} has no recordings with transcripts to count words of: "
+                         "make it with --speech_dir")
+
+    def read(name: str) -> np.ndarray:
+        return read_audio(dataset.folder / name, rate)
+
+    mixtures = [read(sample["mixed_wav"]) for sample in samples]
+    alone = [read(s["wav_file"]) for sample in samples for s in sample["speakers"]]
+    listen = {"prompt": prompt, **options}
+    mixed = hear_all(model, processor, mixtures, desc="mixtures", **listen)
+    singles = iter(hear_all(model, processor, alone, desc="talkers", **listen))
+    integrate_speaker_separator(model, separator.max_speakers, separator, threshold=threshold)
+    try:
+        separated = hear_all(model, processor, mixtures, desc="streams", **listen)
+    finally:
+        remove_speaker_separator(model)
+    rows = []
+    for sample, said, whole, streams in zip(samples, texts, mixed, separated, strict=True):
+        oracle = [text for _ in said for text in next(singles)]
+        errors = {"mixture": whole, "separated": streams, "oracle": oracle}
+        rows.append({
+            "id": sample["id"], "talkers": len(said), "overlap": sample.get("overlap"),
+            "words": sum(len(text.split()) for text in said), "found": len(streams),
+            **{name: cp_word_errors(said, heard) for name, heard in errors.items()}})
+    return rows
+
+
+def word_scores(rows: list[dict]) -> list[dict]:
+    """Sum up ``evaluate_words`` by number of talkers and by overlap: cpWER and counts right."""
+    groups: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["talkers"]):
+        groups.setdefault(f"{row['talkers']} talker{'s' * (row['talkers'] != 1)}", []).append(row)
+    for low, high in ((0.0, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 1.01)):
+        several = (row for row in rows if row["talkers"] > 1 and row["overlap"] is not None)
+        found = [row for row in several if low <= row["overlap"] < high]
+        if found:
+            groups[f"overlap {low:.0%} to {min(high, 1):.0%}"] = found
+    scores = []
+    for name, group in groups.items():
+        words = sum(row["words"] for row in group)
+        rates = {kind: sum(row[kind] for row in group) / words if words else None
+                 for kind in ("mixture", "separated", "oracle")}
+        right = float(np.mean([row["found"] == row["talkers"] for row in group]))
+        scores.append({"of": name, "mixtures": len(group), "words": words, **rates,
+                       "count_accuracy": right})
+    return scores
+
+
+def word_table(scores: list[dict]) -> list[str]:
+    """Lines of the table of word error rates that ``evaluate --model`` prints."""
+    lines = ["| cpWER | mixtures | no separator | separated | oracle | talker count right |",
+             "|---|---|---|---|---|---|"]
+    for row in scores:
+        rates = " | ".join("-" if row[kind] is None else f"{row[kind]:.1%}"
+                           for kind in ("mixture", "separated", "oracle"))
+        lines.append(f"| {row['of']} | {row['mixtures']} | {rates} | {row['count_accuracy']:.1%} |")
+    return lines
+
+
 # --------------------------------------------------------------------------------------------------
 # Commands
 
@@ -2203,6 +2340,12 @@ def cmd_evaluate(args) -> None:
           f"{scores['threshold']:.2f} on\n")
     print("\n".join(score_table(scores)))
     print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
+    if args.model:
+        model, processor = load_listener(args.model, device)
+        rows = evaluate_words(separator, dataset, model, processor, threshold=args.threshold,
+                              prompt=args.prompt, max_new_tokens=args.max_new_tokens)
+        scores["words"] = word_scores(rows)
+        print("\n" + "\n".join(word_table(scores["words"])))
     if args.json:
         Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
     if args.picture:
