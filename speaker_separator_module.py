@@ -2225,6 +2225,15 @@ def hear_all(model, processor, recordings: list, prompt: str, desc: str, **optio
     return answers
 
 
+def texts_of_recordings(dataset: MultiSpeakerDataset) -> list[list[str]]:
+    """Return what each talker of each mixture says; fails unless there are recordings to hear."""
+    texts = [[str(s.get("text") or "") for s in sample["speakers"]] for sample in dataset.samples]
+    if not all("mixed_wav" in sample for sample in dataset.samples) or not any(map(any, texts)):
+        raise InputError(f"{dataset.folder} has no recordings with transcripts to count words of: "
+                         "make it with --speech_dir")
+    return texts
+
+
 def evaluate_words(
     separator: SpeakerSeparatorTransformer, dataset: MultiSpeakerDataset, model, processor, *,
     threshold: float | None = None, prompt: str = DEFAULT_PROMPT, **options,
@@ -2241,10 +2250,7 @@ def evaluate_words(
         If the dataset has no recordings or no transcripts.
     """
     rate, samples = processor.feature_extractor.sampling_rate, dataset.samples
-    texts = [[str(s.get("text") or "") for s in sample["speakers"]] for sample in samples]
-    if not all("mixed_wav" in sample for sample in samples) or not any(map(any, texts)):
-        raise InputError(f"{dataset.folder} has no recordings with transcripts to count words of: "
-                         "make it with --speech_dir")
+    texts = texts_of_recordings(dataset)
 
     def read(name: str) -> np.ndarray:
         return read_audio(dataset.folder / name, rate)
@@ -2333,6 +2339,8 @@ def cmd_evaluate(args) -> None:
     dataset = MultiSpeakerDataset(args.data_dir, args.split)
     separator = load_separator(args.checkpoint, device)
     _check_sizes(separator, dataset.feature_dim, dataset.max_speakers, "the data")
+    if args.model:
+        texts_of_recordings(dataset)
     scores = evaluate_separator(
         separator, dataset, batch_size=args.batch_size, device=device,
         dtype=pick_dtype(args.dtype, device), threshold=args.threshold)
