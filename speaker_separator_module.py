@@ -25,6 +25,7 @@ encoder or the language model, configuration files, distributed training.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -1014,9 +1015,29 @@ def set_aside_earlier_run(folder: Path) -> Path | None:
 LOSS_PARTS = ("total", "separation", "reconstruction", "activity")
 
 
+class AveragedSeparator:
+    """The separator that is validated and saved: its weights follow those of the last steps.
+
+    Without it a step more or less moves the validation loss by a tenth.
+    """
+
+    KEEP = 0.97  # per step: the average reaches back some 30 steps
+
+    def __init__(self, separator: SpeakerSeparatorTransformer, steps: int = 0):
+        self.separator, self.steps = copy.deepcopy(separator).requires_grad_(False), steps
+
+    @torch.no_grad()
+    def update(self, separator: SpeakerSeparatorTransformer) -> None:
+        """Move towards the weights of this step, faster in the first few."""
+        keep = min(self.KEEP, self.steps / (10 + self.steps))
+        self.steps += 1
+        torch._foreach_lerp_(
+            list(self.separator.parameters()), list(separator.parameters()), 1 - keep)
+
+
 def train_epoch(
     separator, loader, optimizer, weights: dict, device: str, dtype: torch.dtype, epoch: int,
-    transcripts: TranscriptLoss | None = None,
+    transcripts: TranscriptLoss | None = None, averaged: AveragedSeparator | None = None,
 ) -> dict[str, float]:
     """One pass over the training mixtures; returns the mean of every loss part.
 
@@ -1033,6 +1054,8 @@ def train_epoch(
         parts["total"].backward()
         nn.utils.clip_grad_norm_(separator.parameters(), 1.0)
         optimizer.step()
+        if averaged:
+            averaged.update(separator)
         losses.append(torch.stack([part.detach() for part in parts.values()]))
         sizes.append(len(batch["mixture"]))
     table = torch.stack(losses).cpu()  # [batches, parts]
@@ -1077,8 +1100,8 @@ def make_scheduler(optimizer, epochs: int, rate: float, done: int = 0):
 
 
 def check_disk(folder: Path, parameters: int, checkpoints: int) -> None:
-    """Refuse a run whose checkpoints (weights and two moments, 4 bytes each) cannot fit."""
-    need, free = 12 * parameters * checkpoints, shutil.disk_usage(folder).free
+    """Refuse a run whose checkpoints (weights twice and two moments, 4 bytes each) cannot fit."""
+    need, free = 16 * parameters * checkpoints, shutil.disk_usage(folder).free
     if need > free:
         raise InputError(
             f"{folder} has {free / 1e9:.1f} GB free and {checkpoints} checkpoints need "
@@ -1118,7 +1141,8 @@ class _Run(NamedTuple):
     dtype: torch.dtype
     config: dict
     weights: dict
-    separator: SpeakerSeparatorTransformer
+    separator: SpeakerSeparatorTransformer  # what is trained
+    averaged: AveragedSeparator  # what is validated and saved
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     mixtures: Dataset
@@ -1132,30 +1156,13 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     streams = _agree_on_streams(train_set, val_set, options.max_speakers)
-    config = {"feature_dim": train_set.feature_dim, "max_speakers": streams, "threshold": 0.5,
-              "mask": "shares" if train_set.is_sum else "gains", "feature_source": train_set.source,
-              "num_layers": options.num_layers, "num_heads": options.num_heads,
-              "ff_dim": options.ff_dim, "dropout": options.dropout}
-    torch.manual_seed(options.seed)
     checkpoint = newest_checkpoint(folder) if options.resume else None
-    if checkpoint:
-        config = {**checkpoint["model_config"], "threshold": 0.5}  # as in an unbroken run
-        separator = build_separator(config, checkpoint["model_state_dict"], folder)
-    else:
-        separator = SpeakerSeparatorTransformer(**config)
-    _check_sizes(separator, train_set.feature_dim, streams, "the data")
-    separator.to(device)
+    config, separator, averaged = _make_separator(options, train_set, streams, checkpoint, folder)
+    for module in (separator, averaged.separator):
+        module.to(device)
     parameters = sum(p.numel() for p in separator.parameters())
     check_disk(folder, parameters, 2 + options.epochs // options.save_every)
-    # Wider separators want smaller steps; 1e-4 at 1280 (benchmarks/ABLATIONS.md).
-    lr = options.lr or 0.128 / separator.feature_dim
-    optimizer = torch.optim.AdamW(
-        separator.parameters(), lr=lr, weight_decay=options.weight_decay,
-        betas=(0.9, 0.98), fused=fuses_optimizer(device))
-    history: list[dict] = []
-    if checkpoint:
-        history = restore_optimizer(optimizer, checkpoint, folder)
-    scheduler = make_scheduler(optimizer, options.epochs, lr, len(history))
+    optimizer, scheduler, history = _make_optimizer(options, separator, checkpoint, folder)
     mixtures = _remixed(options, train_set, separator.max_speakers, device)
     transcripts = _transcript_loss(options, train_set, separator.feature_dim, device)
     reconstruction = options.reconstruction_weight
@@ -1169,8 +1176,40 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
         f"{len(train_set)} training{remixed} and {len(val_set)} validation mixtures, "
         f"{separator.max_speakers} streams"
     )
-    return _Run(options, device, dtype, config, weights, separator, optimizer, scheduler,
+    return _Run(options, device, dtype, config, weights, separator, averaged, optimizer, scheduler,
                 mixtures, val_set, history, transcripts)
+
+
+def _make_separator(options: TrainOptions, train_set, streams: int, checkpoint, folder: Path):
+    """Return the configuration, the separator to train and its average, new or as they were."""
+    config = {"feature_dim": train_set.feature_dim, "max_speakers": streams, "threshold": 0.5,
+              "mask": "shares" if train_set.is_sum else "gains", "feature_source": train_set.source,
+              "num_layers": options.num_layers, "num_heads": options.num_heads,
+              "ff_dim": options.ff_dim, "dropout": options.dropout}
+    torch.manual_seed(options.seed)
+    if checkpoint:
+        config = {**checkpoint["model_config"], "threshold": 0.5}  # as in an unbroken run
+        saved = build_separator(config, checkpoint["model_state_dict"], folder)
+        averaged = AveragedSeparator(saved, checkpoint.get("steps", 0))
+        trained = checkpoint.get("training_state_dict", checkpoint["model_state_dict"])
+        separator = build_separator(config, trained, folder)
+    else:
+        separator = SpeakerSeparatorTransformer(**config)
+        averaged = AveragedSeparator(separator)
+    _check_sizes(separator, train_set.feature_dim, streams, "the data")
+    return config, separator, averaged
+
+
+def _make_optimizer(options: TrainOptions, separator, checkpoint, folder: Path):
+    """Return AdamW, its cosine and the history of the run so far."""
+    # Wider separators want smaller steps; 1e-4 at 1280 (benchmarks/ABLATIONS.md).
+    lr = options.lr or 0.128 / separator.feature_dim
+    device = separator.speaker_queries.device.type
+    optimizer = torch.optim.AdamW(
+        separator.parameters(), lr=lr, weight_decay=options.weight_decay,
+        betas=(0.9, 0.98), fused=fuses_optimizer(device))
+    history = restore_optimizer(optimizer, checkpoint, folder) if checkpoint else []
+    return optimizer, make_scheduler(optimizer, options.epochs, lr, len(history)), history
 
 
 def _remixed(options: TrainOptions, train_set, streams: int, device: str) -> Dataset:
@@ -1224,9 +1263,9 @@ def _run_epoch(run: _Run, epoch: int) -> dict:
     )
     rate = run.scheduler.get_last_lr()[0]
     train = train_epoch(run.separator, loader, run.optimizer, run.weights, run.device, run.dtype,
-                        epoch, run.transcripts)
+                        epoch, run.transcripts, run.averaged)
     val = evaluate_separator(
-        run.separator, run.val_set, device=run.device, dtype=run.dtype, **run.weights
+        run.averaged.separator, run.val_set, device=run.device, dtype=run.dtype, **run.weights
     )
     if run.transcripts:
         val["transcript"] = validate_transcripts(run)
@@ -1244,7 +1283,7 @@ def _run_epoch(run: _Run, epoch: int) -> dict:
 def validate_transcripts(run: _Run) -> float:
     """Mean transcript loss of the validation mixtures."""
     losses, sizes = [], []
-    separator, device = run.separator, run.device
+    separator, device = run.averaged.separator, run.device
     for batch in make_loader(run.val_set, 8, separator.max_speakers, device):
         batch = to_device(batch, device)
         parts = batch_loss(separator, batch, run.weights, device, run.dtype, run.transcripts)
@@ -1307,11 +1346,12 @@ def checkpoint_of(run: _Run) -> dict:
     """Everything a checkpoint holds: plain types and tensors only."""
     row = run.history[-1]
     return {
-        "epoch": row["epoch"], "model_state_dict": run.separator.state_dict(),
+        "epoch": row["epoch"], "model_state_dict": run.averaged.separator.state_dict(),
         "optimizer_state_dict": run.optimizer.state_dict(),
         "scheduler_state_dict": run.scheduler.state_dict(),
         "train_loss": row["train"]["total"], "val_loss": row["val"]["total"],
-        "train_history": run.history, "options": run.options._asdict(),
+        "train_history": run.history, "training_state_dict": run.separator.state_dict(),
+        "steps": run.averaged.steps, "options": run.options._asdict(),
         "model_config": {**run.config, "threshold": row["val"]["calibrated_threshold"]},
     }
 

@@ -335,7 +335,7 @@ def test_too_little_disk_is_found_before_training(dataset, tmp_path, capsys, mon
 
 
 def test_check_disk_arithmetic(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=12 * 1000 * 3)
+    usage = shutil.disk_usage(tmp_path)._replace(free=16 * 1000 * 3)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     ssm.check_disk(tmp_path, parameters=1000, checkpoints=3)
     with pytest.raises(ssm.InputError):
