@@ -76,6 +76,7 @@ class TrainOptions(NamedTuple):
     save_every: int = 5
     patience: int | None = None
     resume: bool = False
+    start_from: str | None = None
     seed: int = 42
     device: str = "auto"
     dtype: str = "auto"
@@ -164,6 +165,8 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--save_every", type=_positive_int, help="epochs between periodic checkpoints")
     add("--patience", type=_positive_int, help="stop after this many epochs without a better one")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
+    add("--start_from", metavar="SEPARATOR",
+        help="begin a new run with these weights: a checkpoint, an exported folder or a hub id")
     add("--seed", type=_seed, help="seed of weights, order, remixing and dropout")
     add("--export", metavar="DIR", help="also save the best weights alone, for from_pretrained")
     _add_device_arguments(parser)
@@ -320,6 +323,10 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         self.feature_dim, self.max_speakers = feature_dim, max_speakers
         self.threshold, self.feature_source = threshold, dict(feature_source or {})
         self.mask = mask
+        self.config = {  # what builds another of the kind
+            "feature_dim": feature_dim, "max_speakers": max_speakers, "num_layers": num_layers,
+            "num_heads": num_heads, "ff_dim": ff_dim, "dropout": dropout, "threshold": threshold,
+            "feature_source": self.feature_source, "mask": mask}
         self.speaker_queries = nn.Parameter(torch.randn(max_speakers, feature_dim))
         self.decoder = nn.ModuleList(
             nn.TransformerDecoderLayer(feature_dim, num_heads, **options) for _ in range(num_layers)
@@ -1193,6 +1200,10 @@ def _make_separator(options: TrainOptions, train_set, streams: int, checkpoint, 
         averaged = AveragedSeparator(saved, checkpoint.get("steps", 0))
         trained = checkpoint.get("training_state_dict", checkpoint["model_state_dict"])
         separator = build_separator(config, trained, folder)
+    elif options.start_from:
+        separator = load_separator(options.start_from)
+        config = {**separator.config, "threshold": 0.5, "feature_source": train_set.source}
+        averaged = AveragedSeparator(separator)
     else:
         separator = SpeakerSeparatorTransformer(**config)
         averaged = AveragedSeparator(separator)

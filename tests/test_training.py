@@ -488,3 +488,36 @@ def test_sizes_come_from_the_data(tmp_path, capsys):
     assert ssm.main([*argv, *SHORT_FLAGS, *CPU_FLAGS]) == 0
     separator = ssm.load_separator(tmp_path / "run/best_model.pt")
     assert (separator.feature_dim, separator.max_speakers) == (48, 2)
+
+
+def test_start_from_begins_with_those_weights(dataset, best, tmp_path):
+    """A step too small to matter leaves what was loaded; sizes come with the weights."""
+    train_tiny(dataset, tmp_path / "run", start_from=str(best), lr=1e-12, num_layers=3)
+    before, after = (ssm.load_separator(path) for path in (best, tmp_path / "run/best_model.pt"))
+    for a, b in zip(before.parameters(), after.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    checkpoint = ssm.load_checkpoint(tmp_path / "run/best_model.pt")
+    assert checkpoint["epoch"] == 1 and checkpoint["model_config"]["num_layers"] == 1
+
+
+def test_start_from_bad_input(dataset, qwen_checkpoint, tmp_path, capsys):
+    argv = train_flags(dataset, tmp_path / "run", "--start_from=gone.pt")
+    assert_fails(capsys, argv, "gone.pt")
+
+
+def test_averaged_weights_follow(dataset):
+    """By hand: after n steps the average is that of the weights of every step, newest heaviest."""
+    separator = tiny_separator()
+    averaged = ssm.AveragedSeparator(separator)
+    expected = [p.detach().clone() for p in separator.parameters()]
+    for step in range(30):
+        with torch.no_grad():
+            for p in separator.parameters():
+                p.add_(torch.randn_like(p))
+        averaged.update(separator)
+        keep = min(0.97, step / (10 + step))
+        expected = [keep * e + (1 - keep) * p.detach()
+                    for e, p in zip(expected, separator.parameters(), strict=True)]  # fmt: skip
+    for e, p in zip(expected, averaged.separator.parameters(), strict=True):
+        torch.testing.assert_close(e, p, atol=1e-4, rtol=1e-4)
+    assert averaged.steps == 30
