@@ -10,36 +10,45 @@ talker alone. Every step is a command of this project; run again, it goes on whe
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import numpy as np
+import soundfile
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import digits_manifest  # noqa: E402
+
+import generate_multi_speaker_dataset as generator  # noqa: E402
+import speaker_separator_module as ssm  # noqa: E402
+
 SIZES = ["--num_layers=4", "--num_heads=4", "--ff_dim=768", "--dropout=0"]
 
 
-def run(*words) -> None:
+def run(module, *words) -> None:
     """Run one command of the project, shown as it would be typed."""
     words = [str(word) for word in words]
-    print("$ python " + " ".join(words), flush=True)
-    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    print(f"$ python {Path(module.__file__).name} {' '.join(words)}", flush=True)
+    status = module.main(words)
+    if status:
+        sys.exit(status)
 
 
 def generate(args, folder: Path, *flags) -> Path:
     """Make one dataset of digits, unless it is there already."""
     if not (folder / "dataset.json").is_file():
-        run("generate_multi_speaker_dataset.py", f"--speech_dir={args.work_dir / 'digits.jsonl'}",
+        run(generator, f"--speech_dir={args.work_dir / 'digits.jsonl'}",
             f"--encoder={args.model}", f"--layer={args.layer}", f"--output_dir={folder}", *flags)
     return folder
 
 
 def make_data(args) -> dict[str, Path]:
     """Make the training data and a test set of every kind; returns test sets by name."""
-    if not (args.work_dir / "digits.jsonl").is_file():
-        run("examples/digits_manifest.py", args.fsdd, args.work_dir / "digits.jsonl")
+    manifest = args.work_dir / "digits.jsonl"
+    if not manifest.is_file() and digits_manifest.main(args.fsdd, manifest):
+        sys.exit(2)
     make_noises(args.work_dir / "noises")
     generate(args, args.work_dir / "data", "--train_samples=40", "--val_samples=60", "--join", 1, 4,
              "--min_speakers=1")
@@ -58,9 +67,6 @@ def make_data(args) -> dict[str, Path]:
 
 def make_noises(folder: Path) -> None:
     """Write a minute of white and of falling noise."""
-    import numpy as np
-    import soundfile
-
     if not folder.is_dir():
         folder.mkdir(parents=True)
         white = np.random.default_rng(0).standard_normal(60 * 16000)
@@ -75,10 +81,10 @@ def train(args) -> Path:
               f"--mixtures_per_epoch={args.mixtures_per_epoch}", "--batch_size=16"]
     features, words = args.work_dir / "features", args.work_dir / "words"
     if not (features / "training_report.md").is_file():
-        run("speaker_separator_module.py", "train", *shared, f"--checkpoint_dir={features}",
+        run(ssm, "train", *shared, f"--checkpoint_dir={features}",
             f"--epochs={args.epochs}", "--lr=4e-4", *resume(features))
     if args.word_epochs and not (words / "training_report.md").is_file():
-        run("speaker_separator_module.py", "train", *shared, f"--checkpoint_dir={words}",
+        run(ssm, "train", *shared, f"--checkpoint_dir={words}",
             f"--epochs={args.word_epochs}", "--lr=2e-4", f"--llm={args.model}", "--llm_weight=1",
             *(resume(words) or [f"--start_from={features / 'best_model.pt'}"]))
     return (words if args.word_epochs else features) / "best_model.pt"
@@ -94,7 +100,7 @@ def evaluate(args, checkpoint: Path, tests: dict[str, Path]) -> list[dict]:
     rows = []
     for name, data in tests.items():
         scores = data / "scores.json"
-        run("speaker_separator_module.py", "evaluate", f"--checkpoint={checkpoint}",
+        run(ssm, "evaluate", f"--checkpoint={checkpoint}",
             f"--data_dir={data}", f"--model={args.model}", "--max_new_tokens=16",
             f"--json={scores}", f"--picture={data}.png")
         words = json.loads(scores.read_text(encoding="utf-8"))["words"]
@@ -104,24 +110,20 @@ def evaluate(args, checkpoint: Path, tests: dict[str, Path]) -> list[dict]:
 
 def silences_heard(checkpoint: Path, args, count: int = 40) -> float:
     """Share of silent recordings, from digital silence to faint noise, in which nobody is found."""
-    import numpy as np
-
-    sys.path.insert(0, str(ROOT))
-    import speaker_separator_module as ssm
-
     separator = ssm.load_separator(checkpoint)
     encoder = ssm.load_audio_encoder(args.model)
     rng, right = np.random.default_rng(0), 0
     for index in range(count):
         level = 0.0 if index % 2 else 10 ** rng.uniform(-5, -3)
-        silence = (level * rng.standard_normal(int(rng.integers(16000, 64000)))).astype(np.float32)
+        length = int(rng.integers(encoder.max_samples // 4, encoder.max_samples))
+        silence = (level * rng.standard_normal(length)).astype(np.float32)
         features = ssm.encode_audio(silence, encoder, args.layer)
         right += not ssm.separate(separator, features).active.any()
     return right / count
 
 
-def main() -> None:
-    """Run the story."""
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
@@ -132,16 +134,18 @@ def main() -> None:
     add("--word_epochs", type=int, default=20, help="epochs against transcripts too")
     add("--mixtures_per_epoch", type=int, default=1600, help="fresh mixtures in each")
     add("--test_samples", type=int, default=200, help="mixtures in each test set")
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the story."""
+    args = build_parser().parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     tests = make_data(args)
     checkpoint = train(args)
     rows = evaluate(args, checkpoint, tests)
-    sys.path.insert(0, str(ROOT))
-    from speaker_separator_module import word_table
-
-    print("\n" + "\n".join(word_table(rows)))
+    print("\n" + "\n".join(ssm.word_table(rows)))
     print(f"\nnobody found in {silences_heard(checkpoint, args):.0%} of silent recordings")
     print(f"pictures: {args.work_dir}/*.png; {(time.perf_counter() - started) / 60:.0f} minutes")
 
