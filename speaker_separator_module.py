@@ -1209,6 +1209,8 @@ def _make_optimizer(options: TrainOptions, separator, checkpoint, folder: Path):
         separator.parameters(), lr=lr, weight_decay=options.weight_decay,
         betas=(0.9, 0.98), fused=fuses_optimizer(device))
     history = restore_optimizer(optimizer, checkpoint, folder) if checkpoint else []
+    for group in optimizer.param_groups:
+        group["weight_decay"] = options.weight_decay
     return optimizer, make_scheduler(optimizer, options.epochs, lr, len(history)), history
 
 

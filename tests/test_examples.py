@@ -14,7 +14,8 @@ def test_overlapped_digits_tells_the_whole_story(qwen_folder, tmp_path, capsys):
         for speaker in range(3):
             for take in (1, 2, 10, 11):
                 name = tmp_path / f"fsdd/{digit}_s{speaker}_{take}.wav"
-                write_wav(name, sine(0.1 + 0.02 * take, 150 + 90 * speaker + 20 * digit, 8000), 8000)
+                pitch = 150 + 90 * speaker + 20 * digit
+                write_wav(name, sine(0.1 + 0.02 * take, pitch, 8000), 8000)
     argv = [f"--fsdd={tmp_path / 'fsdd'}", f"--model={qwen_folder}", "--layer=1", "--epochs=1",
             "--word_epochs=1", "--mixtures_per_epoch=4", "--test_samples=1"]  # fmt: skip
     overlapped_digits.main(argv)
