@@ -65,6 +65,7 @@ class TrainOptions(NamedTuple):
     num_heads: int = 8
     ff_dim: int = 2048
     dropout: float = 0.1
+    trunk: str | None = None
     max_speakers: int | None = None
     reconstruction_weight: float | None = None
     activity_weight: float = 0.5
@@ -148,6 +149,8 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--num_heads", type=_positive_int, help="attention heads")
     add("--ff_dim", type=_positive_int, help="width of the feed-forward layers")
     add("--dropout", type=_probability, help="dropout in every block")
+    add("--trunk", choices=["queries", "frames"],
+        help="what the decoder blocks work on (default: queries if the data is a sum, or frames)")
     add("--max_speakers", type=_positive_int, help="streams (default: what the data has)")
     add("--reconstruction_weight", type=_weight,
         help="weight of 'streams sum to the mixture' (default: 0.5 where the data is a sum, or 0)")
@@ -269,10 +272,9 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int) -> Tensor:
 class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
     """Splits the features of a mixture into one stream per talker and says which are active.
 
-    A refinement block reads the mixture's frames; ``S`` learned talker queries look the recording
-    over through ``num_layers`` decoder blocks (self-attention divides the talkers among the
-    queries, cross-attention finds them in time); each stream is the frames plus its query, read by
-    a second refinement block whose update is the logit of a mask over the mixture.
+    ``S`` learned talker queries and the mixture's frames meet in ``num_layers`` decoder blocks;
+    each stream is then the frames plus its query, read by refinement blocks whose update is the
+    logit of a mask over the mixture.
 
     Parameters
     ----------
@@ -290,6 +292,10 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
     mask : "shares" or "gains"
         Shares of the streams in the mixture sum to 1, right where features of talkers add up;
         gains in [0, 2] are free of each other, for the features of an encoder.
+    trunk : "queries" or "frames"
+        What the decoder blocks work on. Queries look the recording over (self-attention divides
+        the talkers among them, cross-attention finds them in time), which is cheap and right for
+        voices that keep their bands; frames take many blocks of work each, as speech needs.
 
     Raises
     ------
@@ -308,6 +314,7 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         threshold: float = 0.5,
         feature_source: dict | None = None,
         mask: str = "shares",
+        trunk: str = "queries",
     ):
         super().__init__()
         if not 1 <= max_speakers <= MAX_STREAMS:
@@ -318,15 +325,17 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
             )
         if mask not in ("shares", "gains"):
             raise InputError(f"mask must be shares or gains, not {mask!r}")
+        if trunk not in ("queries", "frames"):
+            raise InputError(f"trunk must be queries or frames, not {trunk!r}")
         sizes = {"dim_feedforward": ff_dim, "dropout": dropout}
         options = {"activation": "gelu", "batch_first": True, "norm_first": True, **sizes}
         self.feature_dim, self.max_speakers = feature_dim, max_speakers
         self.threshold, self.feature_source = threshold, dict(feature_source or {})
-        self.mask = mask
+        self.mask, self.trunk = mask, trunk
         self.config = {  # what builds another of the kind
             "feature_dim": feature_dim, "max_speakers": max_speakers, "num_layers": num_layers,
             "num_heads": num_heads, "ff_dim": ff_dim, "dropout": dropout, "threshold": threshold,
-            "feature_source": self.feature_source, "mask": mask}
+            "feature_source": self.feature_source, "mask": mask, "trunk": trunk}
         self.speaker_queries = nn.Parameter(torch.randn(max_speakers, feature_dim))
         self.decoder = nn.ModuleList(
             nn.TransformerDecoderLayer(feature_dim, num_heads, **options) for _ in range(num_layers)
@@ -366,24 +375,37 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         level = (power + 1e-8).sqrt()[:, None, None]  # loud and soft recordings look alike inside
         positions = 0.3 * sinusoidal_positions(T, D, mixture.device)
         frames = (mixture / level + positions).to(mixture.dtype)
-        context = self.refinement[0](frames, src_key_padding_mask=padding)
-        context = F.layer_norm(context, (D,))
-        queries = self.speaker_queries.expand(B, S, D)
-        for block in self.decoder:
-            queries = block(queries, context, memory_key_padding_mask=padding)
-        queries = F.layer_norm(queries, (D,))
-
-        streams = (context[:, None] + queries[:, :, None]).flatten(0, 1)  # [B*S, T, D]
-        streams = self.refinement[1](
-            streams, src_key_padding_mask=padding.repeat_interleave(S, dim=0)
-        ).unflatten(0, (B, S))  # [B, S, T, D]
-        update = (streams - frames[:, None]).float()
+        context, queries, refinement = self._meet(frames, padding)
+        streams = start = context[:, None] + queries[:, :, None]  # [B, S, T, D]
+        for block in refinement:
+            streams = block(
+                streams.flatten(0, 1), src_key_padding_mask=padding.repeat_interleave(S, dim=0)
+            ).unflatten(0, (B, S))
+        update = (streams - (frames[:, None] if self.trunk == "queries" else start)).float()
         mask = update.softmax(dim=1) if self.mask == "shares" else 1 + update.tanh()
         separated = (mask * mixture[:, None]).to(mixture.dtype)
         # Activity is read off what was separated: an empty stream is a talker who is not there.
-        pooled = masked_mean(separated / level[:, None], valid[:, None], 2)  # [B, S, D]
+        # The features of an encoder are never empty; there it is read off the refined stream.
+        evidence = separated / level[:, None] if self.trunk == "queries" else streams
+        pooled = masked_mean(evidence, valid[:, None], 2)  # [B, S, D]
+        if self.trunk == "frames":
+            pooled = F.layer_norm(pooled, (D,))
         speaker_probs = self.activity_head(pooled.to(mixture.dtype)).squeeze(-1).float().sigmoid()
         return separated, speaker_probs
+
+    def _meet(self, frames: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, list[nn.Module]]:
+        """Let frames and queries meet: context [B, T, D], queries [B, S, D], blocks left over."""
+        B, _, D = frames.shape
+        queries = self.speaker_queries.expand(B, -1, D)
+        if self.trunk == "frames":
+            for block in self.decoder:
+                frames = block(frames, queries, tgt_key_padding_mask=padding)
+            return F.layer_norm(frames, (D,)), queries, list(self.refinement)
+        first, *rest = self.refinement
+        context = F.layer_norm(first(frames, src_key_padding_mask=padding), (D,))
+        for block in self.decoder:
+            queries = block(queries, context, memory_key_padding_mask=padding)
+        return context, F.layer_norm(queries, (D,)), rest
 
     def _check(self, features: Tensor, frame_mask: Tensor | None) -> Tensor:
         if features.dim() != 3 or features.shape[-1] != self.feature_dim or not features.shape[1]:
@@ -1180,6 +1202,7 @@ def _make_separator(options: TrainOptions, train_set, streams: int, checkpoint, 
     """Return the configuration, the separator to train and its average, new or as they were."""
     config = {"feature_dim": train_set.feature_dim, "max_speakers": streams, "threshold": 0.5,
               "mask": "shares" if train_set.is_sum else "gains", "feature_source": train_set.source,
+              "trunk": options.trunk or ("queries" if train_set.is_sum else "frames"),
               "num_layers": options.num_layers, "num_heads": options.num_heads,
               "ff_dim": options.ff_dim, "dropout": options.dropout}
     torch.manual_seed(options.seed)

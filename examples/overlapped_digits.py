@@ -24,7 +24,7 @@ import digits_manifest  # noqa: E402
 import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 
-SIZES = ["--num_layers=4", "--num_heads=4", "--ff_dim=768", "--dropout=0"]
+SIZES = ["--num_layers=6", "--num_heads=4", "--ff_dim=768", "--dropout=0"]
 
 
 def run(module, *words) -> None:
@@ -50,7 +50,7 @@ def make_data(args) -> dict[str, Path]:
     if not manifest.is_file() and digits_manifest.main(args.fsdd, manifest):
         sys.exit(2)
     make_noises(args.work_dir / "noises")
-    generate(args, args.work_dir / "data", "--train_samples=40", "--val_samples=60", "--join", 1, 4,
+    generate(args, args.work_dir / "data", "--train_samples=40", "--val_samples=60", "--join", 1, 4, "--max_onset=1.5",
              "--min_speakers=1")
     tests = {}
     kinds = {"": [], ", noise": ["--noise_dir", args.work_dir / "noises"], ", room": ["--reverb"]}
@@ -82,7 +82,7 @@ def train(args) -> Path:
     features, words = args.work_dir / "features", args.work_dir / "words"
     if not (features / "training_report.md").is_file():
         run(ssm, "train", *shared, f"--checkpoint_dir={features}",
-            f"--epochs={args.epochs}", "--lr=4e-4", *resume(features))
+            f"--epochs={args.epochs}", "--lr=5e-4", *resume(features))
     if args.word_epochs and not (words / "training_report.md").is_file():
         run(ssm, "train", *shared, f"--checkpoint_dir={words}",
             f"--epochs={args.word_epochs}", "--lr=2e-4", f"--llm={args.model}", "--llm_weight=1",
@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--model", required=True, help="Qwen2-Audio that transcribes digits: folder or hub id")
     add("--work_dir", type=Path, default=Path("overlapped_digits"), help="where everything goes")
-    add("--layer", type=int, default=2, help="encoder block to separate after")
+    add("--layer", type=int, default=0, help="encoder block to separate after")
     add("--epochs", type=int, default=40, help="epochs against features")
     add("--word_epochs", type=int, default=20, help="epochs against transcripts too")
     add("--mixtures_per_epoch", type=int, default=1600, help="fresh mixtures in each")

@@ -7,6 +7,7 @@ from conftest import WIDTH, tiny_separator
 import speaker_separator_module as ssm
 
 MASKS = ["shares", "gains"]
+KINDS = [("shares", "queries"), ("gains", "queries"), ("gains", "frames")]
 MODES = ["train", "eval", "inference"]  # torch takes another path through a block without gradients
 
 
@@ -45,9 +46,9 @@ def test_streams_differ():
         assert probs[0, a] != probs[0, b]
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_gradient_reaches_every_parameter(mask):
-    separator = tiny_separator(3, dropout=0.0, mask=mask).train()
+@pytest.mark.parametrize(("mask", "trunk"), KINDS)
+def test_gradient_reaches_every_parameter(mask, trunk):
+    separator = tiny_separator(3, dropout=0.0, mask=mask, trunk=trunk).train()
     mixture, frame_mask = padded_batch()
     separated, probs = separator(mixture, frame_mask)
     torch.manual_seed(2)
@@ -60,10 +61,10 @@ def test_gradient_reaches_every_parameter(mask):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "trunk"), KINDS)
 @pytest.mark.parametrize("garbage", [7.0, 1e30, float("inf"), float("nan")])
-def test_padding_changes_nothing(garbage, mask, mode):
-    separator = tiny_separator(3, dropout=0.0, mask=mask).train(mode == "train")
+def test_padding_changes_nothing(garbage, mask, trunk, mode):
+    separator = tiny_separator(3, dropout=0.0, mask=mask, trunk=trunk).train(mode == "train")
     with torch.inference_mode(mode == "inference"):
         clean, probs = separator(*padded_batch())
         dirty, dirty_probs = separator(*padded_batch(garbage))
@@ -73,8 +74,9 @@ def test_padding_changes_nothing(garbage, mask, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_padded_equals_alone(mode):
-    separator = tiny_separator(3, dropout=0.0).train(mode == "train")
+@pytest.mark.parametrize(("mask", "trunk"), KINDS)
+def test_padded_equals_alone(mask, trunk, mode):
+    separator = tiny_separator(3, dropout=0.0, mask=mask, trunk=trunk).train(mode == "train")
     mixture, frame_mask = padded_batch(garbage=1e4)
     with torch.inference_mode(mode == "inference"):
         separated, probs = separator(mixture, frame_mask)
@@ -93,9 +95,9 @@ def test_evaluation_is_deterministic_and_dropout_works():
     assert not torch.equal(separator(mixture)[0], separator(mixture)[0])
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_loudness_passes_through(mask):
-    separator, mixture = tiny_separator(3, mask=mask), torch.randn(2, 8, WIDTH)
+@pytest.mark.parametrize(("mask", "trunk"), KINDS)
+def test_loudness_passes_through(mask, trunk):
+    separator, mixture = tiny_separator(3, mask=mask, trunk=trunk), torch.randn(2, 8, WIDTH)
     separated, probs = separator(mixture)
     louder, louder_probs = separator(10 * mixture)
     torch.testing.assert_close(louder, 10 * separated, rtol=1e-4, atol=1e-4)
@@ -113,10 +115,10 @@ def test_masks():
     assert not torch.allclose(gains.sum(1), mixture, atol=0.1)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "trunk"), KINDS)
 @pytest.mark.parametrize("nothing_valid", [False, True])
-def test_silence_is_finite(nothing_valid, mask):
-    separator = tiny_separator(3, dropout=0.0, mask=mask).train()
+def test_silence_is_finite(nothing_valid, mask, trunk):
+    separator = tiny_separator(3, dropout=0.0, mask=mask, trunk=trunk).train()
     mixture = torch.zeros(2, 6, WIDTH, requires_grad=True)
     frame_mask = torch.ones(2, 6, dtype=torch.bool)
     frame_mask[1] = not nothing_valid
