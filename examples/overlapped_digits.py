@@ -50,8 +50,8 @@ def make_data(args) -> dict[str, Path]:
     if not manifest.is_file() and digits_manifest.main(args.fsdd, manifest):
         sys.exit(2)
     make_noises(args.work_dir / "noises")
-    generate(args, args.work_dir / "data", "--train_samples=40", "--val_samples=60", "--join", 1, 4, "--max_onset=1.5",
-             "--min_speakers=1")
+    generate(args, args.work_dir / "data", "--train_samples=40", "--val_samples=60", "--join", 1, 4,
+             "--max_onset=1.5", "--min_speakers=1")
     tests = {}
     kinds = {"": [], ", noise": ["--noise_dir", args.work_dir / "noises"], ", room": ["--reverb"]}
     for kind, flags in kinds.items():
