@@ -1539,8 +1539,10 @@ def check_layer(tower: nn.Module, layer: int | None) -> None:
 def _run_blocks(tower: nn.Module, hidden: Tensor, blocks, frame_mask: Tensor | None) -> Tensor:
     attention_mask = None
     if frame_mask is not None and not frame_mask.all():
-        blocked = torch.finfo(hidden.dtype).min * (~frame_mask).to(hidden.dtype)
-        attention_mask = blocked[:, None, None, :]
+        from transformers.masking_utils import create_bidirectional_mask
+
+        attention_mask = create_bidirectional_mask(  # in the form that the model's attention takes
+            config=tower.config, inputs_embeds=hidden, attention_mask=frame_mask)
     for block in blocks:
         output = block(hidden, attention_mask)
         hidden = output[0] if isinstance(output, tuple) else output
@@ -1710,86 +1712,254 @@ def audio_tower_of(model: nn.Module) -> nn.Module:
     """
     inner = getattr(model, "model", model)
     for owner, name in ((inner, "audio_tower"), (model, "audio_tower"), (inner, "encoder")):
-        if hasattr(owner, name) and hasattr(getattr(owner, name), "conv1"):
-            return getattr(owner, name)
+        tower = getattr(owner, name, None)
+        if hasattr(tower, "conv1"):
+            return getattr(tower, "_orig_mod", tower)  # of a compiled one
     raise InputError(f"{type(model).__name__} is neither Qwen2-Audio nor Whisper")
+
+
+class _Rows(NamedTuple):
+    """The R streams that a running ``generate`` answers for."""
+
+    streams: Tensor  # [R, T, D]
+    frame_mask: Tensor  # [R, T]
+    talkers: list[tuple[int, int, float]]  # (recording, stream, probability)
+    spectrograms: Tensor  # [A, mel bins, mel frames] of the recordings
+    prompts: list[int] | None = None  # with all talkers in one prompt: the prompt of each row
+
+    def pack(self) -> Tensor:
+        """Stand in for the spectrograms, [R, 2, mel frames]: the row's number, the frame's number.
+
+        What ``generate`` does to its input (repeat rows for beams, drop finished ones, cut at a
+        timestamp) it does to these, so the tower can tell which stream is asked for, and from when.
+        """
+        R, M = len(self.streams), self.spectrograms.shape[-1]
+        rows, frames = torch.arange(R).float()[:, None], torch.arange(M).float()
+        packed = torch.stack([rows.expand(R, M), frames.expand(R, M)], dim=1)
+        return packed.to(self.spectrograms.device)
+
+    def unpack(self, packed: Tensor) -> tuple[list[int], list[int]]:
+        """Return the row that each packed input asks for and the mel frame that it starts at.
+
+        Beams repeat every row in place; the copies of a prompt want all of its rows each.
+        """
+        numbers, starts = packed[:, :, 0].long().T.tolist()
+        copies = len(packed) // len(self.streams)
+        if self.prompts is None or copies < 2:
+            return numbers, starts
+        order = []
+        for prompt in dict.fromkeys(self.prompts):
+            rows = [row for row, owner in enumerate(self.prompts) if owner == prompt]
+            if len({self.talkers[row][0] for row in rows}) > 1:
+                raise InputError("a prompt with several audio slots takes no beams and one answer")
+            order += rows * copies
+        return order, starts
 
 
 class _Integration:
     """What an integrated model does differently; lives on the model until it is removed."""
 
     def __init__(self, model, separator, layer: int | None, threshold: float | None):
-        self.tower, self.separator, self.layer = audio_tower_of(model), separator, layer
+        self.model, self.tower, self.separator = model, audio_tower_of(model), separator
+        self.layer = layer
         self.threshold = separator.threshold if threshold is None else threshold
-        self.generate, self.tower_forward = model.generate, self.tower.forward
-        self.hooked_forward = self.tower.__dict__.get("forward")  # where accelerate keeps its hook
-        self.frame_mask: Tensor | None = None  # of the rows under way, while ``generate`` runs
+        # What libraries keep on the objects themselves (accelerate its hooks) is called, and kept.
+        self.own = {"generate": model.__dict__.get("generate"),
+                    "forward": self.tower.__dict__.get("forward")}
+        self.rows: _Rows | None = None  # while ``generate`` runs
+
+    def original(self, owner, name: str):
+        """Return the method that this integration stands before."""
+        return self.own[name] or getattr(type(owner), name).__get__(owner)
 
     def resume_tower(self, input_features, attention_mask=None, **kwargs):
-        """Run the tower as before; inside ``generate`` its input is streams cut at ``layer``."""
-        if self.frame_mask is None:
-            return self.tower_forward(input_features, attention_mask=attention_mask, **kwargs)
+        """Run the tower as before; inside ``generate``, its rest on the streams asked for."""
+        if self.rows is None:
+            forward = self.original(self.tower, "forward")
+            return forward(input_features, attention_mask=attention_mask, **kwargs)
         from transformers.modeling_outputs import BaseModelOutput
 
-        rows, frames = len(input_features), self.frame_mask.shape[1]
-        hidden = input_features.reshape(rows, -1, frames).transpose(1, 2)  # [rows, T, D]
-        copies = rows // len(self.frame_mask)  # beams repeat every row
-        frame_mask = self.frame_mask.repeat_interleave(copies, dim=0).to(hidden.device)
+        numbers, starts = self.rows.unpack(input_features)
+        hidden, frame_mask = self.rows.streams[numbers], self.rows.frame_mask[numbers]
+        for i, start in enumerate(starts):
+            if start:
+                hidden[i] = self.split_from(numbers[i], start)
         return BaseModelOutput(tower_rest(self.tower, hidden, frame_mask, self.layer))
 
     @torch.no_grad()
-    def split(self, input_features, mel_mask, num_speakers):
-        """Streams of active talkers [rows, T, D], their frame masks [rows, T] and who they are."""
+    def split(self, input_features, mel_mask) -> tuple[Tensor, Tensor, Tensor]:
+        """Streams [A, S, T, D] of A recordings, frame masks [A, T] and probabilities [A, S]."""
         hidden, frame_mask = tower_front(self.tower, input_features, mel_mask, self.layer)
+        self.separator.to(hidden.device)
         weight = self.separator.speaker_queries
-        streams, probs = self.separator(
-            hidden.to(weight.device, weight.dtype), frame_mask.to(weight.device)
-        )
+        streams, probs = self.separator(hidden.to(weight.dtype), frame_mask)
         # Past the end of the audio a talker is as silent as the mixture.
         inside = frame_mask[:, None, :, None]
-        streams = torch.where(inside, streams.to(hidden.device, hidden.dtype), hidden[:, None])
-        rows = active_streams(probs, self.threshold, num_speakers).nonzero().tolist()
-        samples, picked = [b for b, _ in rows], [s for _, s in rows]
-        talkers = [(b, s, float(probs[b, s])) for b, s in rows]
-        return streams[samples, picked], frame_mask[samples], talkers
+        return torch.where(inside, streams.to(hidden.dtype), hidden[:, None]), frame_mask, probs
+
+    def split_from(self, row: int, start: int) -> Tensor:
+        """Stream [T, D] of a row's talker where Whisper goes on from mel frame ``start``.
+
+        The recording is read anew from there, as Whisper does; the talker's stream is the one
+        nearest to what it was in the same seconds before.
+        """
+        mel = self.rows.spectrograms[self.rows.talkers[row][0], None, :, start:]
+        inside = self.rows.frame_mask[row, None, start // 2 :].repeat_interleave(2, dim=1)
+        streams, _, _ = self.split(F.pad(mel, (0, start)), inside)
+        known = self.rows.streams[row, start // 2 :]
+        error = (streams[0, :, : len(known)] - known).float().square().mean((1, 2))
+        return streams[0, error.argmin()]
+
+    def pick(self, streams, frame_mask, probs, num_speakers=None):
+        """Return (recording, stream, probability) of the active talkers and the number of each."""
+        active = active_streams(probs, self.threshold, num_speakers)
+        talkers = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
+        recordings = [a for a, _, _ in talkers]
+        return talkers, [recordings[:i].count(a) + 1 for i, a in enumerate(recordings)]
+
+    def generate(self, inputs=None, *args, num_speakers=None, mode="separate", pick=None, **kwargs):
+        """Stand before the model's ``generate``; ``integrate_speaker_separator`` explains it."""
+        model, is_qwen, ids = self.model, is_qwen_tower(self.tower), None
+        generate, model.speaker_rows = self.original(model, "generate"), None
+        if is_qwen:
+            ids, features = kwargs.pop("input_ids", inputs), kwargs.get("input_features")
+        else:
+            features = kwargs.pop("input_features", inputs)
+        _check_call(model, ids, features, mode, kwargs)
+        if features is None:
+            return generate(ids, *args, **kwargs)
+        mel_mask = kwargs.get("feature_attention_mask" if is_qwen else "attention_mask")
+        split = self.split(features, mel_mask)
+        talkers, labels = (pick or self.pick)(*split, num_speakers)
+        if not talkers:
+            model.speaker_rows = []
+            return _no_rows(model, ids, args, kwargs)
+        chosen, prompts = [a for a, _, _ in talkers], None
+        if mode == "joint":
+            main, joint, prompts = _joint_prompts(model, ids, chosen, labels, kwargs)
+            kwargs |= joint | {"feature_attention_mask": mel_mask[chosen]}
+        else:
+            kwargs = _repeat(kwargs, chosen, len(features))
+            main = ids[chosen] if is_qwen else None
+        streams = split[0][chosen, [s for _, s, _ in talkers]]
+        self.rows = _Rows(streams, split[1][chosen], talkers, features, prompts)
+        if is_qwen:
+            kwargs["input_features"] = self.rows.pack()
+        else:
+            main = self.rows.pack()
+        try:
+            output = generate(main, *args, **kwargs)
+        finally:
+            self.rows = None
+        if prompts is not None:
+            output = _restore_prompts(output, ids[list(dict.fromkeys(prompts))], main.shape[1])
+        sequences = output if isinstance(output, Tensor) else output["sequences"]
+        copies = len(sequences) // len(talkers) if prompts is None else 1
+        model.speaker_rows = [talker for talker in talkers for _ in range(copies)]
+        return output
 
 
-def _generate_per_talker(model, inputs=None, *args, num_speakers=None, **kwargs):
-    """``generate`` of an integrated model: one row per active talker, grouped by sample."""
-    integration = model._speaker_integration
-    if inputs is not None and inputs.is_floating_point():  # Whisper's generate(input_features)
-        kwargs["input_features"], inputs = inputs, None
-    input_features = kwargs.get("input_features")
-    model.speaker_rows = None
-    if input_features is None:
-        return integration.generate(inputs, *args, **kwargs)
-    input_ids = kwargs.pop("input_ids", inputs)
-    B = len(input_features)
-    if input_ids is not None and len(input_ids) != B:
-        raise InputError(f"{len(input_ids)} prompts came with {B} recordings: give one per prompt")
-    mel_mask = kwargs.get("attention_mask" if input_ids is None else "feature_attention_mask")
-    streams, frame_mask, model.speaker_rows = integration.split(
-        input_features, mel_mask, num_speakers
-    )
-    if not model.speaker_rows:
-        return torch.zeros(0, 0, dtype=torch.long) if input_ids is None else input_ids[:0]
-    rows = torch.tensor([sample for sample, _, _ in model.speaker_rows])
-    if input_ids is not None:
-        kwargs["input_ids"] = input_ids
-    # Packed to the shape of a spectrogram [rows, any, mel frames], from which the model reads how
-    # many frames there are; expanding for beams then works as for any other input.
-    kwargs["input_features"] = streams.transpose(1, 2).reshape(
-        len(rows), -1, input_features.shape[-1]
-    )
-    for name, value in kwargs.items():
-        per_sample = isinstance(value, Tensor) and value.dim() and len(value) == B
-        if per_sample and name != "input_features":
-            kwargs[name] = value[rows.to(value.device)]
-    integration.frame_mask = frame_mask
-    try:
-        return integration.generate(*args, **kwargs)
-    finally:
-        integration.frame_mask = None
+def audio_slots(model, ids: Tensor) -> list[tuple[int, int]]:
+    """Return (start, end) of every run of audio tokens in one prompt [L]."""
+    inside = F.pad((ids == model.config.audio_token_id).int(), (1, 1)).diff()
+    starts, ends = (inside > 0).nonzero().flatten(), (inside < 0).nonzero().flatten()
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))
+
+
+def _check_call(model, ids, features, mode: str, kwargs: dict) -> None:
+    """Refuse calls of ``generate`` that would answer something else than was asked."""
+    if mode not in ("separate", "joint"):
+        raise InputError(f"mode must be separate or joint, not {mode!r}")
+    if features is not None and features.shape[-1] > (window := _window_frames(model)):
+        raise InputError(f"the recording has {features.shape[-1]} mel frames and the model reads "
+                         f"{window} at a time: answer_per_talker reads longer ones")
+    if ids is None:
+        if mode == "joint":
+            raise InputError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
+        return
+    slots = [len(audio_slots(model, row)) for row in ids]
+    if features is None and any(slots) and kwargs.get("past_key_values") is None:
+        raise InputError("the prompt has an audio slot but no audio came with it: give the "
+                         "processor audio=... (it ignores audios=)")
+    if features is not None and sum(slots) != len(features):
+        raise InputError(f"{len(ids)} prompts with {sum(slots)} audio slots came with "
+                         f"{len(features)} recordings: give one per slot")
+    if features is not None and mode == "separate" and set(slots) != {1}:
+        raise InputError(f"a prompt has {max(slots)} audio slots: one answer per talker takes one "
+                         "slot each; mode='joint' puts the talkers of every slot in its place")
+
+
+def _window_frames(model) -> int:
+    tower = audio_tower_of(model)
+    return 2 * tower.embed_positions.num_embeddings
+
+
+def _repeat(kwargs: dict, rows: list[int], A: int) -> dict:
+    """Repeat what belongs to one of ``A`` recordings for each of its rows."""
+
+    def expand(name, value):
+        if isinstance(value, Tensor) and value.dim() > 1 and len(value) == A:
+            return value[rows]
+        per_sample = name == "language" and isinstance(value, (list, tuple))
+        return [value[row] for row in rows] if per_sample else value
+
+    return {name: expand(name, value) for name, value in kwargs.items()}
+
+
+def _joint_prompts(model, ids: Tensor, chosen: list[int], labels: list[int], kwargs: dict):
+    """Put a labelled audio slot for every talker where a prompt had one for the recording.
+
+    Returns the new prompts with their attention mask (padded on the left) and the prompt of each
+    row; prompts without any talker are left out.
+    """
+    tokenizer = kwargs.get("tokenizer")
+    if tokenizer is None:
+        raise InputError("mode='joint' labels the talkers: give tokenizer=processor.tokenizer")
+    around = set(tokenizer.convert_tokens_to_ids(["<|audio_bos|>", "<|audio_eos|>"]))
+    words = {n: tokenizer(f"Speaker {n}: ", add_special_tokens=False)["input_ids"] for n in labels}
+    prompts, built, recording = [], [], -1
+    for b, row in enumerate(ids):
+        pieces, rest, talkers = [], 0, 0
+        for start, end in audio_slots(model, row):
+            recording += 1
+            start -= start > 0 and int(row[start - 1]) in around
+            end += end < len(row) and int(row[end]) in around
+            pieces.append(row[rest:start])
+            for label in (labels[i] for i, a in enumerate(chosen) if a == recording):
+                pieces += [row.new_tensor(words[label]), row[start:end]]
+                talkers += 1
+            rest = end
+        text = torch.cat([*pieces, row[rest:]])[int((kwargs["attention_mask"][b] == 0).sum()) :]
+        prompts += [b] * talkers
+        built += [text] if talkers else []
+    pad = model.generation_config.pad_token_id or 0
+    padded = [F.pad(text, (max(map(len, built)) - len(text), 0), value=-1) for text in built]
+    padded = torch.stack(padded)
+    mask = (padded >= 0).to(kwargs["attention_mask"].dtype)
+    return padded.where(padded >= 0, pad), {"attention_mask": mask}, prompts
+
+
+def _restore_prompts(output, ids: Tensor, length: int):
+    """Put the caller's own prompts [B, L] before the answers, that they cut off by that length."""
+    sequences = output if isinstance(output, Tensor) else output["sequences"]
+    own = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
+    restored = torch.cat([own, sequences[:, length:]], dim=1)
+    if isinstance(output, Tensor):
+        return restored
+    output["sequences"] = restored
+    return output
+
+
+def _no_rows(model, ids, args: tuple, kwargs: dict):
+    """Return what ``generate`` does, for no row at all."""
+    from transformers.generation import GenerateDecoderOnlyOutput
+
+    empty = torch.zeros(0, 0, dtype=torch.long) if ids is None else ids[:0]
+    config = kwargs.get("generation_config") or (args[0] if args else model.generation_config)
+    asked = kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
+    if kwargs.get("return_segments"):
+        return {"sequences": empty, "segments": []}
+    return GenerateDecoderOnlyOutput(sequences=empty) if asked else empty
 
 
 def integrate_speaker_separator(
@@ -1806,9 +1976,18 @@ def integrate_speaker_separator(
     up to ``layer`` run once per recording, later ones once per active talker. Where no talker is
     found in the whole batch the result is empty, ``[0, L]``. Text-only calls are untouched.
 
+    ``generate`` takes two options more: ``num_speakers``, when it is known, and ``mode="joint"``
+    with ``tokenizer=processor.tokenizer``: all talkers of a recording in one prompt, each in an
+    audio slot of its own after the words "Speaker 1:", for one answer about the conversation (one
+    row per prompt; ``speaker_rows`` then lists the slots).
+
+    The model's own weights are all that its ``state_dict`` and ``save_pretrained`` know of;
+    ``model.speaker_separator.save_pretrained`` saves the separator.
+
     Parameters
     ----------
     model : Qwen2AudioForConditionalGeneration or WhisperForConditionalGeneration
+        Also compiled, in half precision or spread over devices.
     max_speakers : int
         Streams of the separator.
     separator_checkpoint : path, hub id or separator, optional
@@ -1829,10 +2008,9 @@ def integrate_speaker_separator(
     FileNotFoundError, ValueError
         If the model or checkpoint cannot be used or their sizes differ.
     """
-    from types import MethodType
-
     remove_speaker_separator(model)
-    tower = audio_tower_of(model)
+    whole = getattr(model, "_orig_mod", model)  # of a compiled one
+    tower = audio_tower_of(whole)
     width = tower.conv2.out_channels
     if separator_checkpoint is None:
         separator = SpeakerSeparatorTransformer(width, max_speakers).eval()
@@ -1843,23 +2021,27 @@ def integrate_speaker_separator(
         _check_sizes(separator, width, max_speakers, "the model")
     check_layer(tower, layer)
     separator.requires_grad_(False)
-    separator.to(tower.conv1.weight.device)
-    integration = _Integration(model, separator, layer, threshold)
-    model.speaker_separator, model._speaker_integration = separator, integration
-    model.speaker_rows = None
+    integration = _Integration(whole, separator, layer, threshold)
+    # Set past nn.Module: the separator is no part of the model's weights and keeps its precision.
+    vars(whole).update(
+        _speaker_integration=integration, speaker_separator=separator, speaker_rows=None,
+        generate=integration.generate)
     tower.forward = integration.resume_tower
-    model.generate = MethodType(_generate_per_talker, model)
     return model
 
 
 def remove_speaker_separator(model):
     """Take the separator out again; the model is then what it was, bit for bit."""
-    integration = model.__dict__.pop("_speaker_integration", None)
+    attributes = vars(getattr(model, "_orig_mod", model))
+    integration = attributes.pop("_speaker_integration", None)
     if integration is None:
         return model
-    del model.generate, integration.tower.forward, model.speaker_separator, model.speaker_rows
-    if integration.hooked_forward is not None:
-        integration.tower.forward = integration.hooked_forward
+    for name in ("generate", "speaker_separator", "speaker_rows"):
+        del attributes[name]
+    del integration.tower.forward
+    for owner, name in ((attributes, "generate"), (vars(integration.tower), "forward")):
+        if integration.own[name] is not None:
+            owner[name] = integration.own[name]
     return model
 
 
