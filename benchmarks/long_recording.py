@@ -127,7 +127,7 @@ def identity(encoder, tracks, windows, layer) -> dict:
     first = {}  # of several numbers for one talker the commonest is right
     for number in sorted(means, key=lambda n: -sum(n in row for row in seen)):
         first.setdefault(means[number], number)
-    right = [all(first[track] == number for number, track in row.items()) for row in seen]
+    right = [all(first.get(track) == number for number, track in row.items()) for row in seen]
     return {"kept": sum(right) / len(right), "windows": len(right), "talkers": len(means)}
 
 
