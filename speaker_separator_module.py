@@ -1770,13 +1770,16 @@ class TalkerTracker:
     A stream goes on with the number of the stream that it matches best in the seconds that its
     window shares with the one before. Where those are silent, or that stream was no talker, its
     voice decides: mean and spread of its features, changing frames counting most, against the mean
-    voice of every talker not yet in this window. How far apart the voices of one talker are, and of
+    voice of every talker not yet in this window. How far apart voices of one talker are, and of
     different ones, is learnt on the way from talkers who go on and talkers who speak at once; until
-    then the talkers last seen go on.
+    then the talkers last seen go on. A new number is given to a stream when nobody is left, or
+    everybody left is far off: in doubt a talker is one who returns.
 
-    What it cannot do: tell similar voices apart when one returns; notice that another talker took
-    over a stream that was silent in the shared seconds while somebody else was speaking; take back
-    a number.
+    Measured on spoken digits in windows of 4 s, the talkers' own features as streams, 95 s: of two
+    talkers who take turns and overlap the numbers are right in every window; of three, where one
+    who returns may be either of two, in half of them. Voices in the features of a speech
+    recogniser are weak evidence. What it cannot do besides: notice that another talker took over a
+    stream that was silent in the shared seconds while somebody else spoke; take back a number.
 
     Parameters
     ----------
@@ -1848,11 +1851,11 @@ class TalkerTracker:
 
     def _limit(self) -> float:
         """Return the distance up to which two voices are taken for one talker's."""
+        # Measured: of two talkers a third is found less and less often up to a factor of 2.
         if self.same and self.different:
-            return math.sqrt(np.mean(self.same) * np.mean(self.different))
-        if self.same or self.different:  # measured: different voices are about 1.3 times as far
-            return 1.15 * np.mean(self.same) if self.same else np.mean(self.different) / 1.15
-        return math.inf
+            return 2 * math.sqrt(np.mean(self.same) * np.mean(self.different))
+        known = self.same or self.different
+        return 2 * np.mean(known) if known else math.inf
 
     def _by_voice(self, voices: dict[int, Tensor], taken: dict[int, int]) -> dict[int, int]:
         """Give streams to talkers who are not in this window yet, or to new ones."""
