@@ -189,7 +189,7 @@ def _integrate_parser(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, help="Qwen2-Audio or Whisper: a local folder or a hub id")
     add("--checkpoint", default=f"{DEFAULT_CHECKPOINT_DIR}/best_model.pt", help="trained separator")
-    add("--audio", required=True, nargs="+", help="recordings of any length")
+    add("--audio", required=True, nargs="+", action="extend", help="recordings of any length")
     add("--prompt", help=f"what to ask Qwen2-Audio about each talker (default: {DEFAULT_PROMPT})")
     add("--mode", default="separate", choices=["separate", "joint"],
         help="an answer per talker, or one about all of them in one prompt")
@@ -1810,15 +1810,13 @@ class TalkerTracker:
         named = {s: self.talker_of[before[s]] for s in found if before.get(s) in self.talker_of}
         self.same += [self._distance(voices[s], talker) for s, talker in named.items()]
         named |= self._by_voice({s: v for s, v in voices.items() if s not in named}, named)
-        known = range(len(self.voices))
         self.different += [self._distance(voices[s], named[r]) for s in found for r in found
-                           if s != r and named[r] in known]
+                           if s != r and named[r] < len(self.voices)]
         for s in sorted(found, key=named.get):
             self._remember(named[s], voices[s])
-        # After a window of silence the shared seconds are silent too, and the last seen stay.
-        self.talker_of = {s: named[s] for s in found} or self.talker_of
-        self.tail = streams[:, -self.shared :].clone()
-        return {s: named[s] for s in found}
+        self.talker_of = named or self.talker_of  # the last seen, also after silence
+        self.tail = streams[:, -self.shared :].clone() if found else None
+        return named
 
     def _voice(self, stream: Tensor) -> Tensor:
         """Mean and spread [2 D] of a stream [T, D], in units of the features' own spread."""
@@ -1868,11 +1866,10 @@ class TalkerTracker:
             if distance <= limit and s not in named and talker not in named.values():
                 named[s] = talker
         for s in (s for s in voices if s not in named):
-            if self.most is not None and count >= self.most:
-                left = (t for _, r, t in pairs if r == s and t not in named.values())
-                named[s] = next(left)
-            else:
+            if self.most is None or count < self.most:
                 named[s], count = count, count + 1
+            else:
+                named[s] = next(t for _, r, t in pairs if r == s and t not in named.values())
         return named
 
 
@@ -2140,7 +2137,8 @@ def _check_call(model, ids, features, mode: str, kwargs: dict) -> None:
     """Refuse calls of ``generate`` that would answer something else than was asked."""
     if mode not in ("separate", "joint"):
         raise InputError(f"mode must be separate or joint, not {mode!r}")
-    if features is not None and features.shape[-1] > (window := _window_frames(model)):
+    window = 2 * audio_tower_of(model).embed_positions.num_embeddings
+    if features is not None and features.shape[-1] > window:
         raise InputError(f"the recording has {features.shape[-1]} mel frames and the model reads "
                          f"{window} at a time: answer_per_talker reads longer ones")
     if ids is None:
@@ -2154,14 +2152,10 @@ def _check_call(model, ids, features, mode: str, kwargs: dict) -> None:
     if features is not None and sum(slots) != len(features):
         raise InputError(f"{len(ids)} prompts with {sum(slots)} audio slots came with "
                          f"{len(features)} recordings: give one per slot")
-    if features is not None and mode == "separate" and set(slots) != {1}:
-        raise InputError(f"a prompt has {max(slots)} audio slots: one answer per talker takes one "
+    wrong = [count for count in slots if count != 1]
+    if features is not None and mode == "separate" and wrong:
+        raise InputError(f"a prompt has {wrong[0]} audio slots: one answer per talker takes one "
                          "slot each; mode='joint' puts the talkers of every slot in its place")
-
-
-def _window_frames(model) -> int:
-    tower = audio_tower_of(model)
-    return 2 * tower.embed_positions.num_embeddings
 
 
 def _repeat(kwargs: dict, rows: list[int], A: int) -> dict:
@@ -2182,7 +2176,7 @@ def _joint_prompts(model, ids: Tensor, chosen: list[int], labels: list[int], kwa
     Returns the new prompts with their attention mask (padded on the left) and the prompt of each
     row; prompts without any talker are left out.
     """
-    tokenizer = kwargs.get("tokenizer")
+    tokenizer, mask = kwargs.get("tokenizer"), kwargs.get("attention_mask", torch.ones_like(ids))
     if tokenizer is None:
         raise InputError("mode='joint' labels the talkers: give tokenizer=processor.tokenizer")
     around = set(tokenizer.convert_tokens_to_ids(["<|audio_bos|>", "<|audio_eos|>"]))
@@ -2199,13 +2193,13 @@ def _joint_prompts(model, ids: Tensor, chosen: list[int], labels: list[int], kwa
                 pieces += [row.new_tensor(words[label]), row[start:end]]
                 talkers += 1
             rest = end
-        text = torch.cat([*pieces, row[rest:]])[int((kwargs["attention_mask"][b] == 0).sum()) :]
+        text = torch.cat([*pieces, row[rest:]])[int((mask[b] == 0).sum()) :]
         prompts += [b] * talkers
         built += [text] if talkers else []
     pad = model.generation_config.pad_token_id or 0
-    padded = [F.pad(text, (max(map(len, built)) - len(text), 0), value=-1) for text in built]
-    padded = torch.stack(padded)
-    mask = (padded >= 0).to(kwargs["attention_mask"].dtype)
+    longest = max(map(len, built))
+    padded = torch.stack([F.pad(text, (longest - len(text), 0), value=-1) for text in built])
+    mask = (padded >= 0).to(mask.dtype)
     return padded.where(padded >= 0, pad), {"attention_mask": mask}, prompts
 
 

@@ -684,6 +684,7 @@ def test_whisper_rows_equal_the_slow_path(layer, integrate, whisper):
         {"language": "de", "task": "translate"},
         {"language": ["en", "de", "en"]},
         {"language": "en", "num_beams": 2},
+        {"language": "en", "num_beams": 2, "num_return_sequences": 2},
         {"language": "en", "prompt_ids": torch.tensor([5, 6, 7])},  # as many as recordings
         {"language": "en", "return_timestamps": True},
         {"language": "en", "return_timestamps": True, "num_beams": 2},
@@ -708,7 +709,7 @@ def test_whisper_pass_through(layer, options, integrate, whisper):
     if not isinstance(got, torch.Tensor):
         got, untouched = got["sequences"], untouched["sequences"]
     assert torch.equal(got, untouched)
-    assert len(model.speaker_rows) == 3
+    assert len(model.speaker_rows) == len(got) == 3 * options.get("num_return_sequences", 1)
     assert not reads_on or {start for _, start in read_on} == {40, 80}
 
 

@@ -136,6 +136,14 @@ def test_after_silence_the_last_seen_goes_on():
     assert tracker.number(lanes(None, "a100"), active(0, 1), sound=False) == {1: 0}
 
 
+def test_streams_of_a_window_with_nobody_are_not_followed():
+    """It has sound, but no stream of it was a talker; both talkers come back the other way."""
+    tracker = ssm.TalkerTracker(shared=10)
+    assert tracker.number(lanes("a0", "b0"), active(1, 1)) == {0: 0, 1: 1}
+    assert tracker.number(lanes("a30", "b30"), active(0, 0)) == {}
+    assert tracker.number(lanes("b60", "a60"), active(1, 1)) == {1: 0, 0: 1}
+
+
 def test_a_known_count_is_never_exceeded():
     tracker = ssm.TalkerTracker(shared=10, most=2)
     seen = set()
