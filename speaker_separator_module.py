@@ -2326,13 +2326,14 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
     joined, last, room = [], None, 0
     for number, text in texts:
         words = text.split()
-        plain = [[word.lower().strip(".,;:!?") for word in side] for side in (joined, words)]
         now = math.ceil(1.5 * shared * len(words))
+        tail, head = ([word.lower().strip(".,;:!?") for word in side]
+                      for side in (joined[-room - 1 :], words[: now + 1]))
         sizes = range(min(room, now), 0, -1) if number - 1 == last else ()
         for size, cut, late in product(sizes, (0, 1), (0, 1)):
-            end = len(joined) - cut
-            if plain[0][max(end - size, 0) : end] == plain[1][late : late + size]:
-                joined, words = joined[:end], words[late + size :]
+            end = len(tail) - cut
+            if size <= end and tail[end - size : end] == head[late : late + size]:
+                joined, words = joined[: len(joined) - cut], words[late + size :]
                 break
         joined, last, room = joined + words, number, now
     return " ".join(joined)
