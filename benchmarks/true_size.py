@@ -98,8 +98,11 @@ def benchmark(config, layers: list, device="cpu", dtype=None, repeats=1, talkers
     yield {"pass": "untouched", **plain, "time": 1.0, "memory": 1.0}
     for layer in layers:
         ssm.integrate_speaker_separator(model, 3, layer=layer)
+        integration = model._speaker_integration
+        if layer is not None:  # what the separator takes once and keeps is not a pass's memory
+            with torch.inference_mode():
+                integration.split(mel, None)
         for count in talkers:
-            integration = model._speaker_integration
             row = measure(lambda i=integration, n=count: separated(i, n), device, repeats)
             place = "output" if layer is None else f"block {layer}"
             yield {"pass": f"after {place}, {count} talkers", **row,
