@@ -2,13 +2,22 @@
 
 import copy
 import json
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import RATE, SHARED, WIDTH, save_tiny_checkpoint, sine, tiny_separator
+from conftest import (
+    RATE,
+    SHARED,
+    WIDTH,
+    save_tiny_checkpoint,
+    sine,
+    tiny_extractor,
+    tiny_separator,
+)
 
 import speaker_separator_module as ssm
 
@@ -85,7 +94,7 @@ def tower_states(tower, inputs):
 def test_encode_audio_equals_the_models_own_tower(layer, qwen, qwen_folder, processor):
     encoder = ssm.load_audio_encoder(str(qwen_folder))
     inputs = ask(processor, RECORDINGS)
-    states, output, inside, halved = tower_states(qwen.model.audio_tower, inputs)
+    states, output, inside, halved = tower_states(ssm.audio_tower_of(qwen), inputs)
     expected, mask = (output, halved) if layer is None else (states[layer], inside)
     assert encoder.frame_rate(layer) == (25 if layer is None else 50)
     for b, samples in enumerate(RECORDINGS):
@@ -96,7 +105,7 @@ def test_encode_audio_equals_the_models_own_tower(layer, qwen, qwen_folder, proc
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_front_and_rest_make_the_tower(layer, qwen, processor):
-    tower, inputs = qwen.model.audio_tower, ask(processor, RECORDINGS)
+    tower, inputs = ssm.audio_tower_of(qwen), ask(processor, RECORDINGS)
     _, output, inside, halved = tower_states(tower, inputs)
     with torch.no_grad():
         hidden, frame_mask = ssm.tower_front(
@@ -228,25 +237,13 @@ def test_threshold_decides(integrate, qwen, processor):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_rows_equal_the_untouched_model_on_each_stream(integrate, layer, qwen, processor):
-    """The slow path: encode, separate by hand, let the rest of the tower read one stream."""
-    from transformers.modeling_outputs import BaseModelOutput
-
-    plain, separator = copy.deepcopy(qwen), tiny_separator(3, seed=4)
-    model, inputs = integrate(qwen, layer, separator=separator), ask(processor, RECORDINGS[:1])
-    got = answers(model, inputs, max_new_tokens=6)
-    tower, expected = plain.model.audio_tower, []
-    with torch.no_grad():
-        hidden, frame_mask = ssm.tower_front(
-            tower, inputs["input_features"], inputs["feature_attention_mask"], layer)  # fmt: skip
-        streams, probs = separator(hidden, frame_mask)
-        streams = torch.where(frame_mask[:, None, :, None], streams, hidden[:, None])
-        for s in range(3):
-            features = ssm.tower_rest(tower, streams[:, s], frame_mask, layer)
-            tower.forward = lambda *a, f=features, **k: BaseModelOutput(f)
-            expected += answers(plain, inputs, max_new_tokens=6)
-    assert got == expected
-    assert len({tuple(row) for row in got}) > 1  # the streams do say different things
-    assert [row[2] for row in model.speaker_rows] == pytest.approx(probs[0].tolist(), abs=1e-5)
+    separator, inputs = tiny_separator(3, seed=4), ask(processor, RECORDINGS[:1])
+    slow = slow_rows(qwen, separator, inputs, layer, max_new_tokens=6)
+    model = integrate(qwen, layer, separator=separator)
+    got = model.generate(**inputs, max_new_tokens=6)
+    expected = torch.nn.utils.rnn.pad_sequence([row[0] for row in slow], batch_first=True)
+    assert torch.equal(got, expected)  # padded with 0, as by the model
+    assert len({tuple(row) for row in got.tolist()}) > 1  # the streams do say different things
 
 
 @pytest.mark.parametrize("layer", [None, 1])
@@ -345,6 +342,410 @@ def test_answer_per_talker_of_silence(integrate, qwen, processor):
 
 
 # --------------------------------------------------------------------------------------------------
+# Every way of calling generate
+
+
+def slow_rows(model, separator, inputs, layer, **options):
+    """What the untouched model answers with each stream in place of its audio's features.
+
+    ``inputs`` are of one recording; the list has an answer for every stream of the separator.
+    """
+    from transformers.modeling_outputs import BaseModelOutput
+
+    tower, rows = ssm.audio_tower_of(model), []
+    mask = inputs.get("feature_attention_mask", inputs.get("attention_mask"))
+    with torch.no_grad():
+        hidden, frame_mask = ssm.tower_front(tower, inputs["input_features"], mask, layer)
+        streams, _ = separator(hidden, frame_mask)
+        streams = torch.where(frame_mask[:, None, :, None], streams, hidden[:, None])
+        for s in range(streams.shape[1]):
+            features = ssm.tower_rest(tower, streams[:, s], frame_mask, layer)
+            tower.forward = lambda *a, f=features, **k: BaseModelOutput(
+                f.repeat_interleave(len(a[0] if a else k["input_features"]), 0))  # fmt: skip
+            rows.append(model.generate(**inputs, **options))
+            del tower.forward
+    return rows
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("count", [1, 3])
+def test_pass_through_of_one_and_of_three(count, beams, integrate, qwen, processor):
+    inputs = ask(processor, RECORDINGS[:count])
+    options = {"max_new_tokens": 8, "num_beams": beams}
+    untouched = qwen.generate(**inputs, **options)
+    model = pass_through(integrate(qwen, 1, threshold=0.5))
+    assert torch.equal(model.generate(**inputs, **options), untouched)
+    padded = {k: v.clone() for k, v in inputs.items()}  # more padding on the left
+    for name, value in (("input_ids", 0), ("attention_mask", 0)):
+        padded[name] = torch.nn.functional.pad(padded[name], (3, 0), value=value)
+    got = model.generate(**padded, **options)
+    assert torch.equal(got[:, 3:], untouched)
+
+
+def test_dictionary_output(integrate, qwen, processor):
+    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS)
+    plain = model.generate(**inputs, max_new_tokens=4)
+    output = model.generate(
+        **inputs, max_new_tokens=4, return_dict_in_generate=True, output_scores=True)  # fmt: skip
+    assert torch.equal(output.sequences, plain)
+    assert all(scores.shape[0] == 9 for scores in output.scores)
+    nobody = model.generate(
+        **inputs, max_new_tokens=4, return_dict_in_generate=True, num_speakers=0)  # fmt: skip
+    assert nobody.sequences.shape == (0, inputs["input_ids"].shape[1])
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 2}])
+def test_several_answers_each(options, integrate, qwen, processor):
+    """``speaker_rows`` names the talker of every returned row."""
+    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS[:2])
+    torch.manual_seed(3)
+    got = answers(model, inputs, max_new_tokens=5, num_return_sequences=2, **options)
+    expected = [(b, s) for b in range(2) for s in range(3) for _ in range(2)]
+    assert [row[:2] for row in model.speaker_rows] == expected
+    if "num_beams" in options:  # the better of two beams is what one answer would be
+        assert got[::2] == answers(model, inputs, max_new_tokens=5, **options)
+    else:
+        torch.manual_seed(3)
+        assert got == answers(model, inputs, max_new_tokens=5, num_return_sequences=2, **options)
+
+
+def test_streamer(integrate, qwen, processor):
+    from transformers import TextIteratorStreamer
+
+    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS[:1])
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
+    ids = model.generate(**inputs, max_new_tokens=4, num_speakers=1, streamer=streamer)
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    assert "".join(streamer).split() == processor.tokenizer.decode(new).split()
+
+
+def test_generation_config_in_second_place(integrate, qwen, processor):
+    from transformers import GenerationConfig
+
+    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS)
+    config = GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=-1)
+    prompt = inputs.pop("input_ids")
+    ids = model.generate(prompt, config, **inputs)
+    assert ids.shape == (9, prompt.shape[1] + 3)
+
+
+def test_audio_that_never_reached_the_processor(integrate, qwen, processor):
+    """The processor ignores ``audios=``, its argument of old."""
+    text = [ssm.build_prompt(processor, PROMPT)]
+    inputs = processor.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    with pytest.raises(ValueError, match="audio=.*audios="):
+        integrate(qwen).generate(**inputs)
+
+
+def test_several_audio_slots(integrate, qwen, processor):
+    model, inputs = integrate(qwen), two_slots(processor)
+    with pytest.raises(ValueError, match="2 audio slots.*joint"):
+        model.generate(**inputs)
+    inputs["input_features"] = inputs["input_features"][:1]
+    with pytest.raises(ValueError, match="2 audio slots came with 1 recordings"):
+        model.generate(**inputs)
+
+
+def test_unknown_mode(integrate, qwen, processor):
+    with pytest.raises(ValueError, match="separate or joint"):
+        integrate(qwen).generate(**ask(processor, RECORDINGS), mode="both")
+
+
+# --------------------------------------------------------------------------------------------------
+# All talkers in one prompt
+
+
+def two_slots(processor):
+    text = "<|im_start|> user a <|audio_bos|> <|AUDIO|> <|audio_eos|> " \
+           "Who <|audio_bos|> <|AUDIO|> <|audio_eos|> speaks? <|im_end|>"  # fmt: skip
+    return processor(text=[text], audio=RECORDINGS[:2], sampling_rate=RATE, return_tensors="pt")
+
+
+def slow_joint(model, processor, separator, inputs, layer, **options):
+    """One prompt at a time: slots written out as text, streams put in as audio features."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    tower, ids = ssm.audio_tower_of(model), inputs["input_ids"][0]
+    text = processor.tokenizer.decode(ids[inputs["attention_mask"][0] == 1])
+    mask = inputs["feature_attention_mask"]
+    with torch.no_grad():
+        hidden, frame_mask = ssm.tower_front(tower, inputs["input_features"], mask, layer)
+        streams, _ = separator(hidden, frame_mask)
+        streams = torch.where(frame_mask[:, None, :, None], streams, hidden[:, None])
+        S = streams.shape[1]
+        features = ssm.tower_rest(
+            tower, streams.flatten(0, 1), frame_mask.repeat_interleave(S, 0), layer)  # fmt: skip
+    for count in ((mask.sum(1) - 1) // 2 + 1 - 2) // 2 + 1:  # each slot once
+        slot = " ".join(["<|audio_bos|>", *["<|AUDIO|>"] * count, "<|audio_eos|>"])
+        labelled = " ".join(f"Speaker {n + 1}: {slot.replace('|', '!')}" for n in range(S))
+        text = text.replace(slot, labelled, 1)
+    prompt = processor.tokenizer([text.replace("!", "|")], return_tensors="pt")
+    tower.forward = lambda *a, **k: BaseModelOutput(features)
+    try:
+        ids = model.generate(
+            input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"],
+            input_features=inputs["input_features"].repeat_interleave(S, 0),
+            feature_attention_mask=mask.repeat_interleave(S, 0), **options)  # fmt: skip
+    finally:
+        del tower.forward
+    return ids[0, prompt["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_joint(layer, integrate, qwen, processor):
+    plain, separator = copy.deepcopy(qwen), tiny_separator(3, seed=4)
+    model, options = integrate(qwen, layer, separator=separator), {"max_new_tokens": 6}
+    joint = {"mode": "joint", "tokenizer": processor.tokenizer}
+    inputs = ask(processor, RECORDINGS)
+    ids = model.generate(**inputs, **joint, **options)
+    L = inputs["input_ids"].shape[1]
+    assert torch.equal(ids[:, :L], inputs["input_ids"])  # the documented snippet cuts there
+    assert [row[:2] for row in model.speaker_rows] == [(b, s) for b in range(3) for s in range(3)]
+    assert len({tuple(row) for row in ids[:, L:].tolist()}) > 1
+    for b, samples in enumerate(RECORDINGS):
+        alone = ask(processor, [samples])
+        expected = slow_joint(plain, processor, separator, alone, layer, **options)
+        assert ids[b, L : L + len(expected)].tolist() == expected
+        beams = answers(model, alone, **joint, **options, num_beams=2)
+        assert beams[0] == answers(model, inputs, **joint, **options, num_beams=2)[b]
+    slots = two_slots(processor)
+    expected = slow_joint(plain, processor, separator, slots, layer, **options)
+    ids = model.generate(**slots, **joint, **options)
+    assert ids[0, slots["input_ids"].shape[1] :].tolist() == expected
+    with pytest.raises(ValueError, match="beams"):
+        model.generate(**slots, **joint, num_beams=2)
+
+
+def test_joint_leaves_silence_out(integrate, qwen, processor):
+    """Of three recordings the second is silent; its prompt gets no row."""
+    inputs = ask(processor, RECORDINGS)
+    joint = {"mode": "joint", "tokenizer": processor.tokenizer, "max_new_tokens": 4}
+    model = integrate(qwen, 1, threshold=0.5)
+    separate = model.speaker_separator.forward
+
+    def forward(features, frame_mask=None):
+        probs = torch.tensor([[0.9, 0.1, 0.8], [0.1, 0.2, 0.3], [0.0, 0.7, 0.1]])
+        return separate(features, frame_mask)[0], probs[: len(features)]
+
+    model.speaker_separator.forward = forward
+    output = model.generate(**inputs, **joint, return_dict_in_generate=True)
+    L = inputs["input_ids"].shape[1]
+    assert [row[:2] for row in model.speaker_rows] == [(0, 0), (0, 2), (2, 1)]
+    assert torch.equal(output.sequences[:, :L], inputs["input_ids"][[0, 2]])
+    first = model.generate(**ask(processor, RECORDINGS[:1]), **joint)
+    assert torch.equal(first[0, -4:], output.sequences[0, L:])
+
+
+def test_joint_needs_a_tokenizer(integrate, qwen, processor):
+    with pytest.raises(ValueError, match="tokenizer=processor.tokenizer"):
+        integrate(qwen).generate(**ask(processor, RECORDINGS), mode="joint")
+
+
+# --------------------------------------------------------------------------------------------------
+# Copies, files, compilers and devices
+
+
+def test_saving_saves_the_model_alone(integrate, qwen, qwen_folder, processor, tmp_path):
+    from safetensors.torch import load_file
+
+    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS[:1])
+    expected = model.generate(**inputs, max_new_tokens=5)
+    model.save_pretrained(tmp_path / "model")
+    model.speaker_separator.save_pretrained(tmp_path / "separator")
+    saved, before = (load_file(f / "model.safetensors") for f in (tmp_path / "model", qwen_folder))
+    assert saved.keys() == before.keys()
+    assert all(torch.equal(saved[name], before[name]) for name in saved)
+    again = type(qwen).from_pretrained(tmp_path / "model").eval()
+    ssm.integrate_speaker_separator(
+        again, separator_checkpoint=tmp_path / "separator", layer=1, threshold=0.0)  # fmt: skip
+    assert torch.equal(again.generate(**inputs, max_new_tokens=5), expected)
+
+
+@pytest.mark.parametrize("how", ["copy", "pickle"])
+def test_copies_stand_on_their_own(how, integrate, qwen, processor):
+    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS)
+    expected = model.generate(**inputs, max_new_tokens=4)
+    twin = copy.deepcopy(model) if how == "copy" else pickle.loads(pickle.dumps(model))
+    assert twin._speaker_integration.tower is ssm.audio_tower_of(twin)
+    ssm.remove_speaker_separator(model)
+    assert torch.equal(twin.generate(**inputs, max_new_tokens=4), expected)
+    assert len(twin.speaker_rows) == 9
+
+
+@pytest.mark.parametrize("what", ["model before", "model after", "forward", "tower", "in place"])
+def test_compiled(what, integrate, qwen, processor):
+    inputs = ask(processor, RECORDINGS[:2])
+    expected = integrate(copy.deepcopy(qwen), 1).generate(**inputs, max_new_tokens=3)
+    compile_ = {"backend": "eager"}
+    model = qwen
+    if what == "model before":
+        model = torch.compile(qwen, **compile_)
+    if what == "tower":
+        owner = getattr(qwen, "model", qwen)
+        owner.audio_tower = torch.compile(owner.audio_tower, **compile_)
+    if what == "in place":
+        qwen.compile(**compile_)
+    assert integrate(model, 1) is model
+    if what == "model after":
+        model = torch.compile(model, **compile_)
+    if what == "forward":
+        model.forward = torch.compile(model.forward, **compile_)
+    got = model.generate(**inputs, max_new_tokens=3)
+    assert torch.equal(got, expected)
+    assert len(model.speaker_rows) == 6
+    ssm.remove_speaker_separator(model)
+    assert "generate" not in vars(qwen)
+
+
+def test_float16_by_one_argument(qwen_folder, integrate, processor):
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    qwen = Qwen2AudioForConditionalGeneration.from_pretrained(qwen_folder, dtype=torch.float16)
+    inputs = ask(processor, RECORDINGS)
+    untouched = qwen.generate(**inputs, max_new_tokens=5)
+    model = pass_through(integrate(qwen, 1, threshold=0.5))
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5), untouched)
+    assert model.half().speaker_separator.speaker_queries.dtype == torch.float32
+
+
+def test_device_map(qwen_folder, integrate, processor):
+    pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    inputs = ask(processor, RECORDINGS)
+    plain = Qwen2AudioForConditionalGeneration.from_pretrained(qwen_folder).eval()
+    expected = integrate(plain, 1).generate(**inputs, max_new_tokens=5)
+    placed = Qwen2AudioForConditionalGeneration.from_pretrained(qwen_folder, device_map="cpu")
+    from accelerate import dispatch_model
+
+    for model in (placed, dispatch_model(plain, {"": "cpu"}, force_hooks=True)):
+        got = integrate(model, 1).generate(**inputs, max_new_tokens=5)
+        assert torch.equal(got, expected)
+        ssm.remove_speaker_separator(model)
+        model.generate(**inputs, max_new_tokens=2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Whisper
+
+
+@pytest.fixture
+def whisper(whisper_folder):
+    """A tiny multilingual Whisper that knows timestamps, 0.02 s apart up to 1 s."""
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig.from_pretrained(whisper_folder, vocab_size=160, max_target_positions=40)
+    torch.manual_seed(5)
+    model = WhisperForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" not in name and "embed_positions" not in name:
+                weight.mul_(8)
+    vars(model.generation_config).update(
+        lang_to_id={"<|en|>": 90, "<|de|>": 91}, task_to_id={"transcribe": 92, "translate": 93},
+        is_multilingual=True, no_timestamps_token_id=99, max_initial_timestamp_index=20,
+        forced_decoder_ids=None, do_sample=False, max_length=20, decoder_start_token_id=1,
+        pad_token_id=0, eos_token_id=2)  # fmt: skip
+    return model.eval()
+
+
+def ends_a_segment(ids, scores):
+    """Logits that say "<0.00> word <0.40><0.40> <end>" after the language and the task."""
+    said = {3: 100, 5: 120, 6: 120, 7: 2}.get(ids.shape[1])
+    if said is None:
+        return scores
+    return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([said]), 0.0)
+
+
+def listen(recordings):
+    return tiny_extractor()(recordings, sampling_rate=RATE, return_tensors="pt")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_whisper_rows_equal_the_slow_path(layer, integrate, whisper):
+    separator = tiny_separator(3, seed=4)
+    options = {"max_new_tokens": 6, "language": "en", "suppress_tokens": list(range(99, 160))}
+    expected, alone = [], [listen([samples]) for samples in RECORDINGS]
+    for inputs in alone:
+        expected += slow_rows(whisper, separator, inputs, layer, **options)
+    model = integrate(whisper, layer, separator=separator)
+    got = [row for inputs in alone for row in model.generate(**inputs, **options)]
+    assert len({tuple(row.tolist()) for row in got}) > 1
+    assert [row.tolist() for row in got] == [row[0].tolist() for row in expected]
+    batch = model.generate(**listen(RECORDINGS), **options)
+    assert [row[:2] for row in model.speaker_rows] == [(b, s) for b in range(3) for s in range(3)]
+    stripped = [[t for t in row.tolist() if t] for row in batch]
+    assert stripped == [[t for t in row.tolist() if t] for row in got]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"language": "de", "task": "translate"},
+        {"language": ["en", "de", "en"]},
+        {"language": "en", "num_beams": 2},
+        {"language": "en", "num_beams": 2, "num_return_sequences": 2},
+        {"language": "en", "prompt_ids": torch.tensor([5, 6, 7])},  # as many as recordings
+        {"language": "en", "return_timestamps": True},
+        {"language": "en", "return_timestamps": True, "num_beams": 2},
+        {"language": "en", "return_timestamps": True, "read on": True},
+        {"language": "en", "return_timestamps": True, "return_segments": True, "read on": True},
+        {"language": "en", "return_dict_in_generate": True},
+        {},  # finds the language by itself
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layer", [None, 1])
+def test_whisper_pass_through(layer, options, integrate, whisper):
+    """Also where Whisper goes on from a timestamp in the middle of the recording."""
+    inputs, options = listen(RECORDINGS), dict(options)
+    if reads_on := options.pop("read on", False):
+        options["logits_processor"] = [ends_a_segment]
+    untouched = whisper.generate(**inputs, max_new_tokens=8, **options)
+    model = pass_through(integrate(whisper, layer, threshold=0.5))
+    again, read_on = model._speaker_integration.split_from, []
+    model._speaker_integration.split_from = lambda *a: read_on.append(a) or again(*a)
+    got = model.generate(inputs.pop("input_features"), **inputs, max_new_tokens=8, **options)
+    if not isinstance(got, torch.Tensor):
+        got, untouched = got["sequences"], untouched["sequences"]
+    assert torch.equal(got, untouched)
+    assert len(model.speaker_rows) == len(got) == 3 * options.get("num_return_sequences", 1)
+    assert not reads_on or {start for _, start in read_on} == {40, 80}
+
+
+def test_whisper_reads_on_with_the_same_talker(integrate, whisper):
+    """Reading on at a timestamp, each talker's stream is the one it had, wherever it now is."""
+    model, mel = integrate(whisper, 1), listen(RECORDINGS[:1])["input_features"]
+    integration = model._speaker_integration
+    gains, order = torch.tensor([0.2, 1.0, 3.0]), [0, 1, 2]
+
+    def forward(features, frame_mask=None):
+        return features[:, None] * gains[order].view(1, 3, 1, 1), torch.ones(len(features), 3)
+
+    model.speaker_separator.forward = forward
+    streams, mask, probs = integration.split(mel, None)
+    talkers, _ = integration.pick(streams, mask, probs)
+    integration.rows = ssm._Rows(streams[0], mask[[0, 0, 0]], talkers, mel)
+    order[:] = [2, 0, 1]
+    later = torch.nn.functional.pad(mel[..., 40:], (0, 40))
+    with torch.no_grad():
+        hidden, _ = ssm.tower_front(whisper.model.encoder, later, None, 1)
+    for row in range(3):
+        stream = integration.split_from(row, 40)
+        torch.testing.assert_close(stream[:25], hidden[0, :25] * gains[row])  # of 0.9 s
+
+
+def test_whisper_silence_and_refusals(integrate, whisper):
+    model, inputs = integrate(whisper, 1), listen(RECORDINGS)
+    assert model.generate(**inputs, num_speakers=0).shape[0] == 0
+    assert model.generate(**inputs, num_speakers=0, return_segments=True)["segments"] == []
+    with pytest.raises(ValueError, match="audio slot, as in Qwen2-Audio"):
+        model.generate(**inputs, mode="joint")
+    with pytest.raises(ValueError, match="200 mel frames.*answer_per_talker"):
+        model.generate(torch.zeros(1, 16, 200))
+
+
+# --------------------------------------------------------------------------------------------------
 # What stays as it was
 
 
@@ -382,14 +783,14 @@ def test_removal_restores_the_model(integrate, layer, qwen, processor):
     inputs = ask(processor, RECORDINGS)
     tokens = qwen.generate(**inputs, max_new_tokens=6)
     state = {name: value.clone() for name, value in qwen.state_dict().items()}
-    attributes, tower_attributes = set(qwen.__dict__), set(qwen.model.audio_tower.__dict__)
+    attributes, tower_attributes = set(qwen.__dict__), set(ssm.audio_tower_of(qwen).__dict__)
     model = integrate(qwen, layer)
     assert isinstance(model.speaker_separator, ssm.SpeakerSeparatorTransformer)
     model.generate(**inputs, max_new_tokens=6)
     assert ssm.remove_speaker_separator(model) is qwen
     assert "generate" not in qwen.__dict__
     assert set(qwen.__dict__) == attributes
-    assert set(qwen.model.audio_tower.__dict__) == tower_attributes
+    assert set(ssm.audio_tower_of(qwen).__dict__) == tower_attributes
     assert not hasattr(qwen, "speaker_separator")
     assert list(qwen.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in qwen.state_dict().items())
@@ -500,7 +901,7 @@ def digits():
 def test_digits_model(digits):
     model, processor, samples, folder = digits
     inputs = ask(processor, [samples])
-    states, output, inside, halved = tower_states(model.model.audio_tower, inputs)
+    states, output, inside, halved = tower_states(ssm.audio_tower_of(model), inputs)
     encoder = ssm.load_audio_encoder(str(folder))
     for layer in (None, 1):
         features = ssm.encode_audio(samples, encoder, layer)
