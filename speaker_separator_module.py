@@ -69,11 +69,13 @@ class TrainOptions(NamedTuple):
     ff_dim: int = 2048
     dropout: float = 0.1
     trunk: str | None = None
+    mask: str | None = None
     max_speakers: int | None = None
     reconstruction_weight: float | None = None
     activity_weight: float = 0.5
     remix: bool | None = None
     mixtures_per_epoch: int | None = None
+    output_weight: float = 0.0
     llm: str | None = None
     llm_weight: float = 0.1
     llm_prompt: str = DEFAULT_PROMPT
@@ -154,6 +156,8 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--dropout", type=_probability, help="dropout in every block")
     add("--trunk", choices=["queries", "frames"],
         help="what the decoder blocks work on (default: queries if the data is a sum, or frames)")
+    add("--mask", choices=["shares", "gains", "residual"],
+        help="how streams are made of the mixture (default: shares if the data is a sum, or gains)")
     add("--max_speakers", type=_positive_int, help="streams (default: what the data has)")
     add("--reconstruction_weight", type=_weight,
         help="weight of 'streams sum to the mixture' (default: 0.5 where the data is a sum, or 0)")
@@ -164,6 +168,9 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--no_remix", dest="remix", action="store_false", help="the same mixtures every epoch")
     add("--mixtures_per_epoch", type=_positive_int,
         help="with remixing: how many are drawn (default: what the data has, 120 or more)")
+    add("--output_weight", type=_weight,
+        help="weight of the separation error at the encoder's output, behind the frozen blocks "
+             "that follow --layer of the dataset")
     add("--llm", metavar="PATH_OR_ID",
         help="also train against the transcripts through this frozen Qwen2-Audio or Whisper")
     add("--llm_weight", type=_weight, help="weight of the transcripts' cross-entropy")
@@ -295,9 +302,10 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         validation mixtures right.
     feature_source : dict, optional
         Where the training features came from (encoder, layer, frame rate).
-    mask : "shares" or "gains"
+    mask : "shares", "gains" or "residual"
         Shares of the streams in the mixture sum to 1, right where features of talkers add up;
-        gains in [0, 2] are free of each other, for the features of an encoder.
+        gains in [0, 2] are free of each other, for the features of an encoder; with residual a
+        stream is the mixture plus the update in standard deviations of each feature.
     trunk : "queries" or "frames"
         What the decoder blocks work on. Queries look the recording over (self-attention divides
         the talkers among them, cross-attention finds them in time), which is cheap and right for
@@ -329,8 +337,8 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
             raise InputError(
                 f"num_heads must be even and divide feature_dim, not {num_heads} for {feature_dim}"
             )
-        if mask not in ("shares", "gains"):
-            raise InputError(f"mask must be shares or gains, not {mask!r}")
+        if mask not in ("shares", "gains", "residual"):
+            raise InputError(f"mask must be shares, gains or residual, not {mask!r}")
         if trunk not in ("queries", "frames"):
             raise InputError(f"trunk must be queries or frames, not {trunk!r}")
         sizes = {"dim_feedforward": ff_dim, "dropout": dropout}
@@ -377,10 +385,10 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         # A silent recording has no frame to attend to: let it see its own zeros.
         padding = ~(frame_mask | ~frame_mask.any(1, keepdim=True))
 
-        power = masked_mean(mixture.float().square().mean(-1), frame_mask, 1)
-        level = (power + 1e-8).sqrt()[:, None, None]  # loud and soft recordings look alike inside
+        centre, spread = self._normalization(mixture, frame_mask)
         positions = 0.3 * sinusoidal_positions(T, D, mixture.device)
-        frames = (mixture / level + positions).to(mixture.dtype)
+        frames = torch.where(valid, (mixture - centre) / spread, 0.0)
+        frames = (frames + positions).to(mixture.dtype)
         context, queries, refinement = self._meet(frames, padding)
         streams = start = context[:, None] + queries[:, :, None]  # [B, S, T, D]
         for block in refinement:
@@ -388,16 +396,33 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
                 streams.flatten(0, 1), src_key_padding_mask=padding.repeat_interleave(S, dim=0)
             ).unflatten(0, (B, S))
         update = (streams - (frames[:, None] if self.trunk == "queries" else start)).float()
-        mask = update.softmax(dim=1) if self.mask == "shares" else 1 + update.tanh()
-        separated = (mask * mixture[:, None]).to(mixture.dtype)
+        if self.mask == "residual":
+            separated = mixture[:, None] + update * spread[:, None]
+            separated = torch.where(valid[:, None], separated, 0.0)
+        else:
+            mask = update.softmax(dim=1) if self.mask == "shares" else 1 + update.tanh()
+            separated = mask * mixture[:, None]
+        separated = separated.to(mixture.dtype)
         # Activity is read off what was separated: an empty stream is a talker who is not there.
         # The features of an encoder are never empty; there it is read off the refined stream.
-        evidence = separated / level[:, None] if self.trunk == "queries" else streams
+        evidence = separated / spread[:, None] if self.trunk == "queries" else streams
         pooled = masked_mean(evidence, valid[:, None], 2)  # [B, S, D]
         if self.trunk == "frames":
             pooled = F.layer_norm(pooled, (D,))
         speaker_probs = self.activity_head(pooled.to(mixture.dtype)).squeeze(-1).float().sigmoid()
         return separated, speaker_probs
+
+    def _normalization(self, mixture: Tensor, frame_mask: Tensor) -> tuple[Tensor | float, Tensor]:
+        """Return what to subtract and divide by: loud and soft recordings look alike inside."""
+        power = masked_mean(mixture.float().square().mean(-1), frame_mask, 1)
+        level = (power + 1e-8).sqrt()[:, None, None]  # [B, 1, 1]
+        if self.mask != "residual":
+            return 0.0, level
+        # An encoder's features sit on large offsets; what tells talkers apart is small beside them.
+        valid = frame_mask[..., None]
+        centre = masked_mean(mixture.float(), valid, 1)[:, None]  # [B, 1, D]
+        variance = masked_mean((mixture - centre).float().square(), valid, 1)[:, None]
+        return centre, (variance + (0.01 * level) ** 2).sqrt()
 
     def _meet(self, frames: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, list[nn.Module]]:
         """Let frames and queries meet: context [B, T, D], queries [B, S, D], blocks left over."""
@@ -1073,7 +1098,7 @@ class AveragedSeparator:
 
 def train_epoch(
     separator, loader, optimizer, weights: dict, device: str, dtype: torch.dtype, epoch: int,
-    transcripts: TranscriptLoss | None = None, averaged: AveragedSeparator | None = None,
+    extras: tuple = (), averaged: AveragedSeparator | None = None,
 ) -> dict[str, float]:
     """One pass over the training mixtures; returns the mean of every loss part.
 
@@ -1085,7 +1110,7 @@ def train_epoch(
     losses, sizes = [], []
     for batch in tqdm(loader, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None):
         batch = to_device(batch, device)
-        parts = batch_loss(separator, batch, weights, device, dtype, transcripts)
+        parts = batch_loss(separator, batch, weights, device, dtype, extras)
         optimizer.zero_grad(set_to_none=True)
         parts["total"].backward()
         nn.utils.clip_grad_norm_(separator.parameters(), 1.0)
@@ -1107,19 +1132,22 @@ def train_epoch(
 
 def batch_loss(
     separator, batch: dict, weights: dict, device: str, dtype: torch.dtype,
-    transcripts: TranscriptLoss | None = None,
+    extras: tuple = (),
 ) -> dict[str, Tensor]:
-    """Every part of the loss of one batch by name; "total" is what to minimise."""
+    """Every part of the loss of one batch by name; "total" is what to minimise.
+
+    ``extras`` are losses through frozen models: callables with a ``name`` and a ``weight``.
+    """
     with autocast(device, dtype), attention_kernel(device, dtype):
         separated, probs = separator(batch["mixture"], batch["frame_mask"])
     loss = separator_loss(
         separated, probs, batch["targets"], batch["speaker_mask"],
         batch["mixture"], batch["frame_mask"], **weights)
     parts = {part: getattr(loss, part) for part in LOSS_PARTS}
-    if transcripts:
+    for extra in extras:
         with autocast(device, dtype), attention_kernel(device, dtype):
-            parts["transcript"] = transcripts(separated, loss.assignment, batch)
-        parts["total"] = loss.total + transcripts.weight * parts["transcript"]
+            parts[extra.name] = extra(separated, loss.assignment, batch)
+        parts["total"] = parts["total"] + extra.weight * parts[extra.name]
     return parts
 
 
@@ -1157,7 +1185,7 @@ def _prepare_folder(folder: Path) -> None:
 def format_epoch(row: dict, epochs: int) -> str:
     """One line of the training log."""
     train, val = row["train"], row["val"]
-    named = [*LOSS_PARTS[1:], *(["transcript"] if "transcript" in val else [])]
+    named = [*LOSS_PARTS[1:], *(name for name in ("output", "transcript") if name in val)]
     parts = " ".join(f"{part} {val[part]:.3f}" for part in named)
     trivial = ", ".join(f"{name} {mse:.3f}" for name, mse in val["trivial_mse"].items())
     best = min(val["trivial_mse"].values())  # 0 where every mixture is one talker or silence
@@ -1184,7 +1212,7 @@ class _Run(NamedTuple):
     mixtures: Dataset
     val_set: Dataset
     history: list[dict]
-    transcripts: TranscriptLoss | None
+    extras: tuple  # losses through frozen models
 
 
 def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
@@ -1200,7 +1228,7 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
     check_disk(folder, parameters, 2 + options.epochs // options.save_every)
     optimizer, scheduler, history = _make_optimizer(options, separator, checkpoint, folder)
     mixtures = _remixed(options, train_set, separator.max_speakers, device)
-    transcripts = _transcript_loss(options, train_set, separator.feature_dim, device)
+    extras = _extra_losses(options, train_set, separator.feature_dim, device)
     reconstruction = options.reconstruction_weight
     if reconstruction is None:
         reconstruction = 0.5 if train_set.is_sum else 0.0
@@ -1213,13 +1241,14 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
         f"{separator.max_speakers} streams"
     )
     return _Run(options, device, dtype, config, weights, separator, averaged, optimizer, scheduler,
-                mixtures, val_set, history, transcripts)
+                mixtures, val_set, history, extras)
 
 
 def _make_separator(options: TrainOptions, train_set, streams: int, checkpoint, folder: Path):
     """Return the configuration, the separator to train and its average, new or as they were."""
     config = {"feature_dim": train_set.feature_dim, "max_speakers": streams, "threshold": 0.5,
-              "mask": "shares" if train_set.is_sum else "gains", "feature_source": train_set.source,
+              "mask": options.mask or ("shares" if train_set.is_sum else "gains"),
+              "feature_source": train_set.source,
               "trunk": options.trunk or ("queries" if train_set.is_sum else "frames"),
               "num_layers": options.num_layers, "num_heads": options.num_heads,
               "ff_dim": options.ff_dim, "dropout": options.dropout}
@@ -1268,22 +1297,24 @@ def _remixed(options: TrainOptions, train_set, streams: int, device: str) -> Dat
     return RemixedSpeech(train_set, streams, options.seed, options.mixtures_per_epoch, device)
 
 
-def _transcript_loss(
-    options: TrainOptions, train_set, width: int, device: str
-) -> TranscriptLoss | None:
-    if not options.llm:
-        return None
-    if not any(speaker.get("text") for s in train_set.samples for speaker in s["speakers"]):
-        raise InputError("--llm trains against transcripts and the training data has none")
-    if train_set.source.get("kind") != "speech":
-        raise InputError("--llm needs features of recordings (generate with --speech_dir)")
-    layer = train_set.source.get("layer")
-    transcripts = TranscriptLoss(
-        options.llm, layer, device, options.llm_prompt, options.llm_weight)
-    if transcripts.width != width:
-        raise InputError(f"the features are {width} wide and {options.llm} has "
-                         f"{transcripts.width}: generate them with its own encoder")
-    return transcripts
+def _extra_losses(options: TrainOptions, train_set, width: int, device: str) -> tuple:
+    """Return the losses through frozen models that the options ask for."""
+    extras, source = [], train_set.source
+    if (options.output_weight or options.llm) and source.get("kind") != "speech":
+        raise InputError("--output_weight and --llm need features of recordings (generate with "
+                         "--speech_dir)")
+    if options.output_weight:
+        encoder = load_audio_encoder(source.get("encoder"), device)
+        extras.append(OutputLoss(encoder.tower, source.get("layer"), options.output_weight))
+    if options.llm:
+        if not any(speaker.get("text") for s in train_set.samples for speaker in s["speakers"]):
+            raise InputError("--llm trains against transcripts and the training data has none")
+        extras.append(TranscriptLoss(
+            options.llm, source.get("layer"), device, options.llm_prompt, options.llm_weight))
+        if extras[-1].width != width:
+            raise InputError(f"the features are {width} wide and {options.llm} has "
+                             f"{extras[-1].width}: generate them with its own encoder")
+    return tuple(extras)
 
 
 def restore_optimizer(optimizer, checkpoint: dict, origin) -> list[dict]:
@@ -1306,13 +1337,13 @@ def _run_epoch(run: _Run, epoch: int) -> dict:
     )
     rate = run.scheduler.get_last_lr()[0]
     train = train_epoch(run.separator, loader, run.optimizer, run.weights, run.device, run.dtype,
-                        epoch, run.transcripts, run.averaged)
+                        epoch, run.extras, run.averaged)
     val = evaluate_separator(
         run.averaged.separator, run.val_set, device=run.device, dtype=run.dtype, **run.weights
     )
-    if run.transcripts:
-        val["transcript"] = validate_transcripts(run)
-        val["total"] += run.transcripts.weight * val["transcript"]
+    for extra, value in zip(run.extras, validate_extras(run), strict=True):
+        val[extra.name] = value
+        val["total"] += extra.weight * value
     if not math.isfinite(val["total"]):
         raise InputError(f"the validation loss is not finite in epoch {epoch}; the last "
                          "checkpoint is intact: look at the validation data")
@@ -1323,17 +1354,18 @@ def _run_epoch(run: _Run, epoch: int) -> dict:
 
 
 @torch.inference_mode()
-def validate_transcripts(run: _Run) -> float:
-    """Mean transcript loss of the validation mixtures."""
-    losses, sizes = [], []
-    separator, device = run.averaged.separator, run.device
-    for batch in make_loader(run.val_set, 8, separator.max_speakers, device):
-        batch = to_device(batch, device)
-        parts = batch_loss(separator, batch, run.weights, device, run.dtype, run.transcripts)
-        losses.append(parts["transcript"])
-        sizes.append(sum(bool(text) for texts in batch["texts"] for text in texts))
-    weights = torch.tensor(sizes, dtype=torch.float)
-    return float((torch.stack(losses).float().cpu() * weights).sum() / weights.sum().clamp(min=1))
+def validate_extras(run: _Run) -> list[float]:
+    """Mean over the talkers of the validation mixtures of every loss through a frozen model."""
+    if not run.extras:
+        return []
+    losses, sizes, separator = [], [], run.averaged.separator
+    for batch in make_loader(run.val_set, 8, separator.max_speakers, run.device):
+        batch = to_device(batch, run.device)
+        parts = batch_loss(separator, batch, run.weights, run.device, run.dtype, run.extras)
+        losses.append(torch.stack([parts[extra.name].float() for extra in run.extras]))
+        sizes.append(batch["speaker_mask"].sum())
+    sizes = torch.stack(sizes).float()
+    return ((torch.stack(losses) * sizes[:, None]).sum(0) / sizes.sum().clamp(min=1)).tolist()
 
 
 def train_speaker_separator(
@@ -2722,11 +2754,41 @@ def load_listener(path_or_id: str, device: str = "cpu", dtype="auto"):
     return model.to(device).eval().requires_grad_(False), processor
 
 
+class OutputLoss:
+    """Mean squared error of streams at the encoder's output, behind its frozen blocks.
+
+    The blocks that follow ``layer`` say which errors of a stream matter to the model.
+    """
+
+    name = "output"
+
+    def __init__(self, tower: nn.Module, layer: int | None, weight: float):
+        self.tower, self.layer, self.weight = tower, layer, weight
+
+    def __call__(self, separated: Tensor, assignment: Tensor, batch: dict) -> Tensor:
+        """Return the error per active talker; arguments as of ``TranscriptLoss``."""
+        samples, talkers = batch["speaker_mask"].nonzero(as_tuple=True)
+        if not len(samples):
+            return 0.0 * separated.sum()
+        frame_mask = batch["frame_mask"][samples]
+        streams = separated[samples, assignment[samples, talkers]]  # [rows, T, D]
+        output = tower_rest(self.tower, streams, frame_mask, self.layer).float()
+        with torch.no_grad():
+            alone = batch["targets"][samples, talkers]
+            target = tower_rest(self.tower, alone, frame_mask, self.layer).float()
+        T = output.shape[1]  # the tower may halve the frames
+        lengths = frame_mask.sum(1, keepdim=True) // (frame_mask.shape[1] // max(T, 1))
+        valid = torch.arange(T, device=output.device) < lengths
+        return masked_mean((output - target).square().mean(-1), valid, 1).mean()
+
+
 class TranscriptLoss:
     """Cross-entropy of each talker's transcript through the frozen rest of a model.
 
     Streams enter the tower after block ``layer``; gradients reach them and no weight of the model.
     """
+
+    name = "transcript"
 
     def __init__(
         self, path_or_id: str, layer: int | None, device: str = "cpu",

@@ -24,7 +24,8 @@ import digits_manifest  # noqa: E402
 import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 
-SIZES = ["--num_layers=6", "--num_heads=4", "--ff_dim=768", "--dropout=0"]
+SEPARATOR = ["--num_layers=4", "--num_heads=4", "--ff_dim=768", "--dropout=0", "--mask=residual"]
+LOSS = ["--output_weight=10", "--activity_weight=3"]
 
 
 def run(module, *words) -> None:
@@ -77,7 +78,7 @@ def make_noises(folder: Path) -> None:
 
 def train(args) -> Path:
     """Train against features, then against transcripts too; returns the best checkpoint."""
-    shared = ["--data_dir", args.work_dir / "data", "--remix", "--patience", 1000, *SIZES,
+    shared = ["--data_dir", args.work_dir / "data", "--remix", *SEPARATOR, *LOSS,
               f"--mixtures_per_epoch={args.mixtures_per_epoch}", "--batch_size=16"]
     features, words = args.work_dir / "features", args.work_dir / "words"
     if not (features / "training_report.md").is_file():

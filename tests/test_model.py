@@ -7,7 +7,8 @@ from conftest import WIDTH, tiny_separator
 import speaker_separator_module as ssm
 
 MASKS = ["shares", "gains"]
-KINDS = [("shares", "queries"), ("gains", "queries"), ("gains", "frames")]
+KINDS = [("shares", "queries"), ("gains", "queries"), ("gains", "frames"),
+         ("residual", "frames"), ("residual", "queries")]
 MODES = ["train", "eval", "inference"]  # torch takes another path through a block without gradients
 
 

@@ -159,6 +159,38 @@ def test_whisper_transcript_loss_equals_the_slow_way(layer, whisper_and_processo
     torch.testing.assert_close(loss, total / count, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_output_loss_equals_the_slow_way(layer, qwen):
+    """One talker at a time, without padding; no loss for streams that are right."""
+    tower, batch = ssm.audio_tower_of(qwen), a_batch(layer)
+    assignment = torch.tensor([[2, 0, 1], [1, 0, 2]])
+    separated, targets = (torch.randn(2, 3, *batch["mixture"].shape[1:]) for _ in range(2))
+    batch |= {"targets": targets, "speaker_mask": torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()}
+    loss = ssm.OutputLoss(tower, layer, 1.0)
+    errors = []
+    for sample, talker, stream in ((0, 0, 2), (0, 1, 0), (1, 0, 1)):
+        T = int(batch["frame_mask"][sample].sum())
+        a, b = (ssm.tower_rest(tower, features[None, :T], None, layer) for features in
+                (separated[sample, stream], targets[sample, talker]))  # fmt: skip
+        errors.append((a - b).square().mean())
+    expected = torch.stack(errors).mean()
+    torch.testing.assert_close(loss(separated, assignment, batch), expected, rtol=1e-3, atol=1e-5)
+    right = ssm.reorder(targets, assignment.argsort(1))
+    assert loss(right, assignment, batch) < 1e-6
+
+
+def test_train_with_output_loss(speech_data, tmp_path, capsys):
+    argv = train_flags(speech_data, tmp_path / "run", "--remix", "--output_weight=10",
+                       "--mask=residual")  # fmt: skip
+    assert ssm.main(argv) == 0
+    assert " output " in capsys.readouterr().out
+    checkpoint = ssm.load_checkpoint(tmp_path / "run/best_model.pt")
+    row = checkpoint["train_history"][0]["val"]
+    assert row["total"] == pytest.approx(
+        row["separation"] + 0.5 * row["activity"] + 10 * row["output"], rel=1e-4)  # fmt: skip
+    assert checkpoint["model_config"]["mask"] == "residual"
+
+
 def test_gradients_reach_the_separator_and_nothing_else(qwen_folder):
     transcripts = ssm.TranscriptLoss(str(qwen_folder), 1)
     before = {name: weight.clone() for name, weight in transcripts.model.state_dict().items()}
