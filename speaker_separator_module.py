@@ -1903,7 +1903,7 @@ def encode_waveforms(
 def encode_audio(
     audio, encoder, layer: int | None = None, sampling_rate: int | None = None, device: str = "cpu"
 ) -> Tensor:
-    """Encode one recording into the features a separator reads.
+    """Encode one recording into the features [T, D], float32, that a separator reads.
 
     Parameters
     ----------
@@ -1912,10 +1912,6 @@ def encode_audio(
     encoder : AudioEncoder, or a local folder or hub id of Whisper or Qwen2-Audio
     layer : int, optional
         Encoder block to stop after; 0 is after the convolutions, None the encoder's output.
-
-    Returns
-    -------
-    Tensor [T, D], float32
     """
     if not isinstance(encoder, AudioEncoder):
         encoder = load_audio_encoder(str(encoder), device)
@@ -1937,10 +1933,7 @@ class Separation(NamedTuple):
 
 
 def active_in_window(probs, threshold: float, num_speakers: int | None, alone: bool) -> Tensor:
-    """Say which streams [..., S] of a window are talkers.
-
-    Of a longer recording ``num_speakers`` is the most that a window has: some may be silent in it.
-    """
+    """Say which streams [..., S] are talkers; a window not ``alone`` may have fewer than all."""
     active = active_streams(probs, threshold)
     if num_speakers is None:
         return active
@@ -1950,11 +1943,8 @@ def active_in_window(probs, threshold: float, num_speakers: int | None, alone: b
 
 @torch.inference_mode()
 def separate(
-    separator: SpeakerSeparatorTransformer,
-    features: Tensor,
-    threshold: float | None = None,
-    num_speakers: int | None = None,
-    alone: bool = True,
+    separator: SpeakerSeparatorTransformer, features: Tensor, threshold: float | None = None,
+    num_speakers: int | None = None, alone: bool = True,
 ) -> Separation:
     """Separate the features [T, D] of one recording, or of a window of one.
 
@@ -1977,23 +1967,16 @@ class TalkerTracker:
     A stream goes on with the number of the stream that it matches best in the seconds that its
     window shares with the one before. Where those are silent, or that stream was no talker, its
     voice decides: mean and spread of its features, changing frames counting most, against the mean
-    voice of every talker not yet in this window. How far apart voices of one talker are, and of
-    different ones, is learnt on the way from talkers who go on and talkers who speak at once; until
-    then the talkers last seen go on. A new number is given to a stream when nobody is left, or
-    everybody left is far off: in doubt a talker is one who returns.
+    voice of every talker not yet in this window. How far apart voices may be is learnt on the way
+    from talkers who go on and talkers who speak at once; until then the talkers last seen go on.
+    In doubt a talker is one who returns: a new number needs everybody left to be far off.
 
     Measured on spoken digits in windows of 4 s, the talkers' own features as streams, 95 s: of two
-    talkers who take turns and overlap the numbers are right in every window; of three, where one
-    who returns may be either of two, in half of them. Voices in the features of a speech
-    recogniser are weak evidence. What it cannot do besides: notice that another talker took over a
-    stream that was silent in the shared seconds while somebody else spoke; take back a number.
+    talkers who take turns and overlap the numbers are right in every window; of three in half of
+    them. It cannot notice that another talker took over a stream that was silent in the shared
+    seconds while somebody else spoke, nor take back a number.
 
-    Parameters
-    ----------
-    shared : int
-        Frames that adjacent windows share.
-    most : int, optional
-        Number of talkers in the recording, when known: no more are counted.
+    Adjacent windows share ``shared`` frames; no more than ``most`` talkers are counted.
     """
 
     def __init__(self, shared: int, most: int | None = None):
@@ -2005,10 +1988,9 @@ class TalkerTracker:
         self.tail = self.scale = None
 
     def number(self, streams: Tensor, active: Tensor, sound: bool = True) -> dict[int, int]:
-        """Return {stream: talker} of the next window, talkers counted from 0.
+        """Return {stream: talker}, from 0, of the next window's ``streams [S, T, D]``.
 
-        ``streams [S, T, D]``, which of them are talkers [S], and whether the seconds shared with
-        the window before hold any sound.
+        ``sound`` says whether the seconds shared with the window before hold any.
         """
         streams = streams.float()
         found = active.nonzero().flatten().tolist()
@@ -2140,31 +2122,31 @@ def write_separation(
 
     The picture is of the first window. Of the frames that two windows share, each has half.
     """
-    result, speakers, ends = {**about, "num_frames": num_frames}, {}, []
+    speakers, parts, end = {}, [], 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("speaker_*.npy"):  # of an earlier, perhaps longer, list
             if old.stem.removeprefix("speaker_").isdigit():
                 old.unlink()
         for window in windows:
-            end = window.start + len(window.features)
-            skip = max(0, (ends[-1]["end"] - window.start) // 2) if ends else 0
-            probs = window.separation.probabilities.tolist()
-            for stream, talker in sorted(window.talkers.items(), key=lambda pair: pair[1]):
-                row = speakers.setdefault(talker, {"stream": stream, "probability": 0.0})
-                row["probability"] = max(row["probability"], round(probs[stream], 4))
-                features = window.separation.streams[stream].float().cpu().numpy()
-                _write_frames(folder / f"speaker_{talker + 1}.npy", features, window.start, skip,
-                              num_frames)
-            if not ends:
+            if not parts:
                 _plot_window(folder / "separation.png", window)
-            ends.append({"start": window.start, "end": end,
-                         "probabilities": [round(p, 4) for p in probs],
-                         "speakers": {talker + 1: s for s, talker in window.talkers.items()}})
-        rows = [{"file": f"speaker_{t + 1}.npy", **row} for t, row in sorted(speakers.items())]
-        several = len(ends) > 1
-        result |= {"num_speakers": len(rows), "speakers": rows}
-        result |= {"windows": ends} if several else {"probabilities": ends[0]["probabilities"]}
+            skip = max(0, (end - window.start) // 2)
+            end = window.start + len(window.features)
+            probs = [round(p, 4) for p in window.separation.probabilities.tolist()]
+            for stream, talker in window.talkers.items():
+                file = f"speaker_{talker + 1}.npy"
+                row = speakers.setdefault(
+                    talker, {"file": file, "stream": stream, "probability": 0.0})
+                row["probability"] = max(row["probability"], probs[stream])
+                features = window.separation.streams[stream].float().cpu().numpy()
+                _write_frames(folder / file, features, window.start, skip, num_frames)
+            parts.append({"start": window.start, "end": end, "probabilities": probs,
+                          "speakers": {talker + 1: s for s, talker in window.talkers.items()}})
+        result = {**about, "num_frames": num_frames, "num_speakers": len(speakers),
+                  "speakers": [row for _, row in sorted(speakers.items())]}
+        several = len(parts) > 1
+        result |= {"windows": parts} if several else {"probabilities": parts[0]["probabilities"]}
         (folder / "separation.json").write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
@@ -2176,7 +2158,7 @@ def _write_frames(path: Path, features: np.ndarray, start: int, skip: int, total
     if not path.exists():
         shape = (total, features.shape[1])
         np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    file = np.load(path, mmap_mode="r+")
+    file = np.load(path, mmap_mode="r+")  # opened anew each time: pages in use count as memory
     file[start + skip : start + len(features)] = features[skip:]
     file.flush()
 
@@ -2367,14 +2349,16 @@ def _check_call(model, ids, features, mode: str, kwargs: dict) -> None:
             raise InputError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
         return
     slots = [len(audio_slots(model, row)) for row in ids]
-    if features is None and any(slots) and kwargs.get("past_key_values") is None:
-        raise InputError("the prompt has an audio slot but no audio came with it: give the "
-                         "processor audio=... (it ignores audios=)")
-    if features is not None and sum(slots) != len(features):
+    if features is None:
+        if any(slots) and kwargs.get("past_key_values") is None:
+            raise InputError("the prompt has an audio slot but no audio came with it: give the "
+                             "processor audio=... (it ignores audios=)")
+        return
+    if sum(slots) != len(features):
         raise InputError(f"{len(ids)} prompts with {sum(slots)} audio slots came with "
                          f"{len(features)} recordings: give one per slot")
     wrong = [count for count in slots if count != 1]
-    if features is not None and mode == "separate" and wrong:
+    if mode == "separate" and wrong:
         raise InputError(f"a prompt has {wrong[0]} audio slots: one answer per talker takes one "
                          "slot each; mode='joint' puts the talkers of every slot in its place")
 
@@ -2417,9 +2401,9 @@ def _joint_prompts(model, ids: Tensor, chosen: list[int], labels: list[int], kwa
         text = torch.cat([*pieces, row[rest:]])[int((mask[b] == 0).sum()) :]
         prompts += [b] * talkers
         built += [text] if talkers else []
+    padded = nn.utils.rnn.pad_sequence(
+        built, batch_first=True, padding_value=-1, padding_side="left")
     pad = model.generation_config.pad_token_id or 0
-    longest = max(map(len, built))
-    padded = torch.stack([F.pad(text, (longest - len(text), 0), value=-1) for text in built])
     mask = (padded >= 0).to(mask.dtype)
     return padded.where(padded >= 0, pad), {"attention_mask": mask}, prompts
 
@@ -2448,10 +2432,7 @@ def _no_rows(model, ids, args: tuple, kwargs: dict):
 
 
 def integrate_speaker_separator(
-    model,
-    max_speakers: int = 3,
-    separator_checkpoint=None,
-    layer: int | None = None,
+    model, max_speakers: int = 3, separator_checkpoint=None, layer: int | None = None,
     threshold: float | None = None,
 ):
     """Put a separator into an audio-language model, in place: ``generate`` answers per talker.
@@ -2466,27 +2447,20 @@ def integrate_speaker_separator(
     audio slot of its own after the words "Speaker 1:", for one answer about the conversation (one
     row per prompt; ``speaker_rows`` then lists the slots).
 
-    The model's own weights are all that its ``state_dict`` and ``save_pretrained`` know of;
-    ``model.speaker_separator.save_pretrained`` saves the separator.
-
     Parameters
     ----------
     model : Qwen2AudioForConditionalGeneration or WhisperForConditionalGeneration
-        Also compiled, in half precision or spread over devices.
+        Also compiled, in half precision or spread over devices. The separator becomes
+        ``model.speaker_separator``, outside the ``state_dict``, and saves itself.
     max_speakers : int
         Streams of the separator.
     separator_checkpoint : path, hub id or separator, optional
-        Trained separator (``best_model.pt``, an exported folder, a hub id, a loaded one);
-        without it the separator has random weights and is good for tests only.
+        ``best_model.pt``, an exported folder, a hub id or a loaded one; without it the separator
+        has random weights and is good for tests only.
     layer : int, optional
         Encoder block to separate after; default: what the checkpoint was trained on.
     threshold : float, optional
         Probability from which a stream is a talker; default: the checkpoint's, else 0.5.
-
-    Returns
-    -------
-    model
-        The same object, with the separator as ``model.speaker_separator``.
 
     Raises
     ------
@@ -2574,16 +2548,11 @@ def _ask(model, processor, recordings: list, prompt: str | None, **options) -> l
     return [tokenizer.decode(row[prompted:], skip_special_tokens=True).strip() for row in ids]
 
 
-def answer_windows(
-    model, processor, audio, prompt: str | None = None, sampling_rate: int | None = None,
-    num_speakers: int | None = None, mode: str = "separate", **options,
-) -> Iterator[dict]:
-    """Yield the answers of each window of a recording as soon as they are there.
-
-    Parameters are those of ``answer_per_talker``. Every item is a dict of ``start`` and ``end`` in
-    seconds and ``answers``, a list of (talkers, probability, text): one talker each, counted from
-    1, or with ``mode="joint"`` all of the window.
-    """
+def _answer_windows(
+    model, processor, audio, prompt: str | None, sampling_rate: int | None,
+    num_speakers: int | None, mode: str, **options,
+) -> Iterator[tuple[float, float, list]]:
+    """Yield start and end in seconds of each window and its (talkers, probability, text)."""
     from tqdm import tqdm
 
     integration = vars(getattr(model, "_orig_mod", model)).get("_speaker_integration")
@@ -2602,11 +2571,10 @@ def answer_windows(
         texts = _ask(model, processor, [samples], prompt, num_speakers=num_speakers, mode=mode,
                      pick=pick, **options)
         who = [(tracker.talker_of[stream] + 1, p) for _, stream, p in model.speaker_rows]
-        if mode == "joint":
-            who = [(tuple(n for n, _ in who), max(p for _, p in who))] if who else []
-        yield {"start": start / encoder.sampling_rate,
-               "end": (start + len(samples)) / encoder.sampling_rate,
-               "answers": [(*talker, text) for talker, text in zip(who, texts, strict=True)]}
+        if mode == "joint" and who:
+            who = [(tuple(n for n, _ in who), max(p for _, p in who))]
+        answers = [(*talker, text) for talker, text in zip(who, texts, strict=True)]
+        yield start / encoder.sampling_rate, (start + len(samples)) / encoder.sampling_rate, answers
 
 
 def _pick_tracked(threshold, tracker, sound, alone, streams, frame_mask, probs, num_speakers):
@@ -2621,17 +2589,14 @@ def answer_per_talker(
     model, processor, audio, prompt: str | None = None, sampling_rate: int | None = None,
     num_speakers: int | None = None, mode: str = "separate", **options,
 ) -> list[dict]:
-    """Ask an integrated model about one recording of any length.
+    """Ask an integrated Qwen2-Audio or Whisper about one recording of any length.
 
-    Longer recordings than the encoder's window are read in windows that share a quarter; memory
-    does not grow with length. ``TalkerTracker`` says how talkers keep their numbers from window to
-    window, and when they cannot. Texts of windows are joined; words of shared seconds are said
-    once where the same words are found in both windows.
+    Recordings longer than the encoder's window are read in windows that share a quarter; memory
+    does not grow. ``TalkerTracker`` says how talkers keep their numbers. Texts of windows are
+    joined; words of shared seconds are said once where both windows have the same ones.
 
     Parameters
     ----------
-    model, processor
-        An integrated Qwen2-Audio or Whisper.
     audio : path or array or tensor [samples]
     prompt : str, optional
         What to ask Qwen2-Audio about each talker; default: "What does the person say?".
@@ -2656,25 +2621,24 @@ def answer_per_talker(
     FileNotFoundError, ValueError
         If the recording cannot be read, or model and arguments do not fit.
     """
-    texts: dict[int, list] = {}
     rows: dict[int, dict] = {}
-    several = answer_windows(
+    texts: dict[int, list] = {}
+    joint = mode == "joint"
+    windows = _answer_windows(
         model, processor, audio, prompt, sampling_rate, num_speakers, mode, **options)
-    for number, window in enumerate(several):
-        for who, probability, text in window["answers"]:
-            key = who if mode == "separate" else 0
-            named = {"speaker": who} if mode == "separate" else {"speakers": list(who)}
+    for number, (start, end, answers) in enumerate(windows):
+        for who, probability, text in answers:
+            key, named = (0, {"speakers": list(who)}) if joint else (who, {"speaker": who})
             row = rows.setdefault(key, {**named, "probability": 0.0, "text": "", "windows": []})
-            texts.setdefault(key, []).append((number, text))
-            if mode == "joint":
+            if joint:
                 row["speakers"] = sorted({*row["speakers"], *who})
-            probability = round(probability, 4)
-            row["probability"] = max(row["probability"], probability)
-            row["windows"].append({"start": window["start"], "end": window["end"],
-                                   **named, "probability": probability, "text": text})
+            row["windows"].append({"start": start, "end": end, **named,
+                                   "probability": round(probability, 4), "text": text})
+            texts.setdefault(key, []).append((number, text))
+    size, step = window_sizes(processor.feature_extractor)
     for key, row in rows.items():
-        window, step = window_sizes(processor.feature_extractor)
-        row["text"] = join_texts(texts[key], 1 - step / window)
+        row["probability"] = max(part["probability"] for part in row["windows"])
+        row["text"] = join_texts(texts[key], 1 - step / size)
     return [rows[key] for key in sorted(rows)]
 
 
