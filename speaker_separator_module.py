@@ -1689,9 +1689,7 @@ def _open_audio(audio) -> tuple[str, int | None, Iterator[np.ndarray]]:
             raise InputError(f"cannot read audio from {audio}: {error.error_string}") from None
         pieces = file.blocks(AUDIO_BLOCK, dtype="float32", always_2d=True)
         return str(audio), file.samplerate, (piece.mean(axis=1) for piece in pieces)
-    if isinstance(audio, Tensor):
-        audio = audio.detach().float().cpu()
-    samples = np.asarray(audio)
+    samples = np.asarray(audio.detach().float().cpu() if isinstance(audio, Tensor) else audio)
     if samples.ndim != 1:
         raise InputError(f"audio in memory must be mono [samples], not {list(samples.shape)}")
     starts = range(0, len(samples), AUDIO_BLOCK)
@@ -1701,10 +1699,7 @@ def _open_audio(audio) -> tuple[str, int | None, Iterator[np.ndarray]]:
 def audio_blocks(
     audio, sampling_rate: int, given_rate: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Yield mono float32 samples at ``sampling_rate`` piece by piece: memory does not grow.
-
-    Parameters and errors are those of ``read_audio``.
-    """
+    """Yield what ``read_audio`` returns piece by piece: memory does not grow."""
     import soxr
 
     name, rate, pieces = _open_audio(audio)
@@ -1737,21 +1732,14 @@ def read_audio(audio, sampling_rate: int, given_rate: int | None = None) -> np.n
 def window_sizes(feature_extractor) -> tuple[int, int]:
     """Return the samples of an encoder's window and from one window's start to the next.
 
-    A quarter is shared; the step is whole frames of the coarsest encoder (two mel frames by the
-    convolution's stride, two of those by Qwen2-Audio's pooling).
+    A quarter is shared; the step is whole frames of the coarsest encoder, four mel frames each.
     """
     window, frame = feature_extractor.n_samples, 4 * feature_extractor.hop_length
     return window, window * 3 // 4 // frame * frame
 
 
 def recording_length(audio, feature_extractor, sampling_rate: int | None = None) -> int:
-    """Read a recording through and return its samples at the encoder's rate.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If it cannot be read, or is too short to hear.
-    """
+    """Read a recording through and return its samples at the encoder's rate."""
     rate = feature_extractor.sampling_rate
     length = sum(map(len, audio_blocks(audio, rate, sampling_rate)))
     if length < rate // 25:  # one frame of the coarsest encoder
@@ -1806,31 +1794,38 @@ def is_qwen_tower(tower: nn.Module) -> bool:
     return hasattr(tower, "avg_pooler")
 
 
+def load_config(path_or_id: str, reader: str, what: str):
+    """Load a model's configuration and its ``reader`` of audio, a class of transformers."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(path_or_id)
+        audio_reader = getattr(transformers, reader).from_pretrained(path_or_id)
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise InputError(f"cannot load {what} from {path_or_id}: {reason}") from None
+    if config.model_type not in ("qwen2_audio", "whisper"):
+        raise InputError(f"{path_or_id} is {config.model_type}, not Qwen2-Audio or Whisper")
+    return config, audio_reader
+
+
 def load_audio_encoder(path_or_id: str, device: str = "cpu") -> AudioEncoder:
     """Load the audio tower alone, its weights picked from the checkpoint's safetensors.
 
     Raises
     ------
-    FileNotFoundError, ValueError
+    ValueError
         If there is no such model or it is neither Qwen2-Audio nor Whisper.
     """
-    from transformers import AutoConfig, AutoFeatureExtractor
     from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    try:
-        config = AutoConfig.from_pretrained(path_or_id)
-        extractor = AutoFeatureExtractor.from_pretrained(path_or_id)
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise InputError(f"cannot load an encoder from {path_or_id}: {reason}") from None
+    config, extractor = load_config(path_or_id, "AutoFeatureExtractor", "an encoder")
     if config.model_type == "qwen2_audio":
-        tower, prefixes = Qwen2AudioEncoder(config.audio_config), ("audio_tower.",)
-    elif config.model_type == "whisper":
-        tower, prefixes = WhisperEncoder(config), ("encoder.",)
+        tower, prefix = Qwen2AudioEncoder(config.audio_config), "audio_tower."
     else:
-        raise InputError(f"{path_or_id} is {config.model_type}, not Qwen2-Audio or Whisper")
-    state = _tower_weights(path_or_id, prefixes[0])
+        tower, prefix = WhisperEncoder(config), "encoder."
+    state = _tower_weights(path_or_id, prefix)
     missing = set(tower.state_dict()) - set(state)
     if missing:
         raise InputError(f"{path_or_id} lacks the tower's weight {sorted(missing)[0]}")
@@ -1844,30 +1839,24 @@ def _tower_weights(path_or_id: str, prefix: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
-    index = cached_file(path_or_id, "model.safetensors.index.json",
-                        _raise_exceptions_for_missing_entries=False)
-    shards = ["model.safetensors"]
-    if index:
+    find = partial(cached_file, path_or_id, _raise_exceptions_for_missing_entries=False)
+    inside = (prefix, f"model.{prefix}")
+    shards, state = ["model.safetensors"], {}
+    if index := find("model.safetensors.index.json"):
         placed = _read_json(Path(index))["weight_map"]
-        shards = sorted({shard for key, shard in placed.items() if _below(key, prefix)})
-    state = {}
+        shards = sorted({shard for key, shard in placed.items() if key.startswith(inside)})
     for shard in shards:
-        path = cached_file(path_or_id, shard, _raise_exceptions_for_missing_entries=False)
+        path = find(shard)
         if path is None:
             raise InputError(f"{path_or_id} has no {shard}; only safetensors are read")
         try:
             with safe_open(path, "pt") as weights:
-                for key in weights.keys():  # noqa: SIM118
-                    if name := _below(key, prefix):
-                        state[name] = weights.get_tensor(key).float()
+                for key in filter(lambda key: key.startswith(inside), weights.keys()):
+                    name = key.removeprefix("model.").removeprefix(prefix)
+                    state[name] = weights.get_tensor(key).float()
         except SafetensorError as error:
             raise InputError(f"{path} is truncated or damaged: {error}") from None
     return state
-
-
-def _below(key: str, prefix: str) -> str:
-    key = key.removeprefix("model.")
-    return key.removeprefix(prefix) if key.startswith(prefix) else ""
 
 
 def check_layer(tower: nn.Module, layer: int | None) -> None:
@@ -1878,7 +1867,7 @@ def check_layer(tower: nn.Module, layer: int | None) -> None:
 
 def _run_blocks(tower: nn.Module, hidden: Tensor, blocks, frame_mask: Tensor | None) -> Tensor:
     attention_mask = None
-    if frame_mask is not None and not frame_mask.all():
+    if is_qwen_tower(tower) and frame_mask is not None and not frame_mask.all():
         from transformers.masking_utils import create_bidirectional_mask
 
         attention_mask = create_bidirectional_mask(  # in the form that the model's attention takes
@@ -1892,20 +1881,10 @@ def _run_blocks(tower: nn.Module, hidden: Tensor, blocks, frame_mask: Tensor | N
 def tower_front(
     tower: nn.Module, input_features: Tensor, mel_mask: Tensor | None, layer: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Run a tower up to and with block ``layer``.
+    """Run a tower up to and with block ``layer`` (0: the convolutions only; None: all of it).
 
-    Parameters
-    ----------
-    input_features : Tensor [B, mel bins, mel frames]
-    mel_mask : Tensor [B, mel frames], optional
-        1 where there is audio.
-    layer : int or None
-        0 is after the convolutions and positions; None the whole tower.
-
-    Returns
-    -------
-    hidden : Tensor [B, T, D]
-    frame_mask : Tensor [B, T] of bool
+    ``input_features [B, mel bins, mel frames]``, ``mel_mask [B, mel frames]`` 1 where there is
+    audio; returns the hidden states [B, T, D] and which frames are audio [B, T].
     """
     weight = tower.conv1.weight
     hidden = F.gelu(tower.conv1(input_features.to(weight.device, weight.dtype)))
@@ -1914,11 +1893,10 @@ def tower_front(
     lengths = torch.full((B,), 2 * T) if mel_mask is None else mel_mask.sum(-1)
     lengths = (lengths.to(hidden.device) - 1) // 2 + 1
     frame_mask = torch.arange(T, device=hidden.device) < lengths[:, None]
-    inside = frame_mask if is_qwen_tower(tower) else None
-    hidden = _run_blocks(tower, hidden, tower.layers[:layer], inside)
+    hidden = _run_blocks(tower, hidden, tower.layers[:layer], frame_mask)
     if layer is not None:
         return hidden, frame_mask
-    hidden = tower_rest(tower, hidden, frame_mask, len(tower.layers))
+    hidden = tower_rest(tower, hidden, None, len(tower.layers))
     if is_qwen_tower(tower):
         frame_mask = torch.arange(T // 2, device=hidden.device) < (lengths[:, None] - 2) // 2 + 1
     return hidden, frame_mask
@@ -1930,8 +1908,7 @@ def tower_rest(
     """Run what follows block ``layer`` of a tower on ``hidden [B, T, D]``."""
     if layer is None:
         return hidden
-    inside = frame_mask if is_qwen_tower(tower) else None
-    hidden = _run_blocks(tower, hidden, tower.layers[layer:], inside)
+    hidden = _run_blocks(tower, hidden, tower.layers[layer:], frame_mask)
     if is_qwen_tower(tower):
         hidden = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
     return tower.layer_norm(hidden)
@@ -1942,26 +1919,23 @@ def encode_waveforms(
     encoder: AudioEncoder, waveforms: list[np.ndarray], layer: int | None = None
 ) -> list[Tensor]:
     """Encode recordings at the encoder's rate in one batch; returns valid frames [T, D] of each."""
-    longest = max(len(waveform) for waveform in waveforms)
+    longest, rate = max(map(len, waveforms)), encoder.sampling_rate
     if longest > encoder.max_samples:
         raise InputError(
-            f"the recording lasts {longest / encoder.sampling_rate:.1f} s and {encoder.name} reads "
-            f"{encoder.max_samples / encoder.sampling_rate:.0f} s at a time: separate_recording "
-            "reads longer ones"
-        )
+            f"the recording lasts {longest / rate:.1f} s and {encoder.name} reads "
+            f"{encoder.max_samples / rate:.0f} s at a time: separate_recording reads longer ones")
     inputs = encoder.feature_extractor(
-        waveforms, sampling_rate=encoder.sampling_rate, return_attention_mask=True,
-        padding="max_length", return_tensors="pt")
+        waveforms, sampling_rate=rate, return_attention_mask=True, padding="max_length",
+        return_tensors="pt")
     hidden, frame_mask = tower_front(
-        encoder.tower, inputs["input_features"], inputs["attention_mask"], layer
-    )
+        encoder.tower, inputs["input_features"], inputs["attention_mask"], layer)
     return [h[m].float() for h, m in zip(hidden, frame_mask, strict=True)]
 
 
 def encode_audio(
     audio, encoder, layer: int | None = None, sampling_rate: int | None = None, device: str = "cpu"
 ) -> Tensor:
-    """Encode one recording into the features a separator reads.
+    """Encode one recording into the features [T, D], float32, that a separator reads.
 
     Parameters
     ----------
@@ -1970,10 +1944,6 @@ def encode_audio(
     encoder : AudioEncoder, or a local folder or hub id of Whisper or Qwen2-Audio
     layer : int, optional
         Encoder block to stop after; 0 is after the convolutions, None the encoder's output.
-
-    Returns
-    -------
-    Tensor [T, D], float32
     """
     if not isinstance(encoder, AudioEncoder):
         encoder = load_audio_encoder(str(encoder), device)
@@ -1995,10 +1965,7 @@ class Separation(NamedTuple):
 
 
 def active_in_window(probs, threshold: float, num_speakers: int | None, alone: bool) -> Tensor:
-    """Say which streams [..., S] of a window are talkers.
-
-    Of a longer recording ``num_speakers`` is the most that a window has: some may be silent in it.
-    """
+    """Say which streams [..., S] are talkers; a window not ``alone`` may have fewer than all."""
     active = active_streams(probs, threshold)
     if num_speakers is None:
         return active
@@ -2008,11 +1975,8 @@ def active_in_window(probs, threshold: float, num_speakers: int | None, alone: b
 
 @torch.inference_mode()
 def separate(
-    separator: SpeakerSeparatorTransformer,
-    features: Tensor,
-    threshold: float | None = None,
-    num_speakers: int | None = None,
-    alone: bool = True,
+    separator: SpeakerSeparatorTransformer, features: Tensor, threshold: float | None = None,
+    num_speakers: int | None = None, alone: bool = True,
 ) -> Separation:
     """Separate the features [T, D] of one recording, or of a window of one.
 
@@ -2035,23 +1999,16 @@ class TalkerTracker:
     A stream goes on with the number of the stream that it matches best in the seconds that its
     window shares with the one before. Where those are silent, or that stream was no talker, its
     voice decides: mean and spread of its features, changing frames counting most, against the mean
-    voice of every talker not yet in this window. How far apart voices of one talker are, and of
-    different ones, is learnt on the way from talkers who go on and talkers who speak at once; until
-    then the talkers last seen go on. A new number is given to a stream when nobody is left, or
-    everybody left is far off: in doubt a talker is one who returns.
+    voice of every talker not yet in this window. How far apart voices may be is learnt on the way
+    from talkers who go on and talkers who speak at once; until then the talkers last seen go on.
+    In doubt a talker is one who returns: a new number needs everybody left to be far off.
 
     Measured on spoken digits in windows of 4 s, the talkers' own features as streams, 95 s: of two
-    talkers who take turns and overlap the numbers are right in every window; of three, where one
-    who returns may be either of two, in half of them. Voices in the features of a speech
-    recogniser are weak evidence. What it cannot do besides: notice that another talker took over a
-    stream that was silent in the shared seconds while somebody else spoke; take back a number.
+    talkers who take turns and overlap the numbers are right in every window; of three in half of
+    them. It cannot notice that another talker took over a stream that was silent in the shared
+    seconds while somebody else spoke, nor take back a number.
 
-    Parameters
-    ----------
-    shared : int
-        Frames that adjacent windows share.
-    most : int, optional
-        Number of talkers in the recording, when known: no more are counted.
+    Adjacent windows share ``shared`` frames; no more than ``most`` talkers are counted.
     """
 
     def __init__(self, shared: int, most: int | None = None):
@@ -2063,10 +2020,9 @@ class TalkerTracker:
         self.tail = self.scale = None
 
     def number(self, streams: Tensor, active: Tensor, sound: bool = True) -> dict[int, int]:
-        """Return {stream: talker} of the next window, talkers counted from 0.
+        """Return {stream: talker}, from 0, of the next window's ``streams [S, T, D]``.
 
-        ``streams [S, T, D]``, which of them are talkers [S], and whether the seconds shared with
-        the window before hold any sound.
+        ``sound`` says whether the seconds shared with the window before hold any.
         """
         streams = streams.float()
         found = active.nonzero().flatten().tolist()
@@ -2152,6 +2108,25 @@ def has_sound(part: np.ndarray, whole: np.ndarray) -> bool:
     return bool(np.square(part).mean() > 0.01 * np.square(whole).mean())
 
 
+def tracked_windows(
+    audio, encoder: AudioEncoder, layer: int | None, num_speakers: int | None,
+    sampling_rate: int | None,
+) -> tuple[TalkerTracker, int, Iterator[tuple[int, np.ndarray, bool]]]:
+    """Return a tracker for a recording's windows, their number, and an iterator over them.
+
+    It yields the first sample, the samples, and whether what is shared with the window before has
+    sound.
+    """
+    window, step = window_sizes(encoder.feature_extractor)
+    shared = encoder.num_frames(window, layer) - encoder.num_frames(step, layer)
+    length = recording_length(audio, encoder.feature_extractor, sampling_rate)
+    blocks = audio_blocks(audio, encoder.sampling_rate, sampling_rate)
+    windows = ((start, samples, has_sound(samples[: window - step], samples))
+               for start, samples in audio_windows(blocks, window, step))
+    count = 1 + max(0, -(-(length - window) // step))
+    return TalkerTracker(shared, num_speakers), count, windows
+
+
 def separate_recording(
     separator: SpeakerSeparatorTransformer, audio, encoder: AudioEncoder, layer: int | None = None,
     threshold: float | None = None, num_speakers: int | None = None,
@@ -2164,17 +2139,12 @@ def separate_recording(
     ``num_speakers`` counts the whole of it, and a talker must also reach ``threshold``.
     """
     check_layer(encoder.tower, layer)
-    window, step = window_sizes(encoder.feature_extractor)
-    frames, frame_step = encoder.num_frames(window, layer), encoder.num_frames(step, layer)
-    tracker = TalkerTracker(frames - frame_step, num_speakers)
-    alone = recording_length(audio, encoder.feature_extractor, sampling_rate) <= window
-    blocks = audio_blocks(audio, encoder.sampling_rate, sampling_rate)
-    for index, (_, samples) in enumerate(audio_windows(blocks, window, step)):
+    tracker, count, windows = tracked_windows(audio, encoder, layer, num_speakers, sampling_rate)
+    for start, samples, sound in windows:
         features = encode_waveforms(encoder, [samples], layer)[0]
-        separation = separate(separator, features, threshold, num_speakers, alone)
-        sound = has_sound(samples[: window - step], samples)
+        separation = separate(separator, features, threshold, num_speakers, count == 1)
         talkers = tracker.number(separation.streams, separation.active, sound)
-        yield SeparatedWindow(index * frame_step, features, separation, talkers)
+        yield SeparatedWindow(encoder.num_frames(start, layer), features, separation, talkers)
 
 
 def write_separation(
@@ -2184,31 +2154,31 @@ def write_separation(
 
     The picture is of the first window. Of the frames that two windows share, each has half.
     """
-    result, speakers, ends = {**about, "num_frames": num_frames}, {}, []
+    speakers, parts, end = {}, [], 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("speaker_*.npy"):  # of an earlier, perhaps longer, list
             if old.stem.removeprefix("speaker_").isdigit():
                 old.unlink()
         for window in windows:
-            end = window.start + len(window.features)
-            skip = max(0, (ends[-1]["end"] - window.start) // 2) if ends else 0
-            probs = window.separation.probabilities.tolist()
-            for stream, talker in sorted(window.talkers.items(), key=lambda pair: pair[1]):
-                row = speakers.setdefault(talker, {"stream": stream, "probability": 0.0})
-                row["probability"] = max(row["probability"], round(probs[stream], 4))
-                features = window.separation.streams[stream].float().cpu().numpy()
-                _write_frames(folder / f"speaker_{talker + 1}.npy", features, window.start, skip,
-                              num_frames)
-            if not ends:
+            if not parts:
                 _plot_window(folder / "separation.png", window)
-            ends.append({"start": window.start, "end": end,
-                         "probabilities": [round(p, 4) for p in probs],
-                         "speakers": {talker + 1: s for s, talker in window.talkers.items()}})
-        rows = [{"file": f"speaker_{t + 1}.npy", **row} for t, row in sorted(speakers.items())]
-        several = len(ends) > 1
-        result |= {"num_speakers": len(rows), "speakers": rows}
-        result |= {"windows": ends} if several else {"probabilities": ends[0]["probabilities"]}
+            skip = max(0, (end - window.start) // 2)
+            end = window.start + len(window.features)
+            probs = [round(p, 4) for p in window.separation.probabilities.tolist()]
+            for stream, talker in window.talkers.items():
+                file = f"speaker_{talker + 1}.npy"
+                row = speakers.setdefault(
+                    talker, {"file": file, "stream": stream, "probability": 0.0})
+                row["probability"] = max(row["probability"], probs[stream])
+                features = window.separation.streams[stream].float().cpu().numpy()
+                _write_frames(folder / file, features, window.start, skip, num_frames)
+            parts.append({"start": window.start, "end": end, "probabilities": probs,
+                          "speakers": {talker + 1: s for s, talker in window.talkers.items()}})
+        result = {**about, "num_frames": num_frames, "num_speakers": len(speakers),
+                  "speakers": [row for _, row in sorted(speakers.items())]}
+        several = len(parts) > 1
+        result |= {"windows": parts} if several else {"probabilities": parts[0]["probabilities"]}
         (folder / "separation.json").write_text(json.dumps(result, indent=2) + "\n")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from None
@@ -2220,7 +2190,7 @@ def _write_frames(path: Path, features: np.ndarray, start: int, skip: int, total
     if not path.exists():
         shape = (total, features.shape[1])
         np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-    file = np.load(path, mmap_mode="r+")
+    file = np.load(path, mmap_mode="r+")  # opened anew each time: pages in use count as memory
     file[start + skip : start + len(features)] = features[skip:]
     file.flush()
 
@@ -2411,14 +2381,16 @@ def _check_call(model, ids, features, mode: str, kwargs: dict) -> None:
             raise InputError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
         return
     slots = [len(audio_slots(model, row)) for row in ids]
-    if features is None and any(slots) and kwargs.get("past_key_values") is None:
-        raise InputError("the prompt has an audio slot but no audio came with it: give the "
-                         "processor audio=... (it ignores audios=)")
-    if features is not None and sum(slots) != len(features):
+    if features is None:
+        if any(slots) and kwargs.get("past_key_values") is None:
+            raise InputError("the prompt has an audio slot but no audio came with it: give the "
+                             "processor audio=... (it ignores audios=)")
+        return
+    if sum(slots) != len(features):
         raise InputError(f"{len(ids)} prompts with {sum(slots)} audio slots came with "
                          f"{len(features)} recordings: give one per slot")
     wrong = [count for count in slots if count != 1]
-    if features is not None and mode == "separate" and wrong:
+    if mode == "separate" and wrong:
         raise InputError(f"a prompt has {wrong[0]} audio slots: one answer per talker takes one "
                          "slot each; mode='joint' puts the talkers of every slot in its place")
 
@@ -2461,9 +2433,9 @@ def _joint_prompts(model, ids: Tensor, chosen: list[int], labels: list[int], kwa
         text = torch.cat([*pieces, row[rest:]])[int((mask[b] == 0).sum()) :]
         prompts += [b] * talkers
         built += [text] if talkers else []
+    padded = nn.utils.rnn.pad_sequence(
+        built, batch_first=True, padding_value=-1, padding_side="left")
     pad = model.generation_config.pad_token_id or 0
-    longest = max(map(len, built))
-    padded = torch.stack([F.pad(text, (longest - len(text), 0), value=-1) for text in built])
     mask = (padded >= 0).to(mask.dtype)
     return padded.where(padded >= 0, pad), {"attention_mask": mask}, prompts
 
@@ -2492,10 +2464,7 @@ def _no_rows(model, ids, args: tuple, kwargs: dict):
 
 
 def integrate_speaker_separator(
-    model,
-    max_speakers: int = 3,
-    separator_checkpoint=None,
-    layer: int | None = None,
+    model, max_speakers: int = 3, separator_checkpoint=None, layer: int | None = None,
     threshold: float | None = None,
 ):
     """Put a separator into an audio-language model, in place: ``generate`` answers per talker.
@@ -2510,27 +2479,20 @@ def integrate_speaker_separator(
     audio slot of its own after the words "Speaker 1:", for one answer about the conversation (one
     row per prompt; ``speaker_rows`` then lists the slots).
 
-    The model's own weights are all that its ``state_dict`` and ``save_pretrained`` know of;
-    ``model.speaker_separator.save_pretrained`` saves the separator.
-
     Parameters
     ----------
     model : Qwen2AudioForConditionalGeneration or WhisperForConditionalGeneration
-        Also compiled, in half precision or spread over devices.
+        Also compiled, in half precision or spread over devices. The separator becomes
+        ``model.speaker_separator``, outside the ``state_dict``, and saves itself.
     max_speakers : int
         Streams of the separator.
     separator_checkpoint : path, hub id or separator, optional
-        Trained separator (``best_model.pt``, an exported folder, a hub id, a loaded one);
-        without it the separator has random weights and is good for tests only.
+        ``best_model.pt``, an exported folder, a hub id or a loaded one; without it the separator
+        has random weights and is good for tests only.
     layer : int, optional
         Encoder block to separate after; default: what the checkpoint was trained on.
     threshold : float, optional
         Probability from which a stream is a talker; default: the checkpoint's, else 0.5.
-
-    Returns
-    -------
-    model
-        The same object, with the separator as ``model.speaker_separator``.
 
     Raises
     ------
@@ -2604,57 +2566,47 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
     return " ".join(joined)
 
 
-def _read_prompt(processor, samples: np.ndarray, prompt: str | None):
-    """Return the model's inputs for a window: Qwen2-Audio's with a question, Whisper's without."""
-    extractor = processor.feature_extractor
-    options = {"sampling_rate": extractor.sampling_rate, "return_tensors": "pt"}
+def _ask(model, processor, recordings: list, prompt: str | None, **options) -> list[str]:
+    """Return the text of every row that ``generate`` gives; Whisper takes no prompt."""
+    read = {"sampling_rate": processor.feature_extractor.sampling_rate, "return_tensors": "pt"}
     if hasattr(processor, "audio_token"):
-        text = build_prompt(processor, prompt or DEFAULT_PROMPT)
-        return processor(text=text, audio=samples, **options)
-    if prompt is not None:
-        raise InputError("Whisper writes down what is said and takes no prompt")
-    return extractor(samples, return_attention_mask=True, **options)
+        text = [build_prompt(processor, prompt or DEFAULT_PROMPT)] * len(recordings)
+        inputs = processor(text=text, audio=recordings, padding=True, **read)
+    else:
+        inputs = processor.feature_extractor(recordings, return_attention_mask=True, **read)
+    ids = model.generate(**inputs.to(model.device), **options)
+    prompted = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return [tokenizer.decode(row[prompted:], skip_special_tokens=True).strip() for row in ids]
 
 
-def answer_windows(
-    model, processor, audio, prompt: str | None = None, sampling_rate: int | None = None,
-    num_speakers: int | None = None, mode: str = "separate", **options,
-) -> Iterator[dict]:
-    """Yield the answers of each window of a recording as soon as they are there.
-
-    Parameters are those of ``answer_per_talker``. Every item is a dict of ``start`` and ``end`` in
-    seconds and ``answers``, a list of (talkers, probability, text): one talker each, counted from
-    1, or with ``mode="joint"`` all of the window.
-    """
+def _answer_windows(
+    model, processor, audio, prompt: str | None, sampling_rate: int | None,
+    num_speakers: int | None, mode: str, **options,
+) -> Iterator[tuple[float, float, list]]:
+    """Yield start and end in seconds of each window and its (talkers, probability, text)."""
     from tqdm import tqdm
 
     integration = vars(getattr(model, "_orig_mod", model)).get("_speaker_integration")
     if integration is None:
         raise InputError("there is no separator in this model: integrate_speaker_separator first")
-    extractor = processor.feature_extractor
-    rate, (window, step) = extractor.sampling_rate, window_sizes(extractor)
-    encoder = AudioEncoder(integration.tower, extractor, "the model")
-    frames, frame_step = (encoder.num_frames(n, integration.layer) for n in (window, step))
-    tracker = TalkerTracker(frames - frame_step, num_speakers)
-    length = recording_length(audio, extractor, sampling_rate)
-    count = 1 + max(0, -(-(length - window) // step))
-    windows = audio_windows(audio_blocks(audio, rate, sampling_rate), window, step)
+    if prompt is not None and not is_qwen_tower(integration.tower):
+        raise InputError("Whisper writes down what is said and takes no prompt")
     if mode == "joint":
         options["tokenizer"] = processor.tokenizer
-    for start, samples in tqdm(windows, "windows", count, leave=False, disable=count < 2 or None):
-        sound = has_sound(samples[: window - step], samples)
+    encoder = AudioEncoder(integration.tower, processor.feature_extractor, "the model")
+    tracker, count, windows = tracked_windows(
+        audio, encoder, integration.layer, num_speakers, sampling_rate)
+    for start, samples, sound in tqdm(
+            windows, "windows", count, leave=False, disable=count < 2 or None):
         pick = partial(_pick_tracked, integration.threshold, tracker, sound, count == 1)
-        inputs = _read_prompt(processor, samples, prompt).to(model.device)
-        ids = model.generate(
-            **inputs, num_speakers=num_speakers, mode=mode, pick=pick, **options)
-        prompted = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        tokenizer = getattr(processor, "tokenizer", processor)
-        texts = [tokenizer.decode(row[prompted:], skip_special_tokens=True).strip() for row in ids]
+        texts = _ask(model, processor, [samples], prompt, num_speakers=num_speakers, mode=mode,
+                     pick=pick, **options)
         who = [(tracker.talker_of[stream] + 1, p) for _, stream, p in model.speaker_rows]
-        if mode == "joint":
-            who = [(tuple(n for n, _ in who), max(p for _, p in who))] if who else []
+        if mode == "joint" and who:
+            who = [(tuple(n for n, _ in who), max(p for _, p in who))]
         answers = [(*talker, text) for talker, text in zip(who, texts, strict=True)]
-        yield {"start": start / rate, "end": (start + len(samples)) / rate, "answers": answers}
+        yield start / encoder.sampling_rate, (start + len(samples)) / encoder.sampling_rate, answers
 
 
 def _pick_tracked(threshold, tracker, sound, alone, streams, frame_mask, probs, num_speakers):
@@ -2669,17 +2621,14 @@ def answer_per_talker(
     model, processor, audio, prompt: str | None = None, sampling_rate: int | None = None,
     num_speakers: int | None = None, mode: str = "separate", **options,
 ) -> list[dict]:
-    """Ask an integrated model about one recording of any length.
+    """Ask an integrated Qwen2-Audio or Whisper about one recording of any length.
 
-    Longer recordings than the encoder's window are read in windows that share a quarter; memory
-    does not grow with length. ``TalkerTracker`` says how talkers keep their numbers from window to
-    window, and when they cannot. Texts of windows are joined; words of shared seconds are said
-    once where the same words are found in both windows.
+    Recordings longer than the encoder's window are read in windows that share a quarter; memory
+    does not grow. ``TalkerTracker`` says how talkers keep their numbers. Texts of windows are
+    joined; words of shared seconds are said once where both windows have the same ones.
 
     Parameters
     ----------
-    model, processor
-        An integrated Qwen2-Audio or Whisper.
     audio : path or array or tensor [samples]
     prompt : str, optional
         What to ask Qwen2-Audio about each talker; default: "What does the person say?".
@@ -2704,25 +2653,24 @@ def answer_per_talker(
     FileNotFoundError, ValueError
         If the recording cannot be read, or model and arguments do not fit.
     """
-    texts: dict[int, list] = {}
     rows: dict[int, dict] = {}
-    several = answer_windows(
+    texts: dict[int, list] = {}
+    joint = mode == "joint"
+    windows = _answer_windows(
         model, processor, audio, prompt, sampling_rate, num_speakers, mode, **options)
-    for number, window in enumerate(several):
-        for who, probability, text in window["answers"]:
-            key = who if mode == "separate" else 0
-            named = {"speaker": who} if mode == "separate" else {"speakers": list(who)}
+    for number, (start, end, answers) in enumerate(windows):
+        for who, probability, text in answers:
+            key, named = (0, {"speakers": list(who)}) if joint else (who, {"speaker": who})
             row = rows.setdefault(key, {**named, "probability": 0.0, "text": "", "windows": []})
-            texts.setdefault(key, []).append((number, text))
-            if mode == "joint":
+            if joint:
                 row["speakers"] = sorted({*row["speakers"], *who})
-            probability = round(probability, 4)
-            row["probability"] = max(row["probability"], probability)
-            row["windows"].append({"start": window["start"], "end": window["end"],
-                                   **named, "probability": probability, "text": text})
+            row["windows"].append({"start": start, "end": end, **named,
+                                   "probability": round(probability, 4), "text": text})
+            texts.setdefault(key, []).append((number, text))
+    size, step = window_sizes(processor.feature_extractor)
     for key, row in rows.items():
-        window, step = window_sizes(processor.feature_extractor)
-        row["text"] = join_texts(texts[key], 1 - step / window)
+        row["probability"] = max(part["probability"] for part in row["windows"])
+        row["text"] = join_texts(texts[key], 1 - step / size)
     return [rows[key] for key in sorted(rows)]
 
 
@@ -2740,14 +2688,11 @@ def load_listener(path_or_id: str, device: str = "cpu", dtype="auto"):
     """
     import transformers
 
-    kinds = {"qwen2_audio": "Qwen2AudioForConditionalGeneration",
-             "whisper": "WhisperForConditionalGeneration"}
+    config, processor = load_config(path_or_id, "AutoProcessor", "a model")
+    name = "Qwen2Audio" if config.model_type == "qwen2_audio" else "Whisper"
+    kind = getattr(transformers, f"{name}ForConditionalGeneration")
     try:
-        kind = transformers.AutoConfig.from_pretrained(path_or_id).model_type
-        if kind not in kinds:
-            raise InputError(f"it is {kind}, not Qwen2-Audio or Whisper")
-        processor = transformers.AutoProcessor.from_pretrained(path_or_id)
-        model = getattr(transformers, kinds[kind]).from_pretrained(path_or_id, dtype=dtype)
+        model = kind.from_pretrained(path_or_id, dtype=dtype)
     except Exception as error:  # safetensors' and the hub's own kinds among them
         reason = first_line(error)
         raise InputError(f"cannot load a model from {path_or_id}: {reason}") from None
@@ -2794,21 +2739,12 @@ class TranscriptLoss:
         self, path_or_id: str, layer: int | None, device: str = "cpu",
         prompt: str = DEFAULT_PROMPT, weight: float = 0.1,
     ):
-        self.weight = weight
+        self.layer, self.weight = layer, weight
         self.model, self.processor = load_listener(path_or_id, device)
-        self.layer, self.tower = layer, audio_tower_of(self.model)
+        self.tower = audio_tower_of(self.model)
         check_layer(self.tower, layer)
         self.width = self.tower.conv2.out_channels
-        self.is_qwen = is_qwen_tower(self.tower)
-        self.prompt = build_prompt(self.processor, prompt) if self.is_qwen else ""
-        self.tower.forward = self._resume_tower
-        self._streams = self._frame_mask = None
-
-    def _resume_tower(self, input_features, attention_mask=None, **kwargs):
-        from transformers.modeling_outputs import BaseModelOutput
-
-        streams = self._streams.to(self.tower.conv1.weight.dtype)
-        return BaseModelOutput(tower_rest(self.tower, streams, self._frame_mask, self.layer))
+        self.prompt = build_prompt(self.processor, prompt) if is_qwen_tower(self.tower) else ""
 
     def __call__(self, separated: Tensor, assignment: Tensor, batch: dict) -> Tensor:
         """Mean cross-entropy per token over the talkers of a batch who have a transcript.
@@ -2820,47 +2756,43 @@ class TranscriptLoss:
                 for talker, text in enumerate(texts) if text]
         if not rows:
             return 0.0 * separated.sum()
-        samples, talkers, texts = zip(*rows, strict=True)
-        samples, talkers = list(samples), list(talkers)
-        self._streams = separated[samples, assignment[samples, talkers]]  # [rows, T, D]
-        self._frame_mask = batch["frame_mask"][samples]
-        labelled = self._label_prompts if self.is_qwen else self._label_texts
-        try:
-            return self.model(**labelled(list(texts), separated.device)).loss
-        finally:
-            self._streams = self._frame_mask = None
+        samples, talkers, texts = (list(column) for column in zip(*rows, strict=True))
+        streams = separated[samples, assignment[samples, talkers]]  # [rows, T, D]
+        streams = streams.to(self.tower.conv1.weight.dtype)
+        frame_mask = batch["frame_mask"][samples]
+        hidden = tower_rest(self.tower, streams, frame_mask, self.layer)
+        if not self.prompt:
+            return self.model(encoder_outputs=(hidden,), labels=self._label_texts(texts)).loss
+        lengths = frame_mask.sum(1) // (1 if self.layer is None else 2)
+        return self.model(**self._label_prompts(texts, hidden, lengths)).loss
 
-    def _label_prompts(self, texts: list[str], device) -> dict[str, Tensor]:
-        """Return Qwen2-Audio's inputs: prompt, audio slots, transcript; the loss on the last."""
-        tokenizer, audio = self.processor.tokenizer, self.processor.audio_token
-        frames = self._frame_mask.sum(1) // (1 if self.layer is None else 2)
+    def _label_prompts(self, texts: list[str], hidden: Tensor, lengths: Tensor) -> dict:
+        """Return Qwen2-Audio's inputs: prompt, audio, transcript; the loss on the last."""
+        tokenizer, slot = self.processor.tokenizer, self.processor.audio_token
         end = self.model.generation_config.eos_token_id
         end = end[0] if isinstance(end, list) else end
         ids, labels = [], []
-        for text, slots in zip(texts, frames.tolist(), strict=True):
-            prompt = tokenizer(self.prompt.replace(audio, audio * slots))["input_ids"]
+        for text, length in zip(texts, lengths.tolist(), strict=True):
+            prompt = tokenizer(self.prompt.replace(slot, slot * length))["input_ids"]
             answer = [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
             ids.append(torch.tensor(prompt + answer))
             labels.append(torch.tensor([-100] * len(prompt) + answer))
-        pad = nn.utils.rnn.pad_sequence
-        present = pad([torch.ones_like(row) for row in ids], batch_first=True)
-        mel_frames = self._frame_mask.shape[1] * (4 if self.layer is None else 2)
-        lengths = self._frame_mask.sum(1, keepdim=True) * (4 if self.layer is None else 2)
-        inputs = {
-            "input_ids": pad(ids, batch_first=True), "attention_mask": present,
-            "labels": pad(labels, batch_first=True, padding_value=-100),
-            "input_features": torch.zeros(len(ids), 1, mel_frames),  # its place; the tower resumes
-            "feature_attention_mask": torch.arange(mel_frames) < lengths.cpu(),
-        }
-        return {name: value.to(device) for name, value in inputs.items()}
+        ids, labels = (nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-200)
+                       .to(hidden.device) for rows in (ids, labels))
+        audio = getattr(self.model, "model", self.model).multi_modal_projector(hidden)
+        audio = audio[torch.arange(audio.shape[1], device=audio.device) < lengths[:, None]]
+        words = self.model.get_input_embeddings()(ids.clamp(min=0))
+        slots = (ids == self.model.config.audio_token_id)[..., None]
+        return {"inputs_embeds": words.masked_scatter(slots, audio.to(words.dtype)),
+                "attention_mask": (ids >= 0).long(), "labels": labels.clamp(min=-100)}
 
-    def _label_texts(self, texts: list[str], device) -> dict[str, Tensor]:
-        """Return Whisper's inputs: the transcripts as labels."""
+    def _label_texts(self, texts: list[str]) -> Tensor:
+        """Return Whisper's labels: the transcripts."""
         start = self.model.config.decoder_start_token_id
         ids = [self.processor.tokenizer(text)["input_ids"] for text in texts]
         ids = [torch.tensor(row[1:] if row[:1] == [start] else row) for row in ids]
         labels = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
-        return {"labels": labels.to(device), "input_features": self._streams}
+        return labels.to(self.model.device)
 
 
 def cp_word_errors(references: list[str], hypotheses: list[str]) -> int:
@@ -2872,50 +2804,34 @@ def cp_word_errors(references: list[str], hypotheses: list[str]) -> int:
     from jiwer import process_words
     from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
-    normalize = BasicTextNormalizer()
-
     def errors(reference: str, hypothesis: str) -> int:
         if not reference:
             return len(hypothesis.split())
         found = process_words(reference, hypothesis)
         return found.substitutions + found.deletions + found.insertions
 
-    size = max(len(references), len(hypotheses))
+    normalize, size = BasicTextNormalizer(), max(len(references), len(hypotheses))
     said, heard = ([normalize(text).strip() for text in texts] + [""] * (size - len(texts))
                    for texts in (references, hypotheses))
     cost = [[errors(reference, hypothesis) for hypothesis in heard] for reference in said]
-    return min((sum(row[i] for row, i in zip(cost, order, strict=True))
-                for order in permutations(range(size))), default=0)
+    return min(sum(row[i] for row, i in zip(cost, order, strict=True))
+               for order in permutations(range(size)))
 
 
-def hear(model, processor, recordings: list, prompt: str, **options) -> list[list[str]]:
+def hear(
+    model, processor, recordings: list, prompt: str, desc: str | None = None, **options
+) -> list[list[str]]:
     """Return what a model says of each recording: a text per talker, one if not integrated."""
-    rate, device = processor.feature_extractor.sampling_rate, model.device
-    if is_qwen_tower(audio_tower_of(model)):
-        inputs = processor(text=[build_prompt(processor, prompt)] * len(recordings), padding=True,
-                           audio=recordings, sampling_rate=rate, return_tensors="pt")
-    else:
-        inputs = processor(recordings, sampling_rate=rate, return_tensors="pt",
-                           return_attention_mask=True)
-    ids = model.generate(**inputs.to(device), **options)
-    ids = ids[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else ids
-    rows = getattr(model, "speaker_rows", None)
-    samples = range(len(recordings)) if rows is None else [sample for sample, _, _ in rows]
-    answers: list[list[str]] = [[] for _ in recordings]
-    for sample, text in zip(samples, processor.batch_decode(ids, skip_special_tokens=True),
-                            strict=True):
-        answers[sample].append(text.strip())
-    return answers
-
-
-def hear_all(model, processor, recordings: list, prompt: str, desc: str, **options) -> list:
-    """Return ``hear`` of any number of recordings, 16 at a time, with a progress bar."""
     from tqdm import tqdm
 
-    answers = []
-    for start in tqdm(range(0, len(recordings), 16), desc=desc, leave=False, disable=None):
+    answers: list[list[str]] = [[] for _ in recordings]
+    for start in tqdm(range(0, len(recordings), 16), desc, leave=False, disable=None):
         some = recordings[start : start + 16]
-        answers += hear(model, processor, some, prompt, **options)
+        texts = _ask(model, processor, some, prompt, **options)
+        rows = getattr(model, "speaker_rows", None)
+        samples = range(len(some)) if rows is None else [sample for sample, _, _ in rows]
+        for sample, text in zip(samples, texts, strict=True):
+            answers[start + sample].append(text)
     return answers
 
 
@@ -2936,27 +2852,18 @@ def evaluate_words(
 
     Returns one dict per mixture: ``talkers, overlap, words, found`` (talkers) and the word errors
     of ``mixture`` (the model as it is), ``separated`` and ``oracle`` (each talker alone).
-    ``options`` go to ``generate``.
-
-    Raises
-    ------
-    ValueError
-        If the dataset has no recordings or no transcripts.
+    ``options`` go to ``generate``. Raises ValueError if there are no recordings or transcripts.
     """
     rate, samples = processor.feature_extractor.sampling_rate, dataset.samples
     texts = texts_of_recordings(dataset)
-
-    def read(name: str) -> np.ndarray:
-        return read_audio(dataset.folder / name, rate)
-
-    mixtures = [read(sample["mixed_wav"]) for sample in samples]
-    alone = [read(s["wav_file"]) for sample in samples for s in sample["speakers"]]
-    listen = {"prompt": prompt, **options}
-    mixed = hear_all(model, processor, mixtures, desc="mixtures", **listen)
-    singles = iter(hear_all(model, processor, alone, desc="talkers", **listen))
+    mixtures = [read_audio(dataset.folder / sample["mixed_wav"], rate) for sample in samples]
+    alone = [read_audio(dataset.folder / speaker["wav_file"], rate)
+             for sample in samples for speaker in sample["speakers"]]
+    listen = partial(hear, model, processor, prompt=prompt, **options)
+    mixed, singles = listen(mixtures, desc="mixtures"), iter(listen(alone, desc="talkers"))
     integrate_speaker_separator(model, separator.max_speakers, separator, threshold=threshold)
     try:
-        separated = hear_all(model, processor, mixtures, desc="streams", **listen)
+        separated = listen(mixtures, desc="streams")
     finally:
         remove_speaker_separator(model)
     rows = []
@@ -2975,10 +2882,9 @@ def word_scores(rows: list[dict]) -> list[dict]:
     groups: dict[str, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["talkers"]):
         groups.setdefault(f"{row['talkers']} talker{'s' * (row['talkers'] != 1)}", []).append(row)
+    several = [row for row in rows if row["talkers"] > 1 and row["overlap"] is not None]
     for low, high in ((0.0, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 1.01)):
-        several = (row for row in rows if row["talkers"] > 1 and row["overlap"] is not None)
-        found = [row for row in several if low <= row["overlap"] < high]
-        if found:
+        if found := [row for row in several if low <= row["overlap"] < high]:
             groups[f"overlap {low:.0%} to {min(high, 1):.0%}"] = found
     scores = []
     for name, group in groups.items():
@@ -3086,34 +2992,17 @@ def cmd_infer(args) -> None:
     with autocast(device, pick_dtype(args.dtype, device)):
         windows, num_frames, about = _windows_to_infer(args, separator, device)
         result = write_separation(Path(args.output_dir), windows, num_frames, about)
+    words, probabilities = "stream", result.get("probabilities")
     if "windows" in result:
         words = f"{len(result['windows'])} windows, highest"
         probabilities = [row["probability"] for row in result["speakers"]]
-    else:
-        words, probabilities = "stream", result["probabilities"]
     print(f"{result['num_speakers']} talkers ({words} probabilities "
           f"{', '.join(f'{p:.2f}' for p in probabilities)}) -> {args.output_dir}")
 
 
-def _check_integration(args, separator) -> tuple[type, object]:
-    """Check everything that can be before the model is loaded; returns its class and processor."""
-    from transformers import (
-        AutoConfig,
-        AutoProcessor,
-        Qwen2AudioForConditionalGeneration,
-        WhisperForConditionalGeneration,
-    )
-
-    try:
-        config = AutoConfig.from_pretrained(args.model)
-        processor = AutoProcessor.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise InputError(f"cannot load a model from {args.model}: {reason}") from None
-    kinds = {"qwen2_audio": Qwen2AudioForConditionalGeneration,
-             "whisper": WhisperForConditionalGeneration}
-    if config.model_type not in kinds:
-        raise InputError(f"{args.model} is {config.model_type}, not Qwen2-Audio or Whisper")
+def _check_integration(args, separator) -> None:
+    """Check everything that can be before the model is loaded."""
+    config, processor = load_config(args.model, "AutoProcessor", "a model")
     tower, layer = getattr(config, "audio_config", config), args.layer
     _check_sizes(separator, tower.d_model, 0, "the model")
     if layer is not None and not 0 <= layer <= tower.encoder_layers:
@@ -3127,7 +3016,6 @@ def _check_integration(args, separator) -> tuple[type, object]:
     for audio in args.audio:
         recording_length(audio, processor.feature_extractor)
     _check_writable(args.json)
-    return kinds[config.model_type], processor
 
 
 def _check_writable(file: str | None) -> None:
@@ -3139,17 +3027,12 @@ def _check_writable(file: str | None) -> None:
 def cmd_integrate(args) -> None:
     """Print what each talker of each recording says."""
     device = pick_device(args.device)
-    dtype = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
+    dtype = "auto" if args.dtype == "auto" else getattr(torch, args.dtype)
     separator = load_separator(args.checkpoint)
-    kind, processor = _check_integration(args, separator)
-    try:
-        model = kind.from_pretrained(args.model, dtype=dtype)
-    except Exception as error:  # safetensors' and the hub's own kinds among them
-        reason = first_line(error)
-        raise InputError(f"cannot load a model from {args.model}: {reason}") from None
+    _check_integration(args, separator)
+    model, processor = load_listener(args.model, device, dtype)
     integrate_speaker_separator(
-        model.to(device), separator.max_speakers, separator, args.layer, args.threshold
-    )
+        model, separator.max_speakers, separator, args.layer, args.threshold)
     length = args.max_new_tokens or (256 if is_qwen_tower(audio_tower_of(model)) else None)
     options = {"max_new_tokens": length} if length else {}  # Whisper's limit is its own
     answers = {}
