@@ -1696,9 +1696,7 @@ def _open_audio(audio) -> tuple[str, int | None, Iterator[np.ndarray]]:
     return "the audio", None, (samples[i : i + AUDIO_BLOCK].astype(np.float32) for i in starts)
 
 
-def audio_blocks(
-    audio, sampling_rate: int, given_rate: int | None = None
-) -> Iterator[np.ndarray]:
+def audio_blocks(audio, sampling_rate: int, given_rate: int | None = None) -> Iterator[np.ndarray]:
     """Yield what ``read_audio`` returns piece by piece: memory does not grow."""
     import soxr
 
@@ -1720,11 +1718,8 @@ def read_audio(audio, sampling_rate: int, given_rate: int | None = None) -> np.n
     """Return mono float32 samples at ``sampling_rate`` from a file or from samples in memory.
 
     Samples in memory are an array, tensor or list at ``given_rate`` (default: already right).
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the file is missing or unreadable, or there is no sample or a NaN in it.
+    Raises FileNotFoundError or ValueError if the file is missing or unreadable, or there is no
+    sample or a NaN in it.
     """
     return np.concatenate(list(audio_blocks(audio, sampling_rate, given_rate)))
 
@@ -1794,41 +1789,42 @@ def is_qwen_tower(tower: nn.Module) -> bool:
     return hasattr(tower, "avg_pooler")
 
 
-def load_config(path_or_id: str, reader: str, what: str):
-    """Load a model's configuration and its ``reader`` of audio, a class of transformers."""
+def _load(kind: str, path_or_id: str, what: str = "a model", **options):
+    """Load with a class of transformers; whatever goes wrong is bad input."""
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(path_or_id)
-        audio_reader = getattr(transformers, reader).from_pretrained(path_or_id)
-    except (OSError, ValueError) as error:
+        return getattr(transformers, kind).from_pretrained(path_or_id, **options)
+    except Exception as error:  # safetensors' and the hub's own kinds among them
         reason = first_line(error)
         raise InputError(f"cannot load {what} from {path_or_id}: {reason}") from None
+
+
+def load_config(path_or_id: str, what: str = "a model"):
+    """Load the configuration of a Qwen2-Audio or Whisper model, and fail if it is neither."""
+    config = _load("AutoConfig", path_or_id, what)
     if config.model_type not in ("qwen2_audio", "whisper"):
         raise InputError(f"{path_or_id} is {config.model_type}, not Qwen2-Audio or Whisper")
-    return config, audio_reader
+    return config
 
 
 def load_audio_encoder(path_or_id: str, device: str = "cpu") -> AudioEncoder:
     """Load the audio tower alone, its weights picked from the checkpoint's safetensors.
 
-    Raises
-    ------
-    ValueError
-        If there is no such model or it is neither Qwen2-Audio nor Whisper.
+    Raises ValueError if there is no such model or it is neither Qwen2-Audio nor Whisper.
     """
     from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    config, extractor = load_config(path_or_id, "AutoFeatureExtractor", "an encoder")
+    config = load_config(path_or_id, "an encoder")
+    extractor = _load("AutoFeatureExtractor", path_or_id, "an encoder")
     if config.model_type == "qwen2_audio":
         tower, prefix = Qwen2AudioEncoder(config.audio_config), "audio_tower."
     else:
         tower, prefix = WhisperEncoder(config), "encoder."
     state = _tower_weights(path_or_id, prefix)
-    missing = set(tower.state_dict()) - set(state)
-    if missing:
-        raise InputError(f"{path_or_id} lacks the tower's weight {sorted(missing)[0]}")
+    if missing := sorted(set(tower.state_dict()) - set(state)):
+        raise InputError(f"{path_or_id} lacks the tower's weight {missing[0]}")
     tower.load_state_dict(state)
     tower.requires_grad_(False)
     return AudioEncoder(tower.to(device).eval(), extractor, str(path_or_id))
@@ -2196,10 +2192,10 @@ def _write_frames(path: Path, features: np.ndarray, start: int, skip: int, total
 
 
 def _plot_window(path: Path, window: SeparatedWindow) -> None:
+    probs, streams = window.separation.probabilities, window.separation.streams
     panels = {"mixture": window.features}
-    for stream, talker in sorted(window.talkers.items(), key=lambda pair: pair[1]):
-        probability = window.separation.probabilities[stream]
-        panels[f"speaker {talker + 1} ({probability:.2f})"] = window.separation.streams[stream]
+    panels |= {f"speaker {talker + 1} ({probs[s]:.2f})": streams[s]
+               for s, talker in sorted(window.talkers.items(), key=lambda pair: pair[1])}
     plot_streams(path, [panels])
 
 
@@ -2236,9 +2232,8 @@ class _Rows(NamedTuple):
         timestamp) it does to these, so the tower can tell which stream is asked for, and from when.
         """
         R, M = len(self.streams), self.spectrograms.shape[-1]
-        rows, frames = torch.arange(R).float()[:, None], torch.arange(M).float()
-        packed = torch.stack([rows.expand(R, M), frames.expand(R, M)], dim=1)
-        return packed.to(self.spectrograms.device)
+        numbers = torch.meshgrid(torch.arange(R), torch.arange(M), indexing="ij")
+        return torch.stack(numbers, dim=1).float().to(self.spectrograms.device)
 
     def unpack(self, packed: Tensor) -> tuple[list[int], list[int]]:
         """Return the row that each packed input asks for and the mel frame that it starts at.
@@ -2445,10 +2440,9 @@ def _restore_prompts(output, ids: Tensor, length: int):
     sequences = output if isinstance(output, Tensor) else output["sequences"]
     own = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
     restored = torch.cat([own, sequences[:, length:]], dim=1)
-    if isinstance(output, Tensor):
-        return restored
-    output["sequences"] = restored
-    return output
+    if not isinstance(output, Tensor):
+        output["sequences"] = restored
+    return restored if isinstance(output, Tensor) else output
 
 
 def _no_rows(model, ids, args: tuple, kwargs: dict):
@@ -2681,21 +2675,12 @@ def answer_per_talker(
 def load_listener(path_or_id: str, device: str = "cpu", dtype="auto"):
     """Load a frozen Qwen2-Audio or Whisper model and its processor.
 
-    Raises
-    ------
-    ValueError
-        If there is no such model, or it is neither.
+    Raises ValueError if there is no such model, or it is neither.
     """
-    import transformers
-
-    config, processor = load_config(path_or_id, "AutoProcessor", "a model")
-    name = "Qwen2Audio" if config.model_type == "qwen2_audio" else "Whisper"
-    kind = getattr(transformers, f"{name}ForConditionalGeneration")
-    try:
-        model = kind.from_pretrained(path_or_id, dtype=dtype)
-    except Exception as error:  # safetensors' and the hub's own kinds among them
-        reason = first_line(error)
-        raise InputError(f"cannot load a model from {path_or_id}: {reason}") from None
+    is_qwen = load_config(path_or_id).model_type == "qwen2_audio"
+    processor = _load("AutoProcessor", path_or_id)
+    name = "Qwen2Audio" if is_qwen else "Whisper"
+    model = _load(f"{name}ForConditionalGeneration", path_or_id, dtype=dtype)
     return model.to(device).eval().requires_grad_(False), processor
 
 
@@ -2787,7 +2772,7 @@ class TranscriptLoss:
                 "attention_mask": (ids >= 0).long(), "labels": labels.clamp(min=-100)}
 
     def _label_texts(self, texts: list[str]) -> Tensor:
-        """Return Whisper's labels: the transcripts."""
+        """Return Whisper's labels [R, tokens]: the transcripts, after the start token."""
         start = self.model.config.decoder_start_token_id
         ids = [self.processor.tokenizer(text)["input_ids"] for text in texts]
         ids = [torch.tensor(row[1:] if row[:1] == [start] else row) for row in ids]
@@ -2837,8 +2822,9 @@ def hear(
 
 def texts_of_recordings(dataset: MultiSpeakerDataset) -> list[list[str]]:
     """Return what each talker of each mixture says; fails unless there are recordings to hear."""
-    texts = [[str(s.get("text") or "") for s in sample["speakers"]] for sample in dataset.samples]
-    if not all("mixed_wav" in sample for sample in dataset.samples) or not any(map(any, texts)):
+    samples = dataset.samples
+    texts = [[str(s.get("text") or "") for s in sample["speakers"]] for sample in samples]
+    if not all("mixed_wav" in sample for sample in samples) or not any(map(any, texts)):
         raise InputError(f"{dataset.folder} has no recordings with transcripts to count words of: "
                          "make it with --speech_dir")
     return texts
@@ -3002,7 +2988,7 @@ def cmd_infer(args) -> None:
 
 def _check_integration(args, separator) -> None:
     """Check everything that can be before the model is loaded."""
-    config, processor = load_config(args.model, "AutoProcessor", "a model")
+    config, processor = load_config(args.model), _load("AutoProcessor", args.model)
     tower, layer = getattr(config, "audio_config", config), args.layer
     _check_sizes(separator, tower.d_model, 0, "the model")
     if layer is not None and not 0 <= layer <= tower.encoder_layers:
