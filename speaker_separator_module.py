@@ -929,8 +929,8 @@ def synchronize(device: str) -> None:
 
 def to_device(batch: dict, device: str) -> dict:
     """Move the tensors of a batch, without waiting where its memory is page-locked."""
-    wait = not pins_memory(device)
-    return {key: value.to(device, non_blocking=not wait) if isinstance(value, Tensor) else value
+    pinned = pins_memory(device)
+    return {key: value.to(device, non_blocking=pinned) if isinstance(value, Tensor) else value
             for key, value in batch.items()}
 
 
@@ -1102,7 +1102,8 @@ def train_epoch(
 ) -> dict[str, float]:
     """One pass over the training mixtures; returns the mean of every loss part.
 
-    Losses are read once at the end, so that a GPU is not waited for at every step.
+    Losses are read once at the end, so that a GPU is not waited for at every step (the ``extras``
+    do wait: they pick the rows of active talkers).
     """
     from tqdm import tqdm
 
@@ -1131,8 +1132,7 @@ def train_epoch(
 
 
 def batch_loss(
-    separator, batch: dict, weights: dict, device: str, dtype: torch.dtype,
-    extras: tuple = (),
+    separator, batch: dict, weights: dict, device: str, dtype: torch.dtype, extras: tuple = ()
 ) -> dict[str, Tensor]:
     """Every part of the loss of one batch by name; "total" is what to minimise.
 
@@ -1185,8 +1185,7 @@ def _prepare_folder(folder: Path) -> None:
 def format_epoch(row: dict, epochs: int) -> str:
     """One line of the training log."""
     train, val = row["train"], row["val"]
-    named = [*LOSS_PARTS[1:], *(name for name in ("output", "transcript") if name in val)]
-    parts = " ".join(f"{part} {val[part]:.3f}" for part in named)
+    parts = " ".join(f"{part} {val[part]:.3f}" for part in train if part != "total")
     trivial = ", ".join(f"{name} {mse:.3f}" for name, mse in val["trivial_mse"].items())
     best = min(val["trivial_mse"].values())  # 0 where every mixture is one talker or silence
     relative = f"{val['separation'] / best:.2f}" if best else "-"
@@ -1228,7 +1227,7 @@ def _start_run(options: TrainOptions, train_set, val_set, folder: Path) -> _Run:
     check_disk(folder, parameters, 2 + options.epochs // options.save_every)
     optimizer, scheduler, history = _make_optimizer(options, separator, checkpoint, folder)
     mixtures = _remixed(options, train_set, separator.max_speakers, device)
-    extras = _extra_losses(options, train_set, separator.feature_dim, device)
+    extras = _extra_losses(options, train_set, mixtures, separator.feature_dim, device)
     reconstruction = options.reconstruction_weight
     if reconstruction is None:
         reconstruction = 0.5 if train_set.is_sum else 0.0
@@ -1297,14 +1296,15 @@ def _remixed(options: TrainOptions, train_set, streams: int, device: str) -> Dat
     return RemixedSpeech(train_set, streams, options.seed, options.mixtures_per_epoch, device)
 
 
-def _extra_losses(options: TrainOptions, train_set, width: int, device: str) -> tuple:
+def _extra_losses(options: TrainOptions, train_set, mixtures, width: int, device: str) -> tuple:
     """Return the losses through frozen models that the options ask for."""
     extras, source = [], train_set.source
     if (options.output_weight or options.llm) and source.get("kind") != "speech":
         raise InputError("--output_weight and --llm need features of recordings (generate with "
                          "--speech_dir)")
     if options.output_weight:
-        encoder = load_audio_encoder(source.get("encoder"), device)
+        remixed = isinstance(mixtures, RemixedSpeech)  # it has the encoder already
+        encoder = mixtures.encoder if remixed else load_audio_encoder(source["encoder"], device)
         extras.append(OutputLoss(encoder.tower, source.get("layer"), options.output_weight))
     if options.llm:
         if not any(speaker.get("text") for s in train_set.samples for speaker in s["speakers"]):
@@ -1339,11 +1339,8 @@ def _run_epoch(run: _Run, epoch: int) -> dict:
     train = train_epoch(run.separator, loader, run.optimizer, run.weights, run.device, run.dtype,
                         epoch, run.extras, run.averaged)
     val = evaluate_separator(
-        run.averaged.separator, run.val_set, device=run.device, dtype=run.dtype, **run.weights
-    )
-    for extra, value in zip(run.extras, validate_extras(run), strict=True):
-        val[extra.name] = value
-        val["total"] += extra.weight * value
+        run.averaged.separator, run.val_set, device=run.device, dtype=run.dtype,
+        extras=run.extras, **run.weights)
     if not math.isfinite(val["total"]):
         raise InputError(f"the validation loss is not finite in epoch {epoch}; the last "
                          "checkpoint is intact: look at the validation data")
@@ -1351,21 +1348,6 @@ def _run_epoch(run: _Run, epoch: int) -> dict:
     synchronize(run.device)
     seconds = time.perf_counter() - started
     return {"epoch": epoch, "lr": rate, "seconds": seconds, "train": train, "val": val}
-
-
-@torch.inference_mode()
-def validate_extras(run: _Run) -> list[float]:
-    """Mean over the talkers of the validation mixtures of every loss through a frozen model."""
-    if not run.extras:
-        return []
-    losses, sizes, separator = [], [], run.averaged.separator
-    for batch in make_loader(run.val_set, 8, separator.max_speakers, run.device):
-        batch = to_device(batch, run.device)
-        parts = batch_loss(separator, batch, run.weights, run.device, run.dtype, run.extras)
-        losses.append(torch.stack([parts[extra.name].float() for extra in run.extras]))
-        sizes.append(batch["speaker_mask"].sum())
-    sizes = torch.stack(sizes).float()
-    return ((torch.stack(losses) * sizes[:, None]).sum(0) / sizes.sum().clamp(min=1)).tolist()
 
 
 def train_speaker_separator(
@@ -1490,7 +1472,8 @@ def write_report(folder: Path, run: _Run, train_set) -> None:
         losses.append([row["epoch"], f"{row['lr']:.2e}", f"{row['train']['total']:.4f}", *parts,
                        f"{row['val']['count_accuracy']:.1%}"])
     terms = {"separation": 1.0, "reconstruction": run.weights["reconstruction_weight"],
-             "activity": run.weights["activity_weight"]}
+             "activity": run.weights["activity_weight"],
+             **{extra.name: extra.weight for extra in run.extras}}
     total = max(sum(terms[part] * last["val"][part] for part in terms), 1e-12)
     shares = [[part, weight, f"{weight * last['val'][part] / total:.0%}"]
               for part, weight in terms.items()]
@@ -1549,6 +1532,7 @@ def evaluate_separator(
     threshold: float | None = None,
     reconstruction_weight: float = 0.5,
     activity_weight: float = 0.5,
+    extras: tuple = (),
 ) -> dict:
     """Score a separator on a dataset beside the outputs that need none.
 
@@ -1559,33 +1543,38 @@ def evaluate_separator(
         feature space, over mixtures of two or more), ``count_accuracy``, ``precision`` and
         ``recall`` of activity at ``threshold`` (default: the separator's own),
         ``calibrated_threshold``, ``majority_count_accuracy`` (always the commonest count) and
-        ``trivial_mse`` by name.
+        ``trivial_mse`` by name; also each of ``extras`` (see ``batch_loss``), mean per talker.
     """
     separator.eval()
     device = device or separator.speaker_queries.device.type
     weights = {"reconstruction_weight": reconstruction_weight, "activity_weight": activity_weight}
-    names = (*LOSS_PARTS, "zeros", "mixture", "mixture / count", "improvement")
+    names = (*LOSS_PARTS, "zeros", "mixture", "mixture / count", "improvement",
+             *(extra.name for extra in extras))
     sums, probabilities, truths, weight_sums = [], [], [], []
     for batch in make_loader(dataset, batch_size, separator.max_speakers, device):
         batch = to_device(batch, device)
         with autocast(device, dtype):
             separated, probs = separator(batch["mixture"], batch["frame_mask"])
-        values, sizes, reordered = _score_batch(separated, probs, batch, weights)
-        sums.append(values)
-        weight_sums.append(sizes)
-        probabilities.append(reordered)
+        values, sizes, assignment = _score_batch(separated, probs, batch, weights)
+        talkers = batch["speaker_mask"].sum()
+        with autocast(device, dtype):
+            more = [extra(separated, assignment, batch).float() * talkers for extra in extras]
+        sums.append(torch.stack([*values, *more]))
+        weight_sums.append(torch.cat([sizes, talkers.expand(len(extras))]))
+        probabilities.append(reorder(probs.float(), assignment))
         truths.append(batch["speaker_mask"])
     means = torch.stack(sums).sum(0).cpu() / torch.stack(weight_sums).sum(0).cpu().clamp(min=1e-9)
     scores = dict(zip(names, means.tolist(), strict=True))
     scores["trivial_mse"] = {name: scores.pop(name) for name in names[4:7]}
     scores["si_sdr_improvement"] = scores.pop("improvement")
+    scores["total"] += sum(extra.weight * scores[extra.name] for extra in extras)
     probabilities, truths = torch.cat(probabilities).cpu(), torch.cat(truths).cpu()
     threshold = separator.threshold if threshold is None else threshold
     return {**scores, **_activity_scores(probabilities, truths, threshold)}
 
 
 def _score_batch(separated, probs, batch: dict, weights: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sums of every score, what to divide them by, and probabilities by talker."""
+    """Return sums of every score, what to divide them by, and the stream of each talker."""
     mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
     active = batch["speaker_mask"].float()
     loss = separator_loss(
@@ -1604,7 +1593,7 @@ def _score_batch(separated, probs, batch: dict, weights: dict) -> tuple[Tensor, 
     several = active * (active.sum(1, keepdim=True) > 1)
     values = torch.cat([parts * part_sizes, trivial, (improvement * several).sum()[None]])
     sizes = torch.cat([part_sizes, talkers.repeat(3), several.sum()[None]])
-    return values, sizes, reorder(probs.float(), loss.assignment)
+    return values, sizes, loss.assignment
 
 
 def _activity_scores(probs: Tensor, truth: Tensor, threshold: float) -> dict[str, float]:

@@ -67,18 +67,16 @@ def oracle_windows(encoder, tracks, layer, num_speakers, seed):
     import speaker_separator_module as ssm
 
     rng, mixture = np.random.default_rng(seed), tracks.sum(0)
-    window, step = ssm.window_sizes(encoder.feature_extractor)
-    frames, frame_step = (encoder.num_frames(n, layer) for n in (window, step))
-    tracker = ssm.TalkerTracker(frames - frame_step, num_speakers)
-    for index, (start, samples) in enumerate(ssm.audio_windows(iter([mixture]), window, step)):
+    tracker, _, windows = ssm.tracked_windows(mixture, encoder, layer, num_speakers, None)
+    for start, samples, sound in windows:
         order = rng.permutation(2)
         alone = tracks[order, start : start + len(samples)]
         features = torch.stack(ssm.encode_waveforms(encoder, list(alone), layer))
         active = torch.from_numpy(np.square(alone).mean(1) > 1e-5)
-        sound = ssm.has_sound(samples[: window - step], samples)
         talkers = tracker.number(features, active, sound)
         separation = ssm.Separation(features, active.float(), active)
-        yield ssm.SeparatedWindow(index * frame_step, features.sum(0), separation, talkers)
+        first = encoder.num_frames(start, layer)
+        yield ssm.SeparatedWindow(first, features.sum(0), separation, talkers)
 
 
 def true_talkers(encoder, tracks, layer, start: int, samples: int, window) -> dict[int, int]:
