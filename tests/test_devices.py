@@ -57,10 +57,22 @@ def test_precision(machine, monkeypatch):
         machine(cuda=True, capability=capability)
         assert ssm.pick_dtype("auto", "cuda") == expected
     for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(
-            torch.cpu, "_is_avx512_bf16_supported", lambda n=native: n, raising=False
-        )
+        monkeypatch.setattr(ssm, "cpu_prefers_bfloat16", lambda n=native: n)
         assert ssm.pick_dtype("auto", "cpu") == expected
+
+
+@pytest.mark.parametrize(("slower", "expected"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_precision_of_a_cpu_is_measured(monkeypatch, slower, expected):
+    """A CPU with bfloat16 instructions that takes twice as long with them is not asked to."""
+    clock, product = [0.0], torch.Tensor.__matmul__
+
+    def timed_product(a, b):
+        clock[0] += 2.0 if a.dtype == slower else 1.0
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", timed_product)
+    monkeypatch.setattr(ssm.time, "perf_counter", lambda: clock[0])
+    assert ssm.cpu_prefers_bfloat16.__wrapped__() is expected
 
 
 def test_autocast():
