@@ -282,12 +282,29 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int) -> Tensor:
     return (values * weights).sum(dim) / weights.sum(dim).clamp(min=1)
 
 
+def _frames_first(
+    block: nn.TransformerDecoderLayer, frames: Tensor, queries: Tensor, padding: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run a decoder block with its work on frames [B, T, D]; queries [B, S, D] only look at them.
+
+    Frames take self-attention and feed-forward, queries the cross-attention, which is nearly free.
+    """
+    seen = block.multihead_attn(
+        block.norm2(queries), frames, frames, key_padding_mask=padding, need_weights=False)[0]
+    queries = queries + block.dropout2(seen)
+    normed = block.norm1(frames)
+    heard = block.self_attn(normed, normed, normed, key_padding_mask=padding, need_weights=False)[0]
+    frames = frames + block.dropout1(heard)
+    hidden = block.dropout(F.gelu(block.linear1(block.norm3(frames))))
+    return frames + block.dropout3(block.linear2(hidden)), queries
+
+
 class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
     """Splits the features of a mixture into one stream per talker and says which are active.
 
-    ``S`` learned talker queries and the mixture's frames meet in ``num_layers`` decoder blocks;
-    each stream is then the frames plus its query, read by refinement blocks whose update is the
-    logit of a mask over the mixture.
+    ``S`` learned talker queries and the mixture's frames meet in ``num_layers`` decoder blocks and
+    a refinement block; each stream is then the frames plus its query, read by a second refinement
+    block whose update is the logit of a mask over the mixture.
 
     Parameters
     ----------
@@ -309,7 +326,8 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
     trunk : "queries" or "frames"
         What the decoder blocks work on. Queries look the recording over (self-attention divides
         the talkers among them, cross-attention finds them in time), which is cheap and right for
-        voices that keep their bands; frames take many blocks of work each, as speech needs.
+        voices that keep their bands. Frames take a block of work each before the streams part, as
+        speech needs, while queries look at them with the block's cross-attention.
 
     Raises
     ------
@@ -428,14 +446,15 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         """Let frames and queries meet: context [B, T, D], queries [B, S, D], blocks left over."""
         B, _, D = frames.shape
         queries = self.speaker_queries.expand(B, -1, D)
+        first, *rest = self.refinement
         if self.trunk == "frames":
             for block in self.decoder:
-                frames = block(frames, queries, tgt_key_padding_mask=padding)
-            return F.layer_norm(frames, (D,)), queries, list(self.refinement)
-        first, *rest = self.refinement
-        context = F.layer_norm(first(frames, src_key_padding_mask=padding), (D,))
-        for block in self.decoder:
-            queries = block(queries, context, memory_key_padding_mask=padding)
+                frames, queries = _frames_first(block, frames, queries, padding)
+        frames = first(frames, src_key_padding_mask=padding)
+        context = F.layer_norm(frames, (D,))
+        if self.trunk == "queries":
+            for block in self.decoder:
+                queries = block(queries, context, memory_key_padding_mask=padding)
         return context, F.layer_norm(queries, (D,)), rest
 
     def _check(self, features: Tensor, frame_mask: Tensor | None) -> Tensor:
@@ -805,9 +824,17 @@ class RemixedSpeech(RemixedDataset):
         self.mixing = generator.load_mixing(base.folder.parent, "train")
         self.encoder = load_audio_encoder(base.source.get("encoder"), device)
 
-    def __getitem__(self, index: int) -> dict:
+    def plan(self, index: int):
+        """Return the planned mixture ``index`` of this epoch."""
         rng, count = self.draw_count(index)
-        plan = self.generator.plan_mixture(rng, *self.mixing, count)
+        return self.generator.plan_mixture(rng, *self.mixing, count)
+
+    def seconds(self) -> list[float]:
+        """Length of every mixture of this epoch, before any is rendered."""
+        return [self.plan(index).seconds for index in range(len(self))]
+
+    def __getitem__(self, index: int) -> dict:
+        plan = self.plan(index)
         sources, mixture = self.generator.render_mixture(
             plan, self.encoder.sampling_rate, self.encoder.max_samples)
         return {"waveforms": [mixture, *sources], "texts": [talker.text for talker in plan.talkers]}
@@ -849,16 +876,34 @@ def make_loader(
     dataset: Dataset, batch_size: int, max_speakers: int, device: str, seed: int | None = None
 ) -> DataLoader:
     """Batches of a dataset, in order or, with a seed, shuffled by it."""
-    order = None if seed is None else torch.Generator().manual_seed(seed)
     encode = getattr(dataset, "encode", lambda items: items)
+    speech = isinstance(dataset, RemixedSpeech)
+    order = None if seed is None else torch.Generator().manual_seed(seed)
+    if speech and order:
+        batches = {"batch_sampler": shuffled_batches(dataset.seconds(), batch_size, order)}
+    else:
+        batches = {"batch_size": batch_size, "shuffle": order is not None, "generator": order}
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        shuffle=order is not None,
-        generator=order,
+        **batches,
         collate_fn=lambda items: collate(encode(items), max_speakers),
-        pin_memory=pins_memory(device) and not isinstance(dataset, RemixedSpeech),
+        pin_memory=pins_memory(device) and not speech,
     )
+
+
+def shuffled_batches(
+    lengths: list[float], batch_size: int, random: torch.Generator
+) -> list[list[int]]:
+    """Shuffle items into batches whose items are of similar length: padding costs time.
+
+    Sixteen batches at a time are sorted by length and cut, so that who meets whom still varies;
+    then the batches are shuffled.
+    """
+    order, batches = torch.randperm(len(lengths), generator=random).tolist(), []
+    for start in range(0, len(order), 16 * batch_size):
+        alike = sorted(order[start : start + 16 * batch_size], key=lengths.__getitem__)
+        batches += [alike[i : i + batch_size] for i in range(0, len(alike), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=random).tolist()]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -88,6 +88,24 @@ def test_speech_remix_adds_up_and_is_encoded_together(speech_data, qwen_folder):
         assert features["targets"].shape == (len(item["texts"]), *features["mixture"].shape)
 
 
+def test_mixtures_of_a_batch_are_of_like_length(speech_data):
+    """Batches of like length, each mixture once, in an order that changes with the seed."""
+    lengths = np.random.default_rng(0).uniform(1, 4, 330).tolist()
+    batches = [ssm.shuffled_batches(lengths, 8, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert batches[0] == batches[1] != batches[2]
+    for split in batches:
+        assert sorted(i for batch in split for i in batch) == list(range(330))
+        padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in split)
+        assert sum(lengths) < padded < 1.1 * sum(lengths)
+        means = [np.mean([lengths[i] for i in batch]) for batch in split]
+        assert abs(np.mean(means[:20]) - np.mean(means[20:])) < 0.5  # not from short to long
+    mixtures = remixed(speech_data)
+    batch = next(iter(ssm.make_loader(mixtures, 3, 3, "cpu", seed=1)))
+    assert len(batch["mixture"]) == 3
+    rendered = [len(mixtures[i]["waveforms"][0]) / RATE for i in range(12)]
+    np.testing.assert_allclose(mixtures.seconds(), rendered, atol=0.01)
+
+
 def test_training_on_remixed_speech(speech_data, tmp_path, capsys):
     assert ssm.main(train_flags(speech_data, tmp_path / "run", "--remix")) == 0
     assert "3 training (remixed to 4 an epoch)" in capsys.readouterr().out
