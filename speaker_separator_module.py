@@ -76,6 +76,7 @@ class TrainOptions(NamedTuple):
     remix: bool | None = None
     mixtures_per_epoch: int | None = None
     output_weight: float = 0.0
+    output_block: int | None = None
     llm: str | None = None
     llm_weight: float = 0.1
     llm_prompt: str = DEFAULT_PROMPT
@@ -167,10 +168,12 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
              "a sum), or recordings mixed and encoded anew")
     add("--no_remix", dest="remix", action="store_false", help="the same mixtures every epoch")
     add("--mixtures_per_epoch", type=_positive_int,
-        help="with remixing: how many are drawn (default: what the data has, 120 or more)")
+        help="with remixing: how many are drawn (default: twice what the data has, 120 or more)")
     add("--output_weight", type=_weight,
         help="weight of the separation error at the encoder's output, behind the frozen blocks "
              "that follow --layer of the dataset")
+    add("--output_block", type=int, metavar="K",
+        help="measure it behind block K already, which is cheaper (default: the output)")
     add("--llm", metavar="PATH_OR_ID",
         help="also train against the transcripts through this frozen Qwen2-Audio or Whisper")
     add("--llm_weight", type=_weight, help="weight of the transcripts' cross-entropy")
@@ -764,11 +767,11 @@ class RemixedDataset(Dataset):
     """
 
     SILENCE = 0.04  # share of mixtures without any talker
-    LEAST = 120  # mixtures per epoch: a few sources make many mixtures
+    LEAST, TIMES = 120, 2  # mixtures per epoch: sources make many more mixtures than the data has
 
     def __init__(self, base: MultiSpeakerDataset, max_speakers: int, seed: int, length: int | None):
         self.base, self.max_speakers, self.seed, self.epoch = base, max_speakers, seed, 0
-        self.length = length or max(len(base), self.LEAST)
+        self.length = length or max(self.TIMES * len(base), self.LEAST)
 
     def __len__(self) -> int:
         return self.length
@@ -823,6 +826,13 @@ class RemixedSpeech(RemixedDataset):
         self.generator, self.layer = generator, base.source.get("layer")
         self.mixing = generator.load_mixing(base.folder.parent, "train")
         self.encoder = load_audio_encoder(base.source.get("encoder"), device)
+
+    def draw_count(self, index: int) -> tuple[np.random.Generator, int]:
+        """Draw as in the base class, but n talkers n times as often as one: each is a lesson."""
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        counts = np.arange(1, self.max_speakers + 1)
+        silent = rng.random() < self.SILENCE
+        return rng, 0 if silent else int(rng.choice(counts, p=counts / counts.sum()))
 
     def plan(self, index: int):
         """Return the planned mixture ``index`` of this epoch."""
@@ -1368,7 +1378,8 @@ def _extra_losses(options: TrainOptions, train_set, mixtures, width: int, device
     if options.output_weight:
         remixed = isinstance(mixtures, RemixedSpeech)  # it has the encoder already
         encoder = mixtures.encoder if remixed else load_audio_encoder(source["encoder"], device)
-        extras.append(OutputLoss(encoder.tower, source.get("layer"), options.output_weight))
+        extras.append(OutputLoss(
+            encoder.tower, source.get("layer"), options.output_weight, options.output_block))
     if options.llm:
         if not any(speaker.get("text") for s in train_set.samples for speaker in s["speakers"]):
             raise InputError("--llm trains against transcripts and the training data has none")
@@ -1951,12 +1962,15 @@ def tower_front(
 
 
 def tower_rest(
-    tower: nn.Module, hidden: Tensor, frame_mask: Tensor | None, layer: int | None
+    tower: nn.Module, hidden: Tensor, frame_mask: Tensor | None, layer: int | None,
+    until: int | None = None,
 ) -> Tensor:
-    """Run what follows block ``layer`` of a tower on ``hidden [B, T, D]``."""
+    """Run what follows block ``layer`` of a tower on ``hidden [B, T, D]``; not past ``until``."""
     if layer is None:
         return hidden
-    hidden = _run_blocks(tower, hidden, tower.layers[layer:], frame_mask)
+    hidden = _run_blocks(tower, hidden, tower.layers[layer:until], frame_mask)
+    if until is not None:
+        return hidden
     if is_qwen_tower(tower):
         hidden = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
     return tower.layer_norm(hidden)
@@ -2739,13 +2753,19 @@ def load_listener(path_or_id: str, device: str = "cpu", dtype="auto"):
 class OutputLoss:
     """Mean squared error of streams at the encoder's output, behind its frozen blocks.
 
-    The blocks that follow ``layer`` say which errors of a stream matter to the model.
+    The blocks that follow ``layer`` say which errors of a stream matter to the model. ``until``
+    compares behind that block already: most of what the blocks say, the first one says.
     """
 
     name = "output"
 
-    def __init__(self, tower: nn.Module, layer: int | None, weight: float):
-        self.tower, self.layer, self.weight = tower, layer, weight
+    def __init__(
+        self, tower: nn.Module, layer: int | None, weight: float, until: int | None = None
+    ):
+        self.tower, self.layer, self.weight, self.until = tower, layer, weight, until
+        if until is not None and not (layer is not None and layer < until <= len(tower.layers)):
+            raise InputError(f"--output_block must lie behind the data's layer, {layer}, and not "
+                             f"past block {len(tower.layers)}, not {until}")
 
     def __call__(self, separated: Tensor, assignment: Tensor, batch: dict) -> Tensor:
         """Return the error per active talker; arguments as of ``TranscriptLoss``."""
@@ -2754,10 +2774,10 @@ class OutputLoss:
             return 0.0 * separated.sum()
         frame_mask = batch["frame_mask"][samples]
         streams = separated[samples, assignment[samples, talkers]]  # [rows, T, D]
-        output = tower_rest(self.tower, streams, frame_mask, self.layer).float()
+        output = tower_rest(self.tower, streams, frame_mask, self.layer, self.until).float()
         with torch.no_grad():
             alone = batch["targets"][samples, talkers]
-            target = tower_rest(self.tower, alone, frame_mask, self.layer).float()
+            target = tower_rest(self.tower, alone, frame_mask, self.layer, self.until).float()
         T = output.shape[1]  # the tower may halve the frames
         lengths = frame_mask.sum(1, keepdim=True) // (frame_mask.shape[1] // max(T, 1))
         valid = torch.arange(T, device=output.device) < lengths

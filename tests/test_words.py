@@ -58,7 +58,7 @@ def whisper_and_processor(whisper_folder, tmp_path_factory):
 
 
 def remixed(data, seed=5, streams=3):
-    return ssm.RemixedSpeech(ssm.MultiSpeakerDataset(data, "train"), streams, seed, length=12)
+    return ssm.RemixedSpeech(ssm.MultiSpeakerDataset(data, "train"), streams, seed, length=24)
 
 
 def test_speech_remix_is_deterministic(speech_data):
@@ -73,9 +73,11 @@ def test_speech_remix_is_deterministic(speech_data):
 
 
 def test_speech_remix_adds_up_and_is_encoded_together(speech_data, qwen_folder):
-    mixtures = remixed(speech_data)
-    items = [mixtures[i] for i in range(12)]
+    mixtures = remixed(speech_data, seed=7)
+    items = [mixtures[i] for i in range(24)]
     assert {len(item["texts"]) for item in items} >= {1, 2, 3}
+    counts = np.bincount([mixtures.draw_count(i)[1] for i in range(3000)]) / 3000
+    np.testing.assert_allclose(counts, [0.04, 0.16, 0.32, 0.48], atol=0.03)
     for item in items:
         mixture, *sources = item["waveforms"]
         np.testing.assert_allclose(mixture, sum(sources, np.zeros_like(mixture)), atol=1e-6)
@@ -102,7 +104,7 @@ def test_mixtures_of_a_batch_are_of_like_length(speech_data):
     mixtures = remixed(speech_data)
     batch = next(iter(ssm.make_loader(mixtures, 3, 3, "cpu", seed=1)))
     assert len(batch["mixture"]) == 3
-    rendered = [len(mixtures[i]["waveforms"][0]) / RATE for i in range(12)]
+    rendered = [len(mixtures[i]["waveforms"][0]) / RATE for i in range(24)]
     np.testing.assert_allclose(mixtures.seconds(), rendered, atol=0.01)
 
 
@@ -177,18 +179,18 @@ def test_whisper_transcript_loss_equals_the_slow_way(layer, whisper_and_processo
     torch.testing.assert_close(loss, total / count, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_output_loss_equals_the_slow_way(layer, qwen):
+@pytest.mark.parametrize(("layer", "until"), [*((layer, None) for layer in LAYERS), (0, 1)])
+def test_output_loss_equals_the_slow_way(layer, until, qwen):
     """One talker at a time, without padding; no loss for streams that are right."""
     tower, batch = ssm.audio_tower_of(qwen), a_batch(layer)
     assignment = torch.tensor([[2, 0, 1], [1, 0, 2]])
     separated, targets = (torch.randn(2, 3, *batch["mixture"].shape[1:]) for _ in range(2))
     batch |= {"targets": targets, "speaker_mask": torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()}
-    loss = ssm.OutputLoss(tower, layer, 1.0)
+    loss = ssm.OutputLoss(tower, layer, 1.0, until)
     errors = []
     for sample, talker, stream in ((0, 0, 2), (0, 1, 0), (1, 0, 1)):
         T = int(batch["frame_mask"][sample].sum())
-        a, b = (ssm.tower_rest(tower, features[None, :T], None, layer) for features in
+        a, b = (ssm.tower_rest(tower, features[None, :T], None, layer, until) for features in
                 (separated[sample, stream], targets[sample, talker]))  # fmt: skip
         errors.append((a - b).square().mean())
     expected = torch.stack(errors).mean()
@@ -207,6 +209,11 @@ def test_train_with_output_loss(speech_data, tmp_path, capsys):
     assert row["total"] == pytest.approx(
         row["separation"] + 0.5 * row["activity"] + 10 * row["output"], rel=1e-4)  # fmt: skip
     assert checkpoint["model_config"]["mask"] == "residual"
+
+
+def test_output_block_must_follow_the_layer(speech_data, tmp_path, capsys):
+    argv = train_flags(speech_data, tmp_path / "run", "--output_weight=1", "--output_block=1")
+    assert_fails(capsys, argv, "--output_block", "behind the data's layer, 1")
 
 
 def test_gradients_reach_the_separator_and_nothing_else(qwen_folder):
