@@ -93,7 +93,8 @@ def test_speech_remix_adds_up_and_is_encoded_together(speech_data, qwen_folder):
 def test_mixtures_of_a_batch_are_of_like_length(speech_data):
     """Batches of like length, each mixture once, in an order that changes with the seed."""
     lengths = np.random.default_rng(0).uniform(1, 4, 330).tolist()
-    batches = [ssm.shuffled_batches(lengths, 8, torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    batches = [ssm.shuffled_batches(lengths, 8, torch.Generator().manual_seed(seed))
+               for seed in (1, 1, 2)]  # fmt: skip
     assert batches[0] == batches[1] != batches[2]
     for split in batches:
         assert sorted(i for batch in split for i in batch) == list(range(330))
