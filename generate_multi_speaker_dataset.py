@@ -55,6 +55,7 @@ AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".mp3"}
 CACHED_SECONDS = 4.0  # longer recordings are decoded every time: 4096 of these take 1 GB
 OVERLAP_STEPS = 1000  # placements tried between turn-taking and the most overlap
 OVERLAP_TOLERANCE = 0.01
+OVERLAP_DRAWS = 30  # of what talkers say, until a ratio that they are asked for is in reach
 ROOM_METRES = ((4.0, 3.5, 2.5), (7.0, 6.0, 3.2))  # smallest and largest; all can have these RT60
 ROOM_RT60 = (0.15, 0.4)  # seconds
 WALL_DISTANCE, TABLE_HEIGHT, MOUTH_HEIGHT = 0.5, 0.8, (1.2, 1.8)  # metres; no mouth at the mic
@@ -417,7 +418,14 @@ def plan_mixture(
     target = None
     if options.overlap is not None and count > 1:
         target = float(rng.uniform(*options.overlap))
-        talkers = _plan_overlap(rng, options, talkers, target)
+        talkers, miss = _plan_overlap(rng, options, talkers, target)
+        for _ in range(OVERLAP_DRAWS):  # where lengths do not fit they say something else
+            if miss <= OVERLAP_TOLERANCE:
+                break
+            others = [_plan_talker(rng, options, by_speaker[names[i]]) for i in chosen]
+            others, other_miss = _plan_overlap(rng, options, others, target)
+            if other_miss < miss:
+                talkers, miss = others, other_miss
     window = _window(options)
     talkers = [t._replace(onset=max(0.0, min(t.onset, window - t.seconds))) for t in talkers]
     spans = np.array([(t.onset, min(t.onset + t.seconds, window)) for t in talkers]).T
@@ -471,8 +479,10 @@ def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.sum(lengths * (talking > 1), axis=-1) / np.sum(lengths, axis=-1)
 
 
-def _plan_overlap(rng, options, talkers: list[PlannedTalker], target: float) -> list:
+def _plan_overlap(rng, options, talkers: list[PlannedTalker], target: float) -> tuple[list, float]:
     """Set onsets for a target ratio; the first talker keeps the earliest onset drawn.
+
+    Returns the talkers and how far off the ratio is.
 
     Lengths too different, or a window too short, put some ratios out of reach. Then the longest
     talkers say less, though never fewer utterances than ``join`` asks for, where that helps.
@@ -488,10 +498,10 @@ def _plan_overlap(rng, options, talkers: list[PlannedTalker], target: float) -> 
         shorter = [_without_last(t) if t is longest else t for t in shorter]
         onsets, miss = _place(rng, shorter, target, window)
         best = min(best, (miss, shorter, onsets), key=lambda found: found[0])
-    _, talkers, onsets = best
+    miss, talkers, onsets = best
     end = max(onset + t.seconds for onset, t in zip(onsets, talkers, strict=True))
     lead = max(0.0, min(lead, window - end))
-    return [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
+    return [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)], miss
 
 
 def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float], float]:

@@ -24,8 +24,7 @@ import digits_manifest  # noqa: E402
 import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 
-SEPARATOR = ["--num_layers=4", "--num_heads=4", "--ff_dim=768", "--dropout=0", "--mask=residual"]
-LOSS = ["--output_weight=10", "--activity_weight=3"]
+SEPARATOR = ["--num_layers=3", "--num_heads=4", "--ff_dim=768", "--dropout=0", "--mask=residual"]
 
 
 def run(module, *words) -> None:
@@ -57,7 +56,7 @@ def make_data(args) -> dict[str, Path]:
     kinds = {"": [], ", noise": ["--noise_dir", args.work_dir / "noises"], ", room": ["--reverb"]}
     for kind, flags in kinds.items():
         for talkers in (1, 2, 3):
-            overlap = ["--overlap", 0.8, 1] if talkers > 1 else []
+            overlap = ["--overlap", 0.81, 1] if talkers > 1 else []
             name = f"{talkers} talker{'s' * (talkers > 1)}{kind}"
             tests[name] = generate(
                 args, args.work_dir / name.replace(", ", "_").replace(" ", "_"),
@@ -78,15 +77,17 @@ def make_noises(folder: Path) -> None:
 
 def train(args) -> Path:
     """Train against features, then against transcripts too; returns the best checkpoint."""
-    shared = ["--data_dir", args.work_dir / "data", "--remix", *SEPARATOR, *LOSS,
-              f"--mixtures_per_epoch={args.mixtures_per_epoch}", "--batch_size=16"]
+    shared = ["--data_dir", args.work_dir / "data", "--remix", *SEPARATOR,
+              f"--mixtures_per_epoch={args.mixtures_per_epoch}", "--batch_size=8"]
+    frozen_block = ["--output_weight=3", f"--output_block={args.layer + 1}"]
     features, words = args.work_dir / "features", args.work_dir / "words"
     if not (features / "training_report.md").is_file():
-        run(ssm, "train", *shared, f"--checkpoint_dir={features}",
-            f"--epochs={args.epochs}", "--lr=5e-4", *resume(features))
+        run(ssm, "train", *shared, f"--checkpoint_dir={features}", *frozen_block,
+            "--activity_weight=10", f"--epochs={args.epochs}", "--lr=1e-3", *resume(features))
     if args.word_epochs and not (words / "training_report.md").is_file():
         run(ssm, "train", *shared, f"--checkpoint_dir={words}",
-            f"--epochs={args.word_epochs}", "--lr=2e-4", f"--llm={args.model}", "--llm_weight=1",
+            "--activity_weight=3", f"--epochs={args.word_epochs}", "--lr=5e-4",
+            f"--llm={args.model}", "--llm_weight=5",
             *(resume(words) or [f"--start_from={features / 'best_model.pt'}"]))
     return (words if args.word_epochs else features) / "best_model.pt"
 

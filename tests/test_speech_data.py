@@ -158,6 +158,14 @@ def test_overlap_ratio_is_as_asked(target, talkers, by_speaker):
         assert np.mean(span > 1) == pytest.approx(plan.overlap, abs=0.005)
 
 
+def test_talkers_say_something_else_where_lengths_do_not_fit(tmp_path):
+    """Of a word of a second and one of 0.2 s each, two of like length overlap."""
+    group = {name: [Utterance(wav(tmp_path / f"{name}{s}.wav", sine(s, 200)), name, name)
+                    for s in (1.0, 0.2)] for name in ("a", "b")}  # fmt: skip
+    found = plans(group, 20, max_speakers=2, overlap=(0.9, 1))
+    assert all(plan.overlap == pytest.approx(plan.overlap_target, abs=0.011) for plan in found)
+
+
 def test_overlap_out_of_reach_is_as_near_as_lengths_allow(tmp_path):
     """A second beside 0.2 s cannot overlap by more than 0.2; beside one another word, by 0.4."""
     group = {name: [Utterance(wav(tmp_path / f"{name}.wav", sine(s, 200)), name, name)]
