@@ -5,7 +5,8 @@
 Trains a separator on fresh mixtures of the Free Spoken Digit Dataset (recordings 10 and up) against
 features (``--word_epochs`` adds epochs against transcripts) and counts the digits that the frozen
 model gets wrong in overlapped recordings it never heard (5 to 9): as it is, with the separator, and
-for each talker alone. Every step is a command of this project; run again, it goes on where it stopped.
+for each talker alone. Every step is a command of this project; run again, it goes on where it
+stopped.
 """
 
 import argparse
