@@ -195,14 +195,13 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset")
     add("--split", default="val", choices=["val", "train"], help="which mixtures to score")
     add("--batch_size", type=_positive_int, default=8, help="mixtures per step")
-    add("--threshold", type=_probability,
-        help="a stream is a talker from this probability on (default: the checkpoint's)")
     add("--model", metavar="PATH_OR_ID",
         help="also count word errors of this Qwen2-Audio or Whisper (needs recordings)")
     add("--prompt", default=DEFAULT_PROMPT, help="what the model is asked about each talker")
     add("--max_new_tokens", type=_positive_int, default=64, help="length limit of each answer")
     add("--json", metavar="FILE", help="also write every number to this file")
     add("--picture", metavar="FILE", help="also draw mixtures, targets and streams to this .png")
+    _add_count_arguments(parser)
     _add_device_arguments(parser)
 
 
@@ -1604,11 +1603,14 @@ def evaluate_separator(
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
     threshold: float | None = None,
+    num_speakers: int | None = None,
     reconstruction_weight: float = 0.5,
     activity_weight: float = 0.5,
     extras: tuple = (),
 ) -> dict:
     """Score a separator on a dataset beside the outputs that need none.
+
+    ``num_speakers`` takes that many streams for talkers in every mixture, whatever ``threshold``.
 
     Returns
     -------
@@ -1644,7 +1646,7 @@ def evaluate_separator(
     scores["total"] += sum(extra.weight * scores[extra.name] for extra in extras)
     probabilities, truths = torch.cat(probabilities).cpu(), torch.cat(truths).cpu()
     threshold = separator.threshold if threshold is None else threshold
-    return {**scores, **_activity_scores(probabilities, truths, threshold)}
+    return {**scores, **_activity_scores(probabilities, truths, threshold, num_speakers)}
 
 
 def _score_batch(separated, probs, batch: dict, weights: dict) -> tuple[Tensor, Tensor, Tensor]:
@@ -1670,9 +1672,11 @@ def _score_batch(separated, probs, batch: dict, weights: dict) -> tuple[Tensor, 
     return values, sizes, loss.assignment
 
 
-def _activity_scores(probs: Tensor, truth: Tensor, threshold: float) -> dict[str, float]:
+def _activity_scores(
+    probs: Tensor, truth: Tensor, threshold: float, num_speakers: int | None = None
+) -> dict[str, float]:
     """Talker counting and activity scores from [N, S] probabilities in the order of the talkers."""
-    found, counts = active_streams(probs, threshold), truth.sum(1)
+    found, counts = active_streams(probs, threshold, num_speakers), truth.sum(1)
     hits = (found & truth).sum().item()
     return {
         "threshold": threshold,
@@ -2904,7 +2908,8 @@ def texts_of_recordings(dataset: MultiSpeakerDataset) -> list[list[str]]:
 
 def evaluate_words(
     separator: SpeakerSeparatorTransformer, dataset: MultiSpeakerDataset, model, processor, *,
-    threshold: float | None = None, prompt: str = DEFAULT_PROMPT, **options,
+    threshold: float | None = None, num_speakers: int | None = None,
+    prompt: str = DEFAULT_PROMPT, **options,
 ) -> list[dict]:
     """Count word errors for the mixtures of a dataset of recordings, with and without separator.
 
@@ -2921,7 +2926,7 @@ def evaluate_words(
     mixed, singles = listen(mixtures, desc="mixtures"), iter(listen(alone, desc="talkers"))
     integrate_speaker_separator(model, separator.max_speakers, separator, threshold=threshold)
     try:
-        separated = listen(mixtures, desc="streams")
+        separated = listen(mixtures, desc="streams", num_speakers=num_speakers)
     finally:
         remove_speaker_separator(model)
     rows = []
@@ -2997,19 +3002,23 @@ def cmd_evaluate(args) -> None:
     dataset = MultiSpeakerDataset(args.data_dir, args.split)
     separator = load_separator(args.checkpoint, device)
     _check_sizes(separator, dataset.feature_dim, dataset.max_speakers, "the data")
+    active_streams(torch.zeros(1, separator.max_speakers), 0.5, args.num_speakers)
     if args.model:
         texts_of_recordings(dataset)
     scores = evaluate_separator(
         separator, dataset, batch_size=args.batch_size, device=device,
-        dtype=pick_dtype(args.dtype, device), threshold=args.threshold)
-    print(f"{len(dataset)} mixtures of {args.data_dir}/{args.split}, talkers from probability "
-          f"{scores['threshold']:.2f} on\n")
+        dtype=pick_dtype(args.dtype, device), threshold=args.threshold,
+        num_speakers=args.num_speakers)
+    chosen = (f"talkers from probability {scores['threshold']:.2f} on" if args.num_speakers is None
+              else f"{args.num_speakers} taken as known")
+    print(f"{len(dataset)} mixtures of {args.data_dir}/{args.split}, {chosen}\n")
     print("\n".join(score_table(scores)))
     print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
     if args.model:
         model, processor = load_listener(args.model, device)
         rows = evaluate_words(separator, dataset, model, processor, threshold=args.threshold,
-                              prompt=args.prompt, max_new_tokens=args.max_new_tokens)
+                              num_speakers=args.num_speakers, prompt=args.prompt,
+                              max_new_tokens=args.max_new_tokens)
         scores["words"] = word_scores(rows)
         print("\n" + "\n".join(word_table(scores["words"])))
     if args.json:

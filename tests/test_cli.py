@@ -193,6 +193,17 @@ def test_evaluate_train_split_and_threshold(best, dataset, tmp_path, capsys):
     assert scores["precision"] == pytest.approx(np.mean(counts) / max(counts))
 
 
+def test_evaluate_with_a_known_count(best, dataset, tmp_path, capsys):
+    argv = ["evaluate", f"--checkpoint={best}", f"--data_dir={dataset}", *CPU_FLAGS,
+            "--split=train", f"--json={tmp_path / 'scores.json'}"]  # fmt: skip
+    assert ssm.main([*argv, "--num_speakers=2", "--threshold=1"]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    counts = [s["num_speakers"] for s in json.loads((dataset / "train/metadata.json").read_text())]
+    assert "4 mixtures" in (printed := capsys.readouterr().out) and "2 taken as known" in printed
+    assert scores["count_accuracy"] == counts.count(2) / len(counts)
+    assert_fails(capsys, [*argv, "--num_speakers=9"], "num_speakers must be 0 to")
+
+
 def test_evaluate_cannot_write(best, dataset, tmp_path, capsys):
     argv = ["evaluate", f"--checkpoint={best}", f"--data_dir={dataset}", *CPU_FLAGS]
     for flag in ("json", "picture"):

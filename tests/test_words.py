@@ -324,6 +324,8 @@ def test_evaluate_words_against_the_slow_way(speech_data, qwen_folder, qwen, pro
         assert row["oracle"] == ssm.cp_word_errors(texts[i], alone[i])
         assert row["separated"] == ssm.cp_word_errors(texts[i], streams[i])
         assert row["found"] == 3 and row["words"] == sum(len(t.split()) for t in texts[i])
+    known = ssm.evaluate_words(separator, data, model, processor, num_speakers=2, max_new_tokens=5)
+    assert {row["found"] for row in known} == {2}
 
 
 def test_evaluate_model_prints_and_writes(speech_data, qwen_folder, tmp_path, capsys):
