@@ -480,12 +480,11 @@ def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def _plan_overlap(rng, options, talkers: list[PlannedTalker], target: float) -> tuple[list, float]:
-    """Set onsets for a target ratio; the first talker keeps the earliest onset drawn.
+    """Set onsets for a target ratio; returns the talkers and how far off they are.
 
-    Returns the talkers and how far off the ratio is.
-
-    Lengths too different, or a window too short, put some ratios out of reach. Then the longest
-    talkers say less, though never fewer utterances than ``join`` asks for, where that helps.
+    The first talker keeps the earliest onset drawn. Lengths too different, or a window too short,
+    put some ratios out of reach. Then the longest talkers say less, though never fewer utterances
+    than ``join`` asks for, where that helps.
     """
     lead, window = min(t.onset for t in talkers), _window(options)
     onsets, miss = _place(rng, talkers, target, window)

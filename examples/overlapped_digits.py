@@ -87,8 +87,8 @@ def train(args) -> Path:
             "--activity_weight=10", f"--epochs={args.epochs}", "--lr=1e-3", *resume(features))
     if args.word_epochs and not (words / "training_report.md").is_file():
         run(ssm, "train", *shared, f"--checkpoint_dir={words}",
-            "--activity_weight=3", f"--epochs={args.word_epochs}", "--lr=5e-4",
-            f"--llm={args.model}", "--llm_weight=5",
+            "--activity_weight=10", f"--epochs={args.word_epochs}", "--lr=2e-4",
+            f"--llm={args.model}", "--llm_weight=1", *frozen_block,
             *(resume(words) or [f"--start_from={features / 'best_model.pt'}"]))
     return (words if args.word_epochs else features) / "best_model.pt"
 
@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layer", type=int, default=0, help="encoder block to separate after")
     add("--epochs", type=int, default=24, help="epochs against features")
     add("--word_epochs", type=int, default=0,
-        help="epochs against transcripts after them; they hurt a separator that separates little")
+        help="epochs against transcripts too after them (not measured; a heavier weight hurt)")
     add("--mixtures_per_epoch", type=int, default=1600, help="fresh mixtures in each")
     add("--test_samples", type=int, default=200, help="mixtures in each test set")
     return parser
