@@ -63,6 +63,7 @@ class TrainOptions(NamedTuple):
     epochs: int = 20
     batch_size: int = 8
     lr: float | None = None
+    optimizer: str = "adamw"
     weight_decay: float = 0.01
     num_layers: int = 4
     num_heads: int = 8
@@ -150,7 +151,9 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=_positive_int, help="mixtures per step")
     add("--lr", type=_positive_float,
         help="learning rate at the start of the cosine (default: 0.128 / feature width)")
-    add("--weight_decay", type=_weight, help="AdamW weight decay")
+    add("--optimizer", choices=["adamw", "muon"],
+        help="muon takes orthogonalized steps for the weight matrices of the blocks: fewer, dearer")
+    add("--weight_decay", type=_weight, help="weight decay of the optimizer")
     add("--num_layers", type=_positive_int, help="decoder blocks of the talker queries")
     add("--num_heads", type=_positive_int, help="attention heads")
     add("--ff_dim", type=_positive_int, help="width of the feed-forward layers")
@@ -1150,6 +1153,44 @@ def set_aside_earlier_run(folder: Path) -> Path | None:
 LOSS_PARTS = ("total", "separation", "reconstruction", "activity")
 
 
+ADAM_BETAS = (0.9, 0.98)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the weight matrices of a separator's blocks, AdamW for everything else.
+
+    Muon makes every direction of a matrix's step equally long (Jordan et al. 2024); scaled to the
+    step length of AdamW (Liu et al. 2025, arXiv:2502.16982), both take the same learning rate.
+    """
+
+    def __init__(self, separator: nn.Module, lr: float, weight_decay: float, fused: bool = False):
+        blocks = [*separator.decoder.parameters(), *separator.refinement.parameters()]
+        matrices = [weight for weight in blocks if weight.ndim == 2]
+        inside = set(map(id, matrices))
+        others = [weight for weight in separator.parameters() if id(weight) not in inside]
+        settings = {"lr": lr, "weight_decay": weight_decay}
+        self.parts = (
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings),
+            torch.optim.AdamW(others, betas=ADAM_BETAS, fused=fused, **settings))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts work on the groups and the state that this optimizer shows and saves."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def step(self, closure=None):
+        """Take one step with both; a closure is not supported."""
+        for part in self.parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restore both from what ``state_dict`` returned."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+
 class AveragedSeparator:
     """The separator that is validated and saved: its weights follow those of the last steps.
 
@@ -1344,13 +1385,16 @@ def _make_separator(options: TrainOptions, train_set, streams: int, checkpoint, 
 
 
 def _make_optimizer(options: TrainOptions, separator, checkpoint, folder: Path):
-    """Return AdamW, its cosine and the history of the run so far."""
+    """Return the optimizer, its cosine and the history of the run so far."""
     # Wider separators want smaller steps; 1e-4 at 1280 (benchmarks/ABLATIONS.md).
     lr = options.lr or 0.128 / separator.feature_dim
-    device = separator.speaker_queries.device.type
-    optimizer = torch.optim.AdamW(
-        separator.parameters(), lr=lr, weight_decay=options.weight_decay,
-        betas=(0.9, 0.98), fused=fuses_optimizer(device))
+    fused = fuses_optimizer(separator.speaker_queries.device.type)
+    settings = {"lr": lr, "weight_decay": options.weight_decay}
+    if options.optimizer == "muon":
+        optimizer = MuonAdamW(separator, fused=fused, **settings)
+    else:
+        optimizer = torch.optim.AdamW(
+            separator.parameters(), betas=ADAM_BETAS, fused=fused, **settings)
     history = restore_optimizer(optimizer, checkpoint, folder) if checkpoint else []
     for group in optimizer.param_groups:
         group["weight_decay"] = options.weight_decay

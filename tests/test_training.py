@@ -62,9 +62,10 @@ def test_same_seed_same_losses(dataset, tmp_path):
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("remix", [True, False])
-def test_resumed_run_equals_unbroken_run(remix, dataset, tmp_path):
-    options = {"epochs": 4, "save_every": 2, "remix": remix, "lr": 2e-3}
+@pytest.mark.parametrize(
+    ("remix", "optimizer"), [(True, "adamw"), (False, "adamw"), (True, "muon")])
+def test_resumed_run_equals_unbroken_run(remix, optimizer, dataset, tmp_path):
+    options = {"epochs": 4, "save_every": 2, "remix": remix, "lr": 2e-3, "optimizer": optimizer}
     whole = train_tiny(dataset, tmp_path / "whole", **options)
     (tmp_path / "resumed").mkdir()
     shutil.copy(tmp_path / "whole/checkpoint_epoch_2.pt", tmp_path / "resumed")
@@ -75,6 +76,28 @@ def test_resumed_run_equals_unbroken_run(remix, dataset, tmp_path):
     last = [torch.load(tmp_path / name / "checkpoint_epoch_4.pt") for name in ("whole", "resumed")]
     for a, b in zip(*(c["model_state_dict"].values() for c in last), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_muon_steps_of_matrices_are_orthogonal_and_as_long_as_those_of_adamw():
+    separator, lr = tiny_separator(2), 1e-2
+    before = {name: weight.detach().clone() for name, weight in separator.named_parameters()}
+    optimizer = ssm.MuonAdamW(separator, lr=lr, weight_decay=0.0)
+    for weight in separator.parameters():
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    for name, weight in separator.named_parameters():
+        step = weight.detach() - before[name]
+        if weight.ndim == 2 and name.startswith(("decoder", "refinement")):
+            lengths = torch.linalg.svdvals(step) / (0.2 * lr * max(weight.shape) ** 0.5)
+            assert lengths.quantile(0.1) > 0.6 and lengths.max() < 1.3  # of the gradient: 0 to 2
+        else:  # AdamW's first step is the sign of the gradient
+            torch.testing.assert_close(step, -lr * weight.grad.sign(), rtol=1e-3, atol=1e-5)
+
+
+def test_resuming_with_another_optimizer_is_refused(trained, dataset, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    assert_fails(capsys, train_flags(dataset, folder, "--resume", "--optimizer=muon", "--epochs=4"),
+                 "optimizer state")
 
 
 @pytest.mark.parametrize("remix", [True, False])
