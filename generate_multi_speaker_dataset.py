@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     draw("--level_difference", type=float, default=mixing.level_difference,
          help="most dB between two talkers")
     draw("--speed", type=float, default=mixing.speed, **range_of,
-         help="each recording is played this much faster")
+         help="all that a talker says is played this much faster")
     draw("--noise_dir", help="recordings of noise to add to the mixture alone")
     draw("--snr_db", type=float, default=mixing.snr_db, **range_of,
          help="dB from that noise up to all talkers together")
@@ -450,7 +450,7 @@ def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedT
     half = options.level_difference / 2
     gain_db, speeds = float(rng.uniform(-half, half)), [1.0] * words
     if options.speed != (1.0, 1.0):
-        speeds = rng.uniform(*options.speed, size=words).tolist()
+        speeds = [float(rng.uniform(*options.speed))] * words  # one voice, one pitch
     starts, end = [], 0.0
     for utterance, speed, gap in zip(picks, speeds, [0.0, *gaps], strict=True):
         starts.append(end + gap)

@@ -1506,7 +1506,7 @@ def train_speaker_separator(
     for epoch in range(len(history) + 1, options.epochs + 1):
         history.append(_run_epoch(run, epoch))
         print(format_epoch(history[-1], options.epochs), flush=True)
-        best = min(history, key=lambda row: row["val"]["total"])["epoch"]
+        best = best_epoch(history)["epoch"]
         stop = options.patience is not None and epoch - best >= options.patience
         last = stop or epoch == options.epochs
         write_epoch(folder, run, epoch == best, last or epoch % options.save_every == 0)
@@ -1516,6 +1516,19 @@ def train_speaker_separator(
     write_report(folder, run, train_set)
     plot_history(folder / "training_curves.png", history)
     return history
+
+
+def best_epoch(history: list[dict]) -> dict:
+    """Return the epoch of least validation loss among those validated on the data of the last one.
+
+    A run may be resumed on other data, whose losses say nothing about the earlier ones; the scores
+    of the trivial outputs tell validation data apart.
+    """
+    def trivial(row):
+        return list(row["val"]["trivial_mse"].values())
+
+    same = [row for row in history if np.allclose(trivial(row), trivial(history[-1]), rtol=1e-3)]
+    return min(same, key=lambda row: row["val"]["total"])
 
 
 def checkpoint_of(run: _Run) -> dict:
@@ -1578,7 +1591,7 @@ def _markdown_table(header: str, rows: list) -> list[str]:
 
 def write_report(folder: Path, run: _Run, train_set) -> None:
     """Write training_report.md: what was run, on what, and how it scored beside trivial outputs."""
-    last, best = run.history[-1], min(run.history, key=lambda row: row["val"]["total"])
+    last, best = run.history[-1], best_epoch(run.history)
     settings = {**run.options._asdict(), **run.config, **run.weights}
     data, losses = [], []
     for name, dataset in (("train", train_set), ("val", run.val_set)):

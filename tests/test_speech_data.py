@@ -319,7 +319,8 @@ def test_speed_changes_durations_alone(by_speaker):
                 waveform = generator.render_talker(talker, RATE)
                 assert np.count_nonzero(waveform) / RATE == pytest.approx(spoken / speed, rel=0.01)
                 assert len(waveform) / RATE == pytest.approx(end, abs=1e-3)
-    drawn = plans(by_speaker, 5, speed=(0.9, 1.1))
+    drawn = plans(by_speaker, 5, speed=(0.9, 1.1), join=(1, 3))
+    assert all(len(set(talker.speeds)) == 1 for plan in drawn for talker in plan.talkers)
     speeds = {speed for plan in drawn for talker in plan.talkers for speed in talker.speeds}
     assert len(speeds) > 5
     assert all(0.9 <= s <= 1.1 for s in speeds)

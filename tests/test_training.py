@@ -94,6 +94,17 @@ def test_muon_steps_of_matrices_are_orthogonal_and_as_long_as_those_of_adamw():
             torch.testing.assert_close(step, -lr * weight.grad.sign(), rtol=1e-3, atol=1e-5)
 
 
+def test_resumed_on_other_data_the_best_is_the_best_on_that_data(dataset, tmp_path):
+    train_tiny(dataset, tmp_path / "run", epochs=2)
+    other = make_dataset(tmp_path / "other", "--seed=5")
+    history = train_tiny(other, tmp_path / "run", epochs=4, resume=True)
+    assert history[0]["val"]["trivial_mse"] != history[3]["val"]["trivial_mse"]
+    history[0]["val"]["total"] = 0.0  # however low it was on the data from before
+    best = min(history[2:], key=lambda row: row["val"]["total"])
+    assert ssm.best_epoch(history) is best
+    assert torch.load(tmp_path / "run/best_model.pt")["epoch"] == best["epoch"]
+
+
 def test_resuming_with_another_optimizer_is_refused(trained, dataset, tmp_path, capsys):
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     assert_fails(capsys, train_flags(dataset, folder, "--resume", "--optimizer=muon", "--epochs=4"),
