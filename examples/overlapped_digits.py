@@ -2,7 +2,8 @@
 
     python examples/overlapped_digits.py --fsdd path/to/fsdd --model path/to/qwen2-audio-digits
 
-Trains a separator on fresh mixtures of the Free Spoken Digit Dataset (recordings 10 and up) against
+Trains a separator on fresh mixtures of the Free Spoken Digit Dataset (recordings 10 and up), first
+of talkers who come in when they like, then of talkers who overlap nearly all the time, against
 features (``--word_epochs`` adds epochs against transcripts) and counts the digits that the frozen
 model gets wrong in overlapped recordings it never heard (5 to 9): as it is, with the separator, and
 for each talker alone. Every step is a command of this project; run again, it goes on where it
@@ -25,7 +26,7 @@ import digits_manifest  # noqa: E402
 import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 
-SEPARATOR = ["--num_layers=3", "--num_heads=4", "--ff_dim=768", "--dropout=0", "--mask=residual"]
+SEPARATOR = ["--num_layers=4", "--num_heads=4", "--ff_dim=768", "--dropout=0", "--mask=residual"]
 
 
 def run(module, *words) -> None:
@@ -51,8 +52,9 @@ def make_data(args) -> dict[str, Path]:
     if not manifest.is_file() and digits_manifest.main(args.fsdd, manifest):
         sys.exit(2)
     make_noises(args.work_dir / "noises")
-    generate(args, args.work_dir / "data", "--train_samples=40", "--val_samples=60", "--join", 1, 6,
-             "--max_onset=0.5", "--min_speakers=1")
+    for name, onset in (("data", 1.5), ("overlapped", 0.5)):
+        generate(args, args.work_dir / name, "--train_samples=40", "--val_samples=60",
+                 "--join", 1, 6, f"--max_onset={onset}", "--min_speakers=1", "--speed", 0.9, 1.1)
     tests = {}
     kinds = {"": [], ", noise": ["--noise_dir", args.work_dir / "noises"], ", room": ["--reverb"]}
     for kind, flags in kinds.items():
@@ -77,20 +79,26 @@ def make_noises(folder: Path) -> None:
 
 
 def train(args) -> Path:
-    """Train against features, then, if asked to, transcripts; returns the best checkpoint."""
-    shared = ["--data_dir", args.work_dir / "data", "--remix", *SEPARATOR,
-              f"--mixtures_per_epoch={args.mixtures_per_epoch}", "--batch_size=8"]
-    frozen_block = ["--output_weight=3", f"--output_block={args.layer + 1}"]
-    features, words = args.work_dir / "features", args.work_dir / "words"
-    if not (features / "training_report.md").is_file():
-        run(ssm, "train", *shared, f"--checkpoint_dir={features}", *frozen_block,
-            "--activity_weight=10", f"--epochs={args.epochs}", "--lr=1e-3", *resume(features))
-    if args.word_epochs and not (words / "training_report.md").is_file():
-        run(ssm, "train", *shared, f"--checkpoint_dir={words}",
-            "--activity_weight=10", f"--epochs={args.word_epochs}", "--lr=2e-4",
-            f"--llm={args.model}", "--llm_weight=1", *frozen_block,
-            *(resume(words) or [f"--start_from={features / 'best_model.pt'}"]))
-    return (words if args.word_epochs else features) / "best_model.pt"
+    """Train in two stages against features, then, if asked to, transcripts; returns the best."""
+    stages = [  # folder of checkpoints, data, epochs, flags
+        ("features", "data", args.epochs, ["--batch_size=8", "--lr=1e-3", "--activity_weight=10"]),
+        ("overlap", "overlapped", args.overlap_epochs,
+         ["--batch_size=16", "--lr=5e-4", "--activity_weight=40"]),
+        ("words", "overlapped", args.word_epochs,
+         ["--batch_size=16", "--lr=1e-4", "--activity_weight=40", f"--llm={args.model}",
+          "--llm_weight=5"])]
+    best = None
+    for name, data, epochs, flags in stages:
+        folder = args.work_dir / name
+        if epochs and not (folder / "training_report.md").is_file():
+            start = resume(folder) or ([f"--start_from={best}"] if best else [])
+            run(ssm, "train", f"--data_dir={args.work_dir / data}", f"--checkpoint_dir={folder}",
+                "--remix", f"--mixtures_per_epoch={args.mixtures_per_epoch}", *SEPARATOR,
+                "--optimizer=muon", "--output_weight=3", f"--output_block={args.layer + 1}",
+                f"--epochs={epochs}", *flags, *start)
+        if epochs:
+            best = folder / "best_model.pt"
+    return best
 
 
 def resume(folder: Path) -> list[str]:
@@ -133,9 +141,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="Qwen2-Audio that transcribes digits: folder or hub id")
     add("--work_dir", type=Path, default=Path("overlapped_digits"), help="where everything goes")
     add("--layer", type=int, default=0, help="encoder block to separate after")
-    add("--epochs", type=int, default=24, help="epochs against features")
+    add("--epochs", type=int, default=35, help="epochs on all kinds of overlap")
+    add("--overlap_epochs", type=int, default=29, help="epochs on nearly full overlap after them")
     add("--word_epochs", type=int, default=0,
-        help="epochs against transcripts too after them (not measured; a heavier weight hurt)")
+        help="epochs against transcripts too after those (not measured)")
     add("--mixtures_per_epoch", type=int, default=1600, help="fresh mixtures in each")
     add("--test_samples", type=int, default=200, help="mixtures in each test set")
     return parser

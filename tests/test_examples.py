@@ -17,7 +17,8 @@ def test_overlapped_digits_tells_the_whole_story(qwen_folder, tmp_path, capsys):
                 pitch = 150 + 90 * speaker + 20 * digit
                 write_wav(name, sine(0.1 + 0.02 * take, pitch, 8000), 8000)
     argv = [f"--fsdd={tmp_path / 'fsdd'}", f"--model={qwen_folder}", "--layer=1", "--epochs=1",
-            "--word_epochs=1", "--mixtures_per_epoch=4", "--test_samples=1"]  # fmt: skip
+            "--overlap_epochs=1", "--word_epochs=1", "--mixtures_per_epoch=4",
+            "--test_samples=1"]  # fmt: skip
     overlapped_digits.main(argv)
     printed = capsys.readouterr().out
     assert "| 3 talkers, room | 1 |" in printed and "nobody found in" in printed
