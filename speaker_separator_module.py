@@ -1388,6 +1388,8 @@ def _make_optimizer(options: TrainOptions, separator, checkpoint, folder: Path):
     """Return the optimizer, its cosine and the history of the run so far."""
     # Wider separators want smaller steps; 1e-4 at 1280 (benchmarks/ABLATIONS.md).
     lr = options.lr or 0.128 / separator.feature_dim
+    if options.optimizer not in ("adamw", "muon"):
+        raise InputError(f"optimizer must be adamw or muon, not {options.optimizer!r}")
     fused = fuses_optimizer(separator.speaker_queries.device.type)
     settings = {"lr": lr, "weight_decay": options.weight_decay}
     if options.optimizer == "muon":

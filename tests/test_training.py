@@ -105,6 +105,11 @@ def test_resumed_on_other_data_the_best_is_the_best_on_that_data(dataset, tmp_pa
     assert torch.load(tmp_path / "run/best_model.pt")["epoch"] == best["epoch"]
 
 
+def test_an_unknown_optimizer_is_refused(dataset, tmp_path):
+    with pytest.raises(ValueError, match="adamw or muon"):
+        train_tiny(dataset, tmp_path, optimizer="sgd")
+
+
 def test_resuming_with_another_optimizer_is_refused(trained, dataset, tmp_path, capsys):
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     assert_fails(capsys, train_flags(dataset, folder, "--resume", "--optimizer=muon", "--epochs=4"),
