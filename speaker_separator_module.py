@@ -70,6 +70,7 @@ class TrainOptions(NamedTuple):
     ff_dim: int = 2048
     dropout: float = 0.1
     trunk: str | None = None
+    kernel_size: int = 15
     mask: str | None = None
     max_speakers: int | None = None
     reconstruction_weight: float | None = None
@@ -160,6 +161,8 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--dropout", type=_probability, help="dropout in every block")
     add("--trunk", choices=["queries", "frames"],
         help="what the decoder blocks work on (default: queries if the data is a sum, or frames)")
+    add("--kernel_size", type=_positive_int,
+        help="frames that a convolution of the trunk on frames spans; odd")
     add("--mask", choices=["shares", "gains", "residual"],
         help="how streams are made of the mixture (default: shares if the data is a sum, or gains)")
     add("--max_speakers", type=_positive_int, help="streams (default: what the data has)")
@@ -304,6 +307,26 @@ def _frames_first(
     return frames + block.dropout3(block.linear2(hidden)), queries
 
 
+class Convolution(nn.Module):
+    """Frames that hear their neighbours: the convolution module of a Conformer (arXiv:2005.08100).
+
+    Its norm of the convolved frames is per frame, so that padding and batches change nothing.
+    """
+
+    def __init__(self, dim: int, kernel_size: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.gate = nn.Linear(dim, 2 * dim)
+        self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, frames: Tensor, padding: Tensor) -> Tensor:
+        """Update ``frames [B, T, D]``; those set in ``padding [B, T]`` are heard as silence."""
+        hidden = F.glu(self.gate(self.norm(frames)), dim=-1).masked_fill(padding[..., None], 0.0)
+        hidden = self.depthwise(hidden.transpose(1, 2)).transpose(1, 2)
+        return frames + self.out(F.silu(F.layer_norm(hidden, hidden.shape[-1:])))
+
+
 class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
     """Splits the features of a mixture into one stream per talker and says which are active.
 
@@ -332,7 +355,10 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         What the decoder blocks work on. Queries look the recording over (self-attention divides
         the talkers among them, cross-attention finds them in time), which is cheap and right for
         voices that keep their bands. Frames take a block of work each before the streams part, as
-        speech needs, while queries look at them with the block's cross-attention.
+        speech needs, while queries look at them with the block's cross-attention; a convolution
+        goes before every block.
+    kernel_size : int
+        Frames that a convolution of the trunk on frames spans; odd.
 
     Raises
     ------
@@ -352,6 +378,7 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         feature_source: dict | None = None,
         mask: str = "shares",
         trunk: str = "queries",
+        kernel_size: int = 15,
     ):
         super().__init__()
         if not 1 <= max_speakers <= MAX_STREAMS:
@@ -364,6 +391,8 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
             raise InputError(f"mask must be shares, gains or residual, not {mask!r}")
         if trunk not in ("queries", "frames"):
             raise InputError(f"trunk must be queries or frames, not {trunk!r}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise InputError(f"kernel_size must be odd and positive, not {kernel_size}")
         sizes = {"dim_feedforward": ff_dim, "dropout": dropout}
         options = {"activation": "gelu", "batch_first": True, "norm_first": True, **sizes}
         self.feature_dim, self.max_speakers = feature_dim, max_speakers
@@ -372,7 +401,8 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         self.config = {  # what builds another of the kind
             "feature_dim": feature_dim, "max_speakers": max_speakers, "num_layers": num_layers,
             "num_heads": num_heads, "ff_dim": ff_dim, "dropout": dropout, "threshold": threshold,
-            "feature_source": self.feature_source, "mask": mask, "trunk": trunk}
+            "feature_source": self.feature_source, "mask": mask, "trunk": trunk,
+            "kernel_size": kernel_size}
         self.speaker_queries = nn.Parameter(torch.randn(max_speakers, feature_dim))
         self.decoder = nn.ModuleList(
             nn.TransformerDecoderLayer(feature_dim, num_heads, **options) for _ in range(num_layers)
@@ -380,8 +410,13 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         self.refinement = nn.ModuleList(
             nn.TransformerEncoderLayer(feature_dim, num_heads // 2, **options) for _ in range(2)
         )
+        convolved = num_layers + 2 if trunk == "frames" else 0  # all the blocks above, or none
+        self.convolutions = nn.ModuleList(
+            Convolution(feature_dim, kernel_size) for _ in range(convolved)
+        )
+        evidence_dim = 2 * feature_dim if trunk == "frames" else feature_dim
         self.activity_head = nn.Sequential(
-            nn.Linear(feature_dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, 1)
+            nn.Linear(evidence_dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, 1)
         )
 
     def forward(
@@ -401,8 +436,7 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         speaker_probs : Tensor [B, S], in [0, 1]
         """
         frame_mask = self._check(mixed_features, frame_mask)
-        B, T, D = mixed_features.shape
-        S = self.max_speakers
+        _, T, D = mixed_features.shape
         valid = frame_mask[..., None]
         mixture = torch.where(valid, mixed_features, 0.0)  # [B, T, D]
         # A silent recording has no frame to attend to: let it see its own zeros.
@@ -412,12 +446,9 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         positions = 0.3 * sinusoidal_positions(T, D, mixture.device)
         frames = torch.where(valid, (mixture - centre) / spread, 0.0)
         frames = (frames + positions).to(mixture.dtype)
-        context, queries, refinement = self._meet(frames, padding)
-        streams = start = context[:, None] + queries[:, :, None]  # [B, S, T, D]
-        for block in refinement:
-            streams = block(
-                streams.flatten(0, 1), src_key_padding_mask=padding.repeat_interleave(S, dim=0)
-            ).unflatten(0, (B, S))
+        context, queries = self._meet(frames, padding)
+        start = context[:, None] + queries[:, :, None]  # [B, S, T, D]
+        streams = self._refine(start, padding)
         update = (streams - (frames[:, None] if self.trunk == "queries" else start)).float()
         if self.mask == "residual":
             separated = mixture[:, None] + update * spread[:, None]
@@ -432,6 +463,8 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         pooled = masked_mean(evidence, valid[:, None], 2)  # [B, S, D]
         if self.trunk == "frames":
             pooled = F.layer_norm(pooled, (D,))
+            others = pooled.mean(1, keepdim=True).expand_as(pooled)  # two alike are one talker
+            pooled = torch.cat([pooled, others], dim=-1)
         speaker_probs = self.activity_head(pooled.to(mixture.dtype)).squeeze(-1).float().sigmoid()
         return separated, speaker_probs
 
@@ -447,20 +480,29 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         variance = masked_mean((mixture - centre).float().square(), valid, 1)[:, None]
         return centre, (variance + (0.01 * level) ** 2).sqrt()
 
-    def _meet(self, frames: Tensor, padding: Tensor) -> tuple[Tensor, Tensor, list[nn.Module]]:
-        """Let frames and queries meet: context [B, T, D], queries [B, S, D], blocks left over."""
+    def _meet(self, frames: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+        """Let frames and queries meet: context [B, T, D] and queries [B, S, D]."""
         B, _, D = frames.shape
         queries = self.speaker_queries.expand(B, -1, D)
-        first, *rest = self.refinement
         if self.trunk == "frames":
-            for block in self.decoder:
+            for block, convolution in zip(self.decoder, self.convolutions, strict=False):
+                frames = convolution(frames, padding)
                 frames, queries = _frames_first(block, frames, queries, padding)
-        frames = first(frames, src_key_padding_mask=padding)
+            frames = self.convolutions[-2](frames, padding)
+        frames = self.refinement[0](frames, src_key_padding_mask=padding)
         context = F.layer_norm(frames, (D,))
         if self.trunk == "queries":
             for block in self.decoder:
                 queries = block(queries, context, memory_key_padding_mask=padding)
-        return context, F.layer_norm(queries, (D,)), rest
+        return context, F.layer_norm(queries, (D,))
+
+    def _refine(self, streams: Tensor, padding: Tensor) -> Tensor:
+        """Let every stream of [B, S, T, D] be read by the last block."""
+        B, S = streams.shape[:2]
+        streams, padding = streams.flatten(0, 1), padding.repeat_interleave(S, dim=0)
+        if self.trunk == "frames":
+            streams = self.convolutions[-1](streams, padding)
+        return self.refinement[-1](streams, src_key_padding_mask=padding).unflatten(0, (B, S))
 
     def _check(self, features: Tensor, frame_mask: Tensor | None) -> Tensor:
         if features.dim() != 3 or features.shape[-1] != self.feature_dim or not features.shape[1]:
@@ -1164,8 +1206,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, separator: nn.Module, lr: float, weight_decay: float, fused: bool = False):
-        blocks = [*separator.decoder.parameters(), *separator.refinement.parameters()]
-        matrices = [weight for weight in blocks if weight.ndim == 2]
+        blocks = (separator.decoder, separator.refinement, separator.convolutions)
+        weights = [weight for part in blocks for weight in part.parameters()]
+        matrices = [weight for weight in weights if weight.ndim == 2]
         inside = set(map(id, matrices))
         others = [weight for weight in separator.parameters() if id(weight) not in inside]
         settings = {"lr": lr, "weight_decay": weight_decay}
@@ -1365,7 +1408,8 @@ def _make_separator(options: TrainOptions, train_set, streams: int, checkpoint, 
               "feature_source": train_set.source,
               "trunk": options.trunk or ("queries" if train_set.is_sum else "frames"),
               "num_layers": options.num_layers, "num_heads": options.num_heads,
-              "ff_dim": options.ff_dim, "dropout": options.dropout}
+              "ff_dim": options.ff_dim, "dropout": options.dropout,
+              "kernel_size": options.kernel_size}
     torch.manual_seed(options.seed)
     if checkpoint:
         config = {**checkpoint["model_config"], "threshold": 0.5}  # as in an unbroken run

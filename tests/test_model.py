@@ -149,10 +149,34 @@ def test_wrong_shape_is_named(features, frame_mask, named):
 
 
 @pytest.mark.parametrize("wrong", [{"num_heads": 3}, {"num_heads": 10}, {"num_heads": 1},
-                                   {"mask": "softmax"}])  # fmt: skip
+                                   {"mask": "softmax"},
+                                   {"kernel_size": 4}, {"kernel_size": 0}])  # fmt: skip
 def test_wrong_options(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         tiny_separator(2, **wrong)
+
+
+def test_convolution_hears_its_neighbours_only():
+    torch.manual_seed(0)
+    convolution, frames = ssm.Convolution(WIDTH, 5), torch.randn(1, 12, WIDTH)
+    nowhere, changed = torch.zeros(1, 12, dtype=torch.bool), frames.clone()
+    changed[0, 3, 0] += 3
+    difference = (convolution(changed, nowhere) - convolution(frames, nowhere)).abs().amax(-1)[0]
+    assert [frame for frame in range(12) if difference[frame] > 1e-6] == [1, 2, 3, 4, 5]
+    padding = nowhere.clone()
+    padding[0, 3] = True  # padding is silence to the others
+    difference = (convolution(changed, padding) - convolution(frames, padding)).abs().amax(-1)[0]
+    assert [frame for frame in range(12) if difference[frame] > 1e-6] == [3]
+
+
+def test_kernel_size_is_kept(tmp_path):
+    separator = tiny_separator(2, trunk="frames", kernel_size=7)
+    separator.save_pretrained(tmp_path)
+    again = ssm.load_separator(tmp_path)
+    assert [c.depthwise.weight.shape[-1] for c in again.convolutions] == [7] * len(
+        separator.convolutions)
+    mixture = torch.randn(1, 7, WIDTH)
+    assert torch.equal(again(mixture)[0], separator(mixture)[0])
 
 
 def test_save_and_load(tmp_path):
