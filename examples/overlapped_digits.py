@@ -4,7 +4,7 @@
 
 Trains a separator on fresh mixtures of the Free Spoken Digit Dataset (recordings 10 and up) against
 features, first of talkers who come in when they like, then of talkers who overlap nearly all the
-time, in noise (``--word_epochs`` adds epochs against transcripts), and counts the digits that the
+time (``--word_epochs`` adds epochs against transcripts), and counts the digits that the
 frozen model gets wrong in overlapped recordings it never heard (5 to 9): as it is, with the
 separator, and for each talker alone. Every step is a command of this project; run again, it goes on
 where it stopped.
@@ -55,10 +55,9 @@ def make_data(args) -> dict[str, Path]:
     make_noises(noises, seed=0)
     make_noises(other_noises, seed=1)
     shared = ["--train_samples=40", "--val_samples=60", "--join", 1, 6, "--min_speakers=1",
-              "--speed", 0.9, 1.1]
-    generate(args, args.work_dir / "data", *shared, "--max_onset=1.5")
-    generate(args, args.work_dir / "overlapped", *shared, "--max_onset=0.5",
-             "--noise_dir", other_noises, "--snr_db", 10, 60)
+              "--speed", 0.9, 1.1, "--noise_dir", other_noises, "--snr_db", 10, 60]
+    generate(args, args.work_dir / "data", *shared, "--max_onset=1.0")
+    generate(args, args.work_dir / "overlapped", *shared, "--max_onset=0.5")
     tests = {}
     kinds = {"": [], ", noise": ["--noise_dir", noises], ", room": ["--reverb"]}
     for kind, flags in kinds.items():
@@ -85,9 +84,9 @@ def make_noises(folder: Path, seed: int) -> None:
 def train(args) -> Path:
     """Train in two stages against features, then, if asked to, transcripts; returns the best."""
     stages = [  # folder of checkpoints, data, epochs, flags
-        ("features", "data", args.epochs, ["--batch_size=8", "--lr=1e-3", "--activity_weight=10"]),
+        ("features", "data", args.epochs, ["--batch_size=8", "--lr=2e-3", "--activity_weight=10"]),
         ("overlap", "overlapped", args.overlap_epochs,
-         ["--batch_size=16", "--lr=5e-4", "--activity_weight=40"]),
+         ["--batch_size=16", "--lr=1e-3", "--activity_weight=40"]),
         ("words", "overlapped", args.word_epochs,
          ["--batch_size=16", "--lr=1e-4", "--activity_weight=40", f"--llm={args.model}",
           "--llm_weight=5"])]
@@ -145,9 +144,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="Qwen2-Audio that transcribes digits: folder or hub id")
     add("--work_dir", type=Path, default=Path("overlapped_digits"), help="where everything goes")
     add("--layer", type=int, default=0, help="encoder block to separate after")
-    add("--epochs", type=int, default=35, help="epochs on all kinds of overlap")
-    add("--overlap_epochs", type=int, default=35,
-        help="epochs on nearly full overlap, in noise, after them")
+    add("--epochs", type=int, default=26, help="epochs on all kinds of overlap")
+    add("--overlap_epochs", type=int, default=30,
+        help="epochs on nearly full overlap, after them")
     add("--word_epochs", type=int, default=0,
         help="epochs against transcripts too after those (not measured)")
     add("--mixtures_per_epoch", type=int, default=1600, help="fresh mixtures in each")
