@@ -54,10 +54,11 @@ def make_data(args) -> dict[str, Path]:
     noises, other_noises = args.work_dir / "noises", args.work_dir / "training_noises"
     make_noises(noises, seed=0)
     make_noises(other_noises, seed=1)
-    shared = ["--train_samples=40", "--val_samples=60", "--join", 1, 6, "--min_speakers=1",
-              "--speed", 0.9, 1.1, "--noise_dir", other_noises, "--snr_db", 10, 60]
-    generate(args, args.work_dir / "data", *shared, "--max_onset=1.0")
-    generate(args, args.work_dir / "overlapped", *shared, "--max_onset=0.5")
+    shared = ["--train_samples=40", "--join", 1, 6, "--min_speakers=1", "--speed", 0.8, 1.25,
+              "--noise_dir", other_noises, "--snr_db", 10, 60]
+    generate(args, args.work_dir / "data", *shared, "--max_onset=1.0", "--val_samples=60")
+    generate(args, args.work_dir / "overlapped", *shared, "--max_onset=0.5",
+             f"--val_samples={args.test_samples}")
     tests = {}
     kinds = {"": [], ", noise": ["--noise_dir", noises], ", room": ["--reverb"]}
     for kind, flags in kinds.items():
@@ -145,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--work_dir", type=Path, default=Path("overlapped_digits"), help="where everything goes")
     add("--layer", type=int, default=0, help="encoder block to separate after")
     add("--epochs", type=int, default=26, help="epochs on all kinds of overlap")
-    add("--overlap_epochs", type=int, default=30,
+    add("--overlap_epochs", type=int, default=34,
         help="epochs on nearly full overlap, after them")
     add("--word_epochs", type=int, default=0,
         help="epochs against transcripts too after those (not measured)")
