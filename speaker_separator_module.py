@@ -70,7 +70,6 @@ class TrainOptions(NamedTuple):
     ff_dim: int = 2048
     dropout: float = 0.1
     trunk: str | None = None
-    kernel_size: int = 15
     mask: str | None = None
     max_speakers: int | None = None
     reconstruction_weight: float | None = None
@@ -161,8 +160,6 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     add("--dropout", type=_probability, help="dropout in every block")
     add("--trunk", choices=["queries", "frames"],
         help="what the decoder blocks work on (default: queries if the data is a sum, or frames)")
-    add("--kernel_size", type=_positive_int,
-        help="frames that a convolution of the trunk on frames spans; odd")
     add("--mask", choices=["shares", "gains", "residual"],
         help="how streams are made of the mixture (default: shares if the data is a sum, or gains)")
     add("--max_speakers", type=_positive_int, help="streams (default: what the data has)")
@@ -1408,8 +1405,7 @@ def _make_separator(options: TrainOptions, train_set, streams: int, checkpoint, 
               "feature_source": train_set.source,
               "trunk": options.trunk or ("queries" if train_set.is_sum else "frames"),
               "num_layers": options.num_layers, "num_heads": options.num_heads,
-              "ff_dim": options.ff_dim, "dropout": options.dropout,
-              "kernel_size": options.kernel_size}
+              "ff_dim": options.ff_dim, "dropout": options.dropout}
     torch.manual_seed(options.seed)
     if checkpoint:
         config = {**checkpoint["model_config"], "threshold": 0.5}  # as in an unbroken run

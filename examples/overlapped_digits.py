@@ -4,10 +4,9 @@
 
 Trains a separator on fresh mixtures of the Free Spoken Digit Dataset (recordings 10 and up) against
 features, first of talkers who come in when they like, then of talkers who overlap nearly all the
-time (``--word_epochs`` adds epochs against transcripts), and counts the digits that the
-frozen model gets wrong in overlapped recordings it never heard (5 to 9): as it is, with the
-separator, and for each talker alone. Every step is a command of this project; run again, it goes on
-where it stopped.
+time (``--word_epochs`` adds epochs against transcripts), and counts the digits the frozen model
+gets wrong in overlapped recordings it never heard (5 to 9): as it is, with the separator, and for
+each talker alone. Every step is a command of this project; run again, it goes on where it stopped.
 """
 
 import argparse
@@ -146,8 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--work_dir", type=Path, default=Path("overlapped_digits"), help="where everything goes")
     add("--layer", type=int, default=0, help="encoder block to separate after")
     add("--epochs", type=int, default=26, help="epochs on all kinds of overlap")
-    add("--overlap_epochs", type=int, default=34,
-        help="epochs on nearly full overlap, after them")
+    add("--overlap_epochs", type=int, default=34, help="epochs on nearly full overlap after them")
     add("--word_epochs", type=int, default=0,
         help="epochs against transcripts too after those (not measured)")
     add("--mixtures_per_epoch", type=int, default=1600, help="fresh mixtures in each")

@@ -351,8 +351,7 @@ def test_evaluate_model_needs_recordings(best, dataset, qwen_folder, capsys):
 
 
 def test_speech_takes_the_trunk_on_frames(speech_data, tmp_path):
-    for flags, trunk in ((("--kernel_size=5",), "frames"), (("--trunk=queries",), "queries")):
+    for flags, trunk in (((), "frames"), (("--trunk=queries",), "queries")):
         assert ssm.main(train_flags(speech_data, tmp_path / trunk, *flags)) == 0
         config = ssm.load_checkpoint(tmp_path / trunk / "best_model.pt")["model_config"]
         assert (config["trunk"], config["mask"]) == (trunk, "gains")
-        assert config["kernel_size"] == (5 if trunk == "frames" else 15)
