@@ -324,11 +324,28 @@ class Convolution(nn.Module):
         return frames + self.out(F.silu(F.layer_norm(hidden, hidden.shape[-1:])))
 
 
+class Exchange(nn.Module):
+    """Streams that look at each other: attention across talkers (SepReformer, arXiv:2406.05983)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """Update ``streams [B, S, T, D]``, frame by frame."""
+        B = len(streams)
+        sides = self.norm(streams).transpose(1, 2).flatten(0, 1)  # [B T, S, D]
+        # With weights it takes plain products: fused ones end at 65,535 sequences on CUDA.
+        heard = self.attention(sides, sides, sides, need_weights=True)[0]
+        return streams + heard.unflatten(0, (B, -1)).transpose(1, 2)
+
+
 class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
     """Splits the features of a mixture into one stream per talker and says which are active.
 
     ``S`` learned talker queries and the mixture's frames meet in ``num_layers`` decoder blocks and
-    a refinement block; each stream is then the frames plus its query, read by a second refinement
+    a refinement block; each stream is then the frames plus its query, read by a last refinement
     block whose update is the logit of a mask over the mixture.
 
     Parameters
@@ -352,8 +369,9 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         What the decoder blocks work on. Queries look the recording over (self-attention divides
         the talkers among them, cross-attention finds them in time), which is cheap and right for
         voices that keep their bands. Frames take a block of work each before the streams part, as
-        speech needs, while queries look at them with the block's cross-attention; a convolution
-        goes before every block.
+        speech needs, while queries look at them with the block's cross-attention; streams are the
+        frames times and plus what their queries say, and exchange what they hold between two
+        refinement blocks. A convolution goes before every block.
     kernel_size : int
         Frames that a convolution of the trunk on frames spans; odd.
 
@@ -405,12 +423,15 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
             nn.TransformerDecoderLayer(feature_dim, num_heads, **options) for _ in range(num_layers)
         )
         self.refinement = nn.ModuleList(
-            nn.TransformerEncoderLayer(feature_dim, num_heads // 2, **options) for _ in range(2)
+            nn.TransformerEncoderLayer(feature_dim, num_heads // 2, **options)
+            for _ in range(3 if trunk == "frames" else 2)
         )
-        convolved = num_layers + 2 if trunk == "frames" else 0  # all the blocks above, or none
-        self.convolutions = nn.ModuleList(
-            Convolution(feature_dim, kernel_size) for _ in range(convolved)
-        )
+        if trunk == "frames":
+            self.convolutions = nn.ModuleList(  # one before each of the blocks above
+                Convolution(feature_dim, kernel_size) for _ in range(num_layers + 3)
+            )
+            self.gain = nn.Linear(feature_dim, feature_dim)
+            self.exchange = Exchange(feature_dim, num_heads // 2)
         evidence_dim = 2 * feature_dim if trunk == "frames" else feature_dim
         self.activity_head = nn.Sequential(
             nn.Linear(evidence_dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, 1)
@@ -444,7 +465,7 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         frames = torch.where(valid, (mixture - centre) / spread, 0.0)
         frames = (frames + positions).to(mixture.dtype)
         context, queries = self._meet(frames, padding)
-        start = context[:, None] + queries[:, :, None]  # [B, S, T, D]
+        start = self._part(context, queries)
         streams = self._refine(start, padding)
         update = (streams - (frames[:, None] if self.trunk == "queries" else start)).float()
         if self.mask == "residual":
@@ -485,7 +506,7 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
             for block, convolution in zip(self.decoder, self.convolutions, strict=False):
                 frames = convolution(frames, padding)
                 frames, queries = _frames_first(block, frames, queries, padding)
-            frames = self.convolutions[-2](frames, padding)
+            frames = self.convolutions[len(self.decoder)](frames, padding)
         frames = self.refinement[0](frames, src_key_padding_mask=padding)
         context = F.layer_norm(frames, (D,))
         if self.trunk == "queries":
@@ -493,11 +514,21 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
                 queries = block(queries, context, memory_key_padding_mask=padding)
         return context, F.layer_norm(queries, (D,))
 
+    def _part(self, context: Tensor, queries: Tensor) -> Tensor:
+        """Return the streams [B, S, T, D] that context [B, T, D] and queries [B, S, D] make."""
+        context, queries = context[:, None], queries[:, :, None]
+        if self.trunk == "frames":
+            context = context * (1 + self.gain(queries))
+        return context + queries
+
     def _refine(self, streams: Tensor, padding: Tensor) -> Tensor:
-        """Let every stream of [B, S, T, D] be read by the last block."""
+        """Let every stream of [B, S, T, D] be read by the blocks that are left."""
         B, S = streams.shape[:2]
         streams, padding = streams.flatten(0, 1), padding.repeat_interleave(S, dim=0)
         if self.trunk == "frames":
+            streams = self.convolutions[-2](streams, padding)
+            streams = self.refinement[1](streams, src_key_padding_mask=padding)
+            streams = self.exchange(streams.unflatten(0, (B, S))).flatten(0, 1)
             streams = self.convolutions[-1](streams, padding)
         return self.refinement[-1](streams, src_key_padding_mask=padding).unflatten(0, (B, S))
 
@@ -1203,11 +1234,11 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, separator: nn.Module, lr: float, weight_decay: float, fused: bool = False):
-        blocks = (separator.decoder, separator.refinement, separator.convolutions)
-        weights = [weight for part in blocks for weight in part.parameters()]
-        matrices = [weight for weight in weights if weight.ndim == 2]
-        inside = set(map(id, matrices))
-        others = [weight for weight in separator.parameters() if id(weight) not in inside]
+        ends = ("speaker_queries", "activity_head")
+        matrices, others = [], []
+        for name, weight in separator.named_parameters():
+            inside = weight.ndim == 2 and not name.startswith(ends)
+            (matrices if inside else others).append(weight)
         settings = {"lr": lr, "weight_decay": weight_decay}
         self.parts = (
             torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings),

@@ -169,6 +169,16 @@ def test_convolution_hears_its_neighbours_only():
     assert [frame for frame in range(12) if difference[frame] > 1e-6] == [3]
 
 
+def test_streams_exchange_frame_by_frame_whatever_their_order():
+    torch.manual_seed(0)
+    exchange, streams = ssm.Exchange(WIDTH, 2), torch.randn(2, 3, 7, WIDTH)
+    changed = streams.clone()
+    changed[0, 1, 4] += 1
+    difference = (exchange(changed) - exchange(streams)).abs().amax(-1)
+    assert difference.nonzero().tolist() == [[0, 0, 4], [0, 1, 4], [0, 2, 4]]
+    torch.testing.assert_close(exchange(streams[:, [2, 0, 1]]), exchange(streams)[:, [2, 0, 1]])
+
+
 def test_kernel_size_is_kept(tmp_path):
     separator = tiny_separator(2, trunk="frames", kernel_size=7)
     separator.save_pretrained(tmp_path)
