@@ -2202,15 +2202,15 @@ class TalkerTracker:
     at once with somebody. In doubt a talker is one who returns.
 
     Measured on spoken digits in windows of 4 s, the talkers' own features as streams, 95 s: of two
-    talkers who take turns and overlap the numbers are right in every window; of three in half of
-    them. It cannot take back a number.
+    talkers who take turns and overlap the numbers are right in every window; of three in six of
+    ten. It cannot take back a number.
 
     Adjacent windows share ``shared`` frames; no more than ``most`` talkers are counted.
     """
 
     # Measured in 15 recordings of two talkers, the streams of two separators of digits:
     ALIKE = 0.8  # correlation above which shared seconds speak for one talker
-    SECONDS, OFTEN = 1.0, 0.5  # weight of the shared seconds and of how often a talker was heard
+    SECONDS, OFTEN = 2.0, 0.5  # weight of the shared seconds and of how often a talker was heard
 
     def __init__(self, shared: int, most: int | None = None):
         self.shared, self.most = shared, most
