@@ -2280,23 +2280,22 @@ class TalkerTracker:
 
         Distances count in those between voices of one talker, the number of windows as its log.
         """
+        from scipy.optimize import linear_sum_assignment
+
         count, limit = len(self.voices), min(self._limit(), 1e6)
         unit = np.mean(self.same) if self.same else limit / 4
-        room = len(voices) if self.most is None else max(0, self.most - count)
-        new = list(range(count, count + min(room, len(voices))))
+        new = range(len(voices) if self.most is None else min(len(voices), self.most - count))
         nearer = {} if heard else dict.fromkeys(self.talker_of.values(), 0.9)  # after silence
-        score = {(s, t): -limit / unit for s in voices for t in new}
-        for s, t in product(voices, range(count)):
-            score[s, t] = self.OFTEN * math.log(self.voices[t][1])
-            score[s, t] -= nearer.get(t, 1.0) * self._distance(voices[s], t) / unit
-            score[s, t] += self.SECONDS * (heard.get((s, t), self.ALIKE) - self.ALIKE)
-        options = []  # nobody can lose to more than the others' choices
-        for s in voices:
-            known = sorted(range(count), key=lambda t: -score[s, t])  # noqa: B023
-            options.append(known[: len(voices)] + new)
-        choices = (c for c in product(*options) if len(set(c)) == len(c))
-        best = max(choices, key=lambda c: sum(score[pair] for pair in zip(voices, c, strict=True)))
-        return dict(zip(voices, best, strict=True))
+        score = np.full((len(voices), count + len(new)), -limit / unit)
+        for row, (s, voice) in enumerate(voices.items()):
+            for t in range(count):
+                alike = heard.get((s, t), self.ALIKE) - self.ALIKE
+                distance = nearer.get(t, 1.0) * self._distance(voice, t) / unit
+                often = math.log(self.voices[t][1])
+                score[row, t] = self.SECONDS * alike - distance + self.OFTEN * often
+        score[:, count:] -= 1e-9 * np.arange(len(new))  # the next number first
+        _, talkers = linear_sum_assignment(score, maximize=True)
+        return dict(zip(voices, talkers.tolist(), strict=True))
 
 
 class SeparatedWindow(NamedTuple):

@@ -153,6 +153,25 @@ def test_a_known_count_is_never_exceeded():
     assert seen == {0, 1}
 
 
+def test_a_wrong_look_at_the_shared_seconds_is_outvoted_by_the_voice():
+    """Both streams change places; the shared seconds of one look like the other talker's."""
+    tracker = ssm.TalkerTracker(shared=10)
+    for first in (0, 30, 60):
+        assert tracker.number(lanes(f"a{first}", f"b{first}"), active(1, 1)) == {0: 0, 1: 1}
+    misleading = lanes("b90", "a90")
+    misleading[0, :10] = lanes("a90")[0, :10]
+    misleading[1, :10] = lanes("b90")[0, :10]
+    assert tracker.number(misleading, active(1, 1)) == {0: 1, 1: 0}
+
+
+def test_many_talkers_at_once():
+    tracker, names = ssm.TalkerTracker(shared=10), "abcdefg"
+    everybody = torch.ones(7, dtype=torch.bool)
+    assert tracker.number(lanes(*(f"{n}0" for n in names)), everybody) == {s: s for s in range(7)}
+    turned = lanes(*(f"{n}30" for n in names[::-1]))
+    assert tracker.number(turned, everybody) == {s: 6 - s for s in range(7)}
+
+
 def test_the_talkers_own_features_are_followed():
     """A 95 s recording of real talkers who alternate and overlap; streams in random order."""
     model, recordings = SHARED / "qwen2-audio-digits", SHARED / "fsdd"
