@@ -2202,8 +2202,8 @@ class TalkerTracker:
     at once with somebody. In doubt a talker is one who returns.
 
     Measured on spoken digits in windows of 4 s, the talkers' own features as streams, 95 s: of two
-    talkers who take turns and overlap the numbers are right in every window; of three in six of
-    ten. It cannot take back a number.
+    talkers who take turns and overlap the numbers are right in every window; of three in a third
+    of them. It cannot take back a number.
 
     Adjacent windows share ``shared`` frames; no more than ``most`` talkers are counted.
     """
@@ -2293,6 +2293,9 @@ class TalkerTracker:
                 distance = nearer.get(t, 1.0) * self._distance(voice, t) / unit
                 often = math.log(self.voices[t][1])
                 score[row, t] = self.SECONDS * alike - distance + self.OFTEN * often
+        if heard and len(set(self.talker_of.values())) == count:
+            # Everybody is in the window before: what is unlike them all is not yet somebody new.
+            score[:, count:] -= self.SECONDS * self.ALIKE
         score[:, count:] -= 1e-9 * np.arange(len(new))  # the next number first
         _, talkers = linear_sum_assignment(score, maximize=True)
         return dict(zip(voices, talkers.tolist(), strict=True))

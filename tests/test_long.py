@@ -328,14 +328,14 @@ def test_infer_a_long_recording(qwen_folder, long_file, tmp_path, capsys):
     separator = tiny_separator(3, seed=4, feature_source=source)
     path = save_tiny_checkpoint(tmp_path / "s.pt", separator)
     argv = ["infer", f"--checkpoint={path}", f"--input={long_file}", "--threshold=0", *CPU_FLAGS,
-            "--num_speakers=3", f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
+            f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
     assert ssm.main(argv) == 0
     assert "3 talkers (5 windows" in capsys.readouterr().out
     result = json.loads((tmp_path / "out/separation.json").read_text())
     assert result["num_frames"] == 193
     assert result["windows"][-1]["end"] == 193  # 3.85 s at 50 frames a second
     encoder = ssm.load_audio_encoder(str(qwen_folder))
-    windows = list(ssm.separate_recording(separator, LONG, encoder, 1, 0.0, num_speakers=3))
+    windows = list(ssm.separate_recording(separator, LONG, encoder, 1, threshold=0.0))
     for number in (1, 2, 3):
         saved = np.load(tmp_path / f"out/speaker_{number}.npy")
         assert saved.shape == (193, WIDTH)
