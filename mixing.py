@@ -1,0 +1,438 @@
+"""Mixtures of recordings: a seeded plan first, then rendering, which draws nothing more.
+
+Overlap ratio: the share of the time from the first talker's start to the last talker's end in
+which two or more talk, each from the start of the first utterance to the end of the last, pauses
+included. One talker alone has 0, and so do talkers who take turns.
+
+In a room (``reverb``) the targets are the reverberant talkers: the mixture stays the sum of its
+targets, and a separator learns to tell talkers apart, not to remove reverberation.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from audio import SAMPLING_RATE, audio_info, read_audio
+
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
+SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
+CACHED_RECORDINGS, CACHED_SECONDS = 8192, 60.0  # decoded recordings kept in memory, 16 bits each
+OVERLAP_STEPS = 200  # placements tried between turn-taking and the most overlap
+OVERLAP_TOLERANCE, OVERLAP_DRAWS = 0.01, 30  # redraws of utterances until the ratio is met
+ROOMS, MOUTHS = 200, 7  # rooms of each split, and talkers that each has a response for
+ROOM_METRES = ((4.0, 3.5, 2.5), (7.0, 6.0, 3.2))  # smallest and largest; all can have these RT60
+ROOM_RT60 = (0.15, 0.4)  # seconds
+WALL_DISTANCE, TABLE_HEIGHT, MOUTH_HEIGHT = 0.5, 0.8, (1.2, 1.8)  # metres; no mouth at the mic
+MAX_REFLECTIONS = 30  # per path: the first 20 dB of decay; all of them would take 0.5 s a room
+
+
+class Utterance(NamedTuple):
+    """A recording of one speaker; ``split`` is "train", "val" or "" (not given)."""
+
+    audio: Path
+    speaker: str
+    text: str
+    split: str = ""
+
+
+class MixingOptions(NamedTuple):
+    """How mixtures of recordings are drawn; the generator's ``--help`` explains each."""
+
+    min_speakers: int = 2
+    max_speakers: int = 3
+    join: tuple[int, int] = (1, 1)
+    max_gap: float = 0.15
+    max_onset: float = 0.4
+    level_difference: float = 3.0
+    overlap: tuple[float, float] | None = None
+    speed: tuple[float, float] = (1.0, 1.0)
+    noise_dir: str | None = None
+    snr_db: tuple[float, float] = (10.0, 20.0)
+    reverb: float = 0.0
+    max_seconds: float | None = None
+
+
+class SpeechSource(NamedTuple):
+    """What mixtures of one split are drawn from."""
+
+    options: MixingOptions
+    by_speaker: dict[str, list[Utterance]]
+    noises: list[str]
+    split: str
+
+    def draw(self, rng: np.random.Generator, count: int | None = None) -> PlannedMixture:
+        """Plan one mixture; see ``plan_mixture``."""
+        return plan_mixture(rng, self, count)
+
+
+def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
+    """Return the utterances of each speaker."""
+    groups: dict[str, list[Utterance]] = {}
+    for utterance in utterances:
+        groups.setdefault(utterance.speaker, []).append(utterance)
+    return groups
+
+
+def list_noises(noise_dir: str | None) -> list[str]:
+    """Return the recordings in a folder of noise and below it; none without a folder."""
+    if noise_dir is None:
+        return []
+    if not Path(noise_dir).is_dir():
+        raise FileNotFoundError(f"no noise folder at {noise_dir}")
+    noises = sorted(p for p in Path(noise_dir).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+    if not noises:
+        raise ValueError(f"{noise_dir} holds no recordings of noise (.wav, .flac, .ogg, .mp3)")
+    return [str(path) for path in noises]
+
+
+# --------------------------------------------------------------------------------------------------
+# Plans
+
+
+class PlannedTalker(NamedTuple):
+    """What one talker says: utterances in a row, where each starts, how fast and how loud."""
+
+    utterances: tuple[Utterance, ...]
+    speed: float
+    starts: tuple[float, ...]  # seconds after the onset
+    seconds: float  # from the onset to the end of the last utterance
+    onset: float  # seconds
+    gain_db: float
+
+    @property
+    def text(self) -> str:
+        """Everything said, in order."""
+        return " ".join(u.text for u in self.utterances if u.text)
+
+
+class PlannedNoise(NamedTuple):
+    """A recording of noise, the second it is taken from, and the talkers' level above it in dB."""
+
+    audio: str
+    start: float
+    snr_db: float
+
+
+class PlannedMixture(NamedTuple):
+    """A mixture before it is rendered: plain numbers and paths. Without talkers it is silence."""
+
+    talkers: tuple[PlannedTalker, ...]
+    seconds: float
+    overlap: float
+    overlap_target: float | None = None
+    noise: PlannedNoise | None = None
+    room: int | None = None  # number of the simulated room
+
+
+@cache
+def recording_seconds(path) -> float:
+    """Length of a recording by its header; errors as of ``audio_info``."""
+    info = audio_info(path)
+    return info.frames / info.samplerate
+
+
+def plan_mixture(
+    rng: np.random.Generator, source: SpeechSource, count: int | None = None
+) -> PlannedMixture:
+    """Draw one mixture of ``count`` different speakers; without a count, draw that too.
+
+    With ``count=0`` it is noise alone or digital silence, as long as one talker would be.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If a recording cannot be read or there are fewer speakers than talkers.
+    """
+    options, by_speaker = source.options, source.by_speaker
+    if count is None:
+        count = int(rng.integers(options.min_speakers, options.max_speakers + 1))
+    if max(count, 1) > len(by_speaker):
+        raise ValueError(f"{count} talkers were asked for and there are {len(by_speaker)} speakers")
+    names = sorted(by_speaker)
+    chosen = [names[i] for i in rng.choice(len(names), size=max(count, 1), replace=False)]
+    target = None
+    if options.overlap is not None and count > 1:
+        target = float(rng.uniform(*options.overlap))
+    talkers = _plan_talkers(rng, source, chosen, target)
+    window = options.max_seconds or np.inf
+    talkers = [t._replace(onset=max(0.0, min(t.onset, window - t.seconds))) for t in talkers]
+    spans = np.array([(t.onset, min(t.onset + t.seconds, window)) for t in talkers]).T
+    seconds, noise = float(spans[1].max()), None
+    if source.noises:
+        audio = source.noises[int(rng.integers(len(source.noises)))]
+        start = float(rng.uniform(0, max(0.0, recording_seconds(audio) - seconds)))
+        noise = PlannedNoise(audio, start, float(rng.uniform(*options.snr_db)))
+    in_room = options.reverb > 0 and rng.random() < options.reverb
+    room = int(rng.integers(ROOMS)) + ROOMS * (source.split == "val") if in_room else None
+    return PlannedMixture(
+        tuple(talkers[:count]), seconds, float(overlap_ratio(*spans)), target, noise, room)
+
+
+def _plan_talkers(rng, source: SpeechSource, names: list[str], target: float | None) -> list:
+    """Plan what each speaker says; redraw while the overlap ratio is far from its target."""
+    best, smallest_miss = [], np.inf
+    for _ in range(OVERLAP_DRAWS):
+        talkers = [_plan_talker(rng, source.options, source.by_speaker[n]) for n in names]
+        if target is None:
+            return talkers
+        talkers, miss = _plan_overlap(rng, source.options, talkers, target)
+        if miss < smallest_miss:
+            best, smallest_miss = talkers, miss
+        if miss <= OVERLAP_TOLERANCE:
+            break
+    return best
+
+
+def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedTalker:
+    """Draw utterances in a row with pauses; the last ones go while they exceed the window."""
+    window = options.max_seconds or np.inf
+    count = int(rng.integers(options.join[0], options.join[1] + 1))
+    speed = float(rng.uniform(*options.speed))
+    picks = [_pick(rng, pool, window * speed) for _ in range(count)]
+    onset, *gaps = rng.uniform(0, [options.max_onset, *[options.max_gap] * (count - 1)]).tolist()
+    starts, end = [], 0.0
+    for utterance, gap in zip(picks, [0.0, *gaps], strict=True):
+        starts.append(end + gap)
+        end = starts[-1] + recording_seconds(utterance.audio) / speed
+    half = options.level_difference / 2
+    gain_db = float(rng.uniform(-half, half))
+    talker = PlannedTalker(tuple(picks), speed, tuple(starts), end, onset, gain_db)
+    while talker.seconds > window and len(talker.utterances) > 1:
+        talker = _without_last(talker)
+    return talker
+
+
+def _pick(rng, pool: list[Utterance], longest: float) -> Utterance:
+    """Draw an utterance, anew up to 20 times while it is longer than ``longest`` seconds."""
+    for _ in range(20):
+        utterance = pool[int(rng.integers(len(pool)))]
+        if recording_seconds(utterance.audio) <= longest:
+            return utterance
+    return min(pool, key=lambda utterance: recording_seconds(utterance.audio))
+
+
+def _without_last(talker: PlannedTalker) -> PlannedTalker:
+    utterances, starts = talker.utterances[:-1], talker.starts[:-1]
+    seconds = starts[-1] + recording_seconds(utterances[-1].audio) / talker.speed
+    return talker._replace(utterances=utterances, starts=starts, seconds=seconds)
+
+
+def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Share of the time from the first start to the last end in which two or more talk.
+
+    ``starts`` and ``ends`` are seconds ``[..., talkers]``; returns ``[...]``.
+    """
+    times = np.concatenate([starts, ends], axis=-1)
+    order = np.argsort(times, axis=-1)
+    talking = np.cumsum(np.where(order < starts.shape[-1], 1, -1), axis=-1)[..., :-1]
+    lengths = np.diff(np.take_along_axis(times, order, axis=-1), axis=-1)
+    return np.sum(lengths * (talking > 1), axis=-1) / np.sum(lengths, axis=-1)
+
+
+def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> tuple[list, float]:
+    """Set onsets for a target ratio; return the talkers and how far the ratio is off.
+
+    The first talker keeps the earliest onset drawn. While lengths too different or a short window
+    put the ratio out of reach, the longest talker says one utterance less, but never fewer than
+    ``join`` asks for.
+    """
+    lead, window = min(t.onset for t in talkers), options.max_seconds or np.inf
+    best = (np.inf, [], [])
+    while True:
+        onsets, miss = _place(rng, talkers, target, window)
+        best = min(best, (miss, talkers, onsets), key=lambda plan: plan[0])
+        can_shorten = [t for t in talkers if len(t.utterances) > options.join[0]]
+        if best[0] <= OVERLAP_TOLERANCE or not can_shorten:
+            break
+        longest = max(can_shorten, key=lambda talker: talker.seconds)
+        talkers = [_without_last(t) if t is longest else t for t in talkers]
+    miss, talkers, onsets = best
+    end = max(onset + t.seconds for onset, t in zip(onsets, talkers, strict=True))
+    lead = max(0.0, min(lead, window - end))
+    return [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)], miss
+
+
+def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float], float]:
+    """Return onsets in seconds whose ratio is nearest to the target, and how far it is off.
+
+    Onsets move in a straight line from taking turns (ratio 0) to the others in a row beside the
+    longest talker (the most overlap that there is); the ratio grows steadily on the way.
+    """
+    seconds, count = np.array([t.seconds for t in talkers]), len(talkers)
+    order, longest = rng.permutation(count), int(np.argmax(seconds))
+    turns, beside = np.zeros(count), np.zeros(count)
+    turns[order[1:]] = np.cumsum(seconds[order])[:-1]
+    others = [i for i in order if i != longest]
+    time = rng.uniform(0, max(0.0, seconds[longest] - seconds[others].sum()))
+    for i in others:
+        beside[i] = min(time, seconds[longest] - seconds[i])
+        time += seconds[i]
+    share = np.linspace(0, 1, OVERLAP_STEPS + 1)[:, None]
+    onsets = (1 - share) * turns + share * beside  # [steps, talkers]
+    onsets -= onsets.min(axis=1, keepdims=True)
+    ends = onsets + seconds
+    miss = np.abs(overlap_ratio(onsets, ends) - target)
+    miss[ends.max(axis=1) > max(window, seconds[longest])] = np.inf
+    best = int(np.argmin(miss))
+    return onsets[best].tolist(), float(miss[best])
+
+
+def plan_split(source: SpeechSource, seed: int, samples: int) -> list[PlannedMixture]:
+    """Draw all mixtures of a split."""
+    from tqdm import tqdm
+
+    rng = np.random.default_rng([seed, source.split == "val"])
+    steps = tqdm(range(samples), desc=f"plan {source.split}", leave=False, disable=None)
+    return [plan_mixture(rng, source) for _ in steps]
+
+
+# --------------------------------------------------------------------------------------------------
+# Rendering
+
+
+@lru_cache(maxsize=CACHED_RECORDINGS)
+def _decoded(path) -> np.ndarray:
+    """Decode a recording once and keep it in 16 bits, half the memory of float32."""
+    return np.round(np.clip(read_audio(path), -1, 1) * 32767).astype(np.int16)
+
+
+def _samples_of(path) -> np.ndarray:
+    """Return a recording's samples at 16 kHz, from memory unless it is long."""
+    if recording_seconds(path) > CACHED_SECONDS:
+        return read_audio(path)
+    return _decoded(path).astype(np.float32) / 32767
+
+
+def _at_speed(samples: np.ndarray, speed: float) -> np.ndarray:
+    import soxr
+
+    return samples if speed == 1 else soxr.resample(samples, SAMPLING_RATE * speed, SAMPLING_RATE)
+
+
+@lru_cache(maxsize=2 * ROOMS)
+def room_responses(number: int) -> list[tuple[np.ndarray, int]]:
+    """Return responses [samples] from ``MOUTHS`` places of a room to its microphone.
+
+    The number is the seed of the room's sides, reverberation time and places. Each response comes
+    with the sample of its direct sound and ends RT60 after it. Simulated by the image source method
+    (Allen and Berkley, 1979) in one thread, since the order of summation shows in the last bits.
+    """
+    import pyroomacoustics
+
+    rng = np.random.default_rng([number, 1979])
+    sides, rt60 = rng.uniform(*ROOM_METRES), float(rng.uniform(*ROOM_RT60))
+    lowest = np.full(2, WALL_DISTANCE)
+    floor = rng.uniform(lowest, sides[:2] - lowest, size=(1 + MOUTHS, 2))
+    microphone = np.array([*floor[0], TABLE_HEIGHT])
+    mouths = np.column_stack([floor[1:], rng.uniform(*MOUTH_HEIGHT, size=MOUTHS)])
+    pyroomacoustics.constants.set("num_threads", 1)
+    absorption, order = pyroomacoustics.inverse_sabine(rt60, sides)
+    room = pyroomacoustics.ShoeBox(
+        sides, fs=SAMPLING_RATE, materials=pyroomacoustics.Material(absorption),
+        max_order=min(order, MAX_REFLECTIONS))
+    room.add_microphone(microphone)
+    for mouth in mouths:
+        room.add_source(mouth)
+    room.compute_rir()
+    responses, lead = [], pyroomacoustics.constants.get("frac_delay_length") // 2
+    for mouth, response in zip(mouths, room.rir[0], strict=True):
+        start = round(float(np.linalg.norm(mouth - microphone)) / room.c * SAMPLING_RATE)
+        end = start + lead + round(rt60 * SAMPLING_RATE)
+        responses.append((response[start:end].astype(np.float32), lead))
+    return responses
+
+
+def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
+    """Build the waveform [samples] of one planned talker from the start of the mixture.
+
+    While speaking it has SPEECH_RMS plus the gain; ``response`` is one of ``room_responses``.
+    """
+    pieces = [(round((talker.onset + start) * SAMPLING_RATE),
+               _at_speed(_samples_of(utterance.audio), talker.speed))
+              for utterance, start in zip(talker.utterances, talker.starts, strict=True)]
+    length = max(begin + len(samples) for begin, samples in pieces)
+    waveform, speaking = np.zeros(length, np.float32), np.zeros(length, bool)
+    for begin, samples in pieces:
+        waveform[begin : begin + len(samples)] += samples
+        speaking[begin : begin + len(samples)] = True
+    if response is not None:
+        from scipy.signal import fftconvolve
+
+        waveform = fftconvolve(waveform, response[0])[response[1] :].astype(np.float32)
+    rms = float(np.sqrt(np.mean(waveform[:length][speaking] ** 2)))
+    return waveform * np.float32(SPEECH_RMS / max(rms, 1e-5) * 10 ** (talker.gain_db / 20))
+
+
+def render_noise(noise: PlannedNoise, talkers: np.ndarray) -> np.ndarray:
+    """Return as much noise as there are samples of ``talkers``, at the planned ratio of powers.
+
+    Short recordings are looped. Where nobody talks, the level is as if one talker did.
+    """
+    samples = _samples_of(noise.audio)[int(noise.start * SAMPLING_RATE) :]
+    samples = np.resize(samples, len(talkers))
+    level = float(np.sqrt(np.mean(talkers**2))) or SPEECH_RMS
+    rms = float(np.sqrt(np.mean(samples**2)))
+    return samples * np.float32(level / max(rms, 1e-5) * 10 ** (-noise.snr_db / 20))
+
+
+def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
+    """Render a planned mixture: its talkers alone [n, samples] and their sum with noise [samples].
+
+    Talkers are padded to the longest. ``max_seconds`` cuts the tail of reverberation, and an
+    utterance that is longer by itself, but nothing else.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If a recording is missing, unreadable or has a NaN in it.
+    """
+    responses = [None] * len(plan.talkers)
+    if plan.room is not None:
+        responses = room_responses(plan.room)[: len(plan.talkers)]
+    waveforms = [render_talker(talker, response)
+                 for talker, response in zip(plan.talkers, responses, strict=True)]
+    lengths = [len(w) for w in waveforms] or [max(1, round(plan.seconds * SAMPLING_RATE))]
+    length = max(lengths)
+    if max_seconds is not None:
+        length = min(length, round(max_seconds * SAMPLING_RATE))
+    sources = np.zeros((len(waveforms), length), np.float32)
+    for source, waveform in zip(sources, waveforms, strict=True):
+        source[: len(waveform)] = waveform[:length]
+    mixture = sources.sum(axis=0)
+    if plan.noise:
+        mixture += render_noise(plan.noise, mixture)
+    peak = max(np.abs(sources).max(initial=1.0), np.abs(mixture).max())
+    return sources / peak, mixture / peak  # a .wav holds no more than full scale
+
+
+def render_mixtures(
+    plans: list[PlannedMixture], max_seconds: float | None, workers: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield what ``render_mixture`` returns for every plan, in order, from so many processes."""
+    if not workers:
+        yield from (render_mixture(plan, max_seconds) for plan in plans)
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    # spawned: neither torch's threads nor a CUDA context survive a fork
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    waiting = deque()
+    try:
+        for plan in plans:
+            waiting.append(pool.submit(render_mixture, plan, max_seconds))
+            if len(waiting) > 4 * workers:  # no more in memory, however slow the reader is
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise ValueError("a rendering process died, out of memory? Use fewer --workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)

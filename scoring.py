@@ -1,0 +1,231 @@
+"""Scores for people: tables, word errors, pictures and the training report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+TRIVIAL_OUTPUTS = ("zeros", "mixture", "mixture / count")
+
+# --------------------------------------------------------------------------------------------------
+# Words
+
+
+def normalize_words(text: str) -> list[str]:
+    """Return the words of a text for counting errors.
+
+    English (ASCII) text goes through Whisper's English normaliser, which writes numerals and
+    contractions one way; its numbers are then split into digits, since "three one nine" and
+    "3, 1, 9" say the same. Other text goes through Whisper's basic normaliser, and Chinese and
+    Japanese are counted by characters.
+    """
+    from transformers.models.whisper.english_normalizer import (
+        BasicTextNormalizer,
+        EnglishTextNormalizer,
+    )
+
+    if text.isascii():
+        words = re.sub(r"(\d)", r" \1 ", EnglishTextNormalizer({})(text)).split()
+        return ["1" if word == "one" else word for word in words]  # the only one left a word
+    text = BasicTextNormalizer()(text)
+    return re.sub(r"([\u3040-\u30ff\u4e00-\u9fff])", r" \1 ", text).split()
+
+
+def cp_word_errors(references: list[str], hypotheses: list[str]) -> tuple[int, int]:
+    """Count word errors under the best assignment of hypotheses to talkers, and reference words.
+
+    There may be any number of each. Errors by words are the concatenated minimum-permutation word
+    error rate (cpWER; Watanabe et al., 2020, arXiv:2004.09249).
+    """
+    from jiwer import process_words
+    from scipy.optimize import linear_sum_assignment
+
+    size = max(len(references), len(hypotheses))
+    said, heard = ([normalize_words(text) for text in texts] + [[]] * (size - len(texts))
+                   for texts in (references, hypotheses))
+    cost = np.zeros((size, size), int)
+    for i, reference in enumerate(said):
+        for j, hypothesis in enumerate(heard):
+            cost[i, j] = len(hypothesis)
+            if reference:
+                errors = process_words(" ".join(reference), " ".join(hypothesis))
+                cost[i, j] = errors.substitutions + errors.deletions + errors.insertions
+    return int(cost[linear_sum_assignment(cost)].sum()), sum(map(len, said))
+
+
+def word_scores(rows: list[dict]) -> list[dict]:
+    """Sum up rows of ``evaluate_words`` by number of talkers and by overlap."""
+    groups: dict[str, list[dict]] = {}
+    for row in sorted(rows, key=lambda row: row["talkers"]):
+        groups.setdefault(f"{row['talkers']} talker{'s' * (row['talkers'] != 1)}", []).append(row)
+    several = [row for row in rows if row["talkers"] > 1 and row["overlap"] is not None]
+    for low, high in ((0.0, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 1.01)):
+        if group := [row for row in several if low <= row["overlap"] < high]:
+            groups[f"overlap {low:.0%} to {min(high, 1):.0%}"] = group
+    scores = []
+    for name, group in groups.items():
+        words = sum(row["words"] for row in group)
+        rates = {kind: sum(row[kind] for row in group) / words if words else None
+                 for kind in ("mixture", "separated", "oracle")}
+        right = float(np.mean([row["found"] == row["talkers"] for row in group]))
+        scores.append({"of": name, "mixtures": len(group), "words": words, **rates,
+                       "count_accuracy": right})
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def markdown_table(columns: list[str], rows: list[list]) -> list[str]:
+    """Return the lines of a table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def word_table(scores: list[dict]) -> list[str]:
+    """Return the table of word error rates that ``evaluate --model`` prints."""
+    rows = []
+    for row in scores:
+        rates = ["-" if row[kind] is None else f"{row[kind]:.1%}"
+                 for kind in ("mixture", "separated", "oracle")]
+        rows.append([row["of"], row["mixtures"], *rates, f"{row['count_accuracy']:.1%}"])
+    return markdown_table(["cpWER", "mixtures", "no separator", "separated", "each talker alone",
+                           "talker count right"], rows)
+
+
+def score_table(scores: dict) -> list[str]:
+    """Return the table that stands in the report and that ``evaluate`` prints."""
+    improvements = {"zeros": "-", "mixture": "0.0", "mixture / count": "0.0"}
+    rows = [[name, f"{value:.3f}", improvements[name], "-"]
+            for name, value in scores["trivial_mse"].items()]
+    commonest = f"{scores['majority_count_accuracy']:.1%}"
+    rows.append(["always the commonest count", "-", "-", commonest])
+    rows.append(["**separator**", f"{scores['separation']:.3f}",
+                 f"{scores['si_sdr_improvement']:.1f}", f"{scores['count_accuracy']:.1%}"])
+    return markdown_table(
+        ["output", "separation MSE", "SI-SDR improvement (dB)", "talker count right"], rows)
+
+
+def write_report(
+    folder: Path, settings: dict, weights: dict, train_set, val_set, history: list[dict]
+) -> None:
+    """Write training_report.md: what was run, on what, and how it scored beside trivial outputs.
+
+    ``settings`` and ``weights`` (of the loss parts) are those that were used.
+    """
+    last, best = history[-1], min(history, key=lambda row: row["val"]["total"])
+    parts = ["total", *weights]
+    data, losses = [], []
+    for name, dataset in (("train", train_set), ("val", val_set)):
+        counts = [len(sample["speakers"]) for sample in dataset.samples]
+        by_count = "; ".join(f"{n}: {counts.count(n)}" for n in sorted(set(counts)))
+        talkers = len({talker for talker, _ in dataset.source_files()})
+        data.append([name, len(counts), talkers, f"{np.mean(counts):.2f}", by_count])
+    for row in history:
+        losses.append([row["epoch"], f"{row['lr']:.2e}", f"{row['train']['total']:.4f}",
+                       *(f"{row['val'][part]:.4f}" for part in parts),
+                       f"{row['val']['count_accuracy']:.1%}"])
+    total = max(last["val"]["total"], 1e-12)
+    shares = [[part, weight, f"{weight * last['val'][part] / total:.0%}"]
+              for part, weight in weights.items()]
+    checkpoints = sorted(path.name for path in folder.glob("*.pt"))
+    lines = [
+        "# Training report", "", "## Configuration", "",
+        *markdown_table(["setting", "value"], [[k, json.dumps(v)] for k, v in settings.items()]),
+        "", "## Data", "",
+        *markdown_table(["split", "mixtures", "talkers", "mean per mixture",
+                         "mixtures by talkers"], data),
+        "", f"## Validation, best epoch ({best['epoch']})", "", *score_table(best["val"]),
+        "", "## Loss by epoch", "",
+        *markdown_table(["epoch", "lr", "train", "validation", *weights, "talker count right"],
+                        losses),
+        "", "## Loss composition, last epoch (validation)", "",
+        *markdown_table(["part", "weight", "share"], shares),
+        "", "## Checkpoints", "", *(f"- {name}" for name in checkpoints),
+    ]
+    (folder / "training_report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def plot_history(path: Path, history: list[dict]) -> None:
+    """Draw losses, separation beside the trivial outputs, and count accuracy against epochs."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row["epoch"] for row in history]
+    best = min(history, key=lambda row: row["val"]["total"])["epoch"]
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    loss, separation, count = figure.subplots(1, 3)
+    for split, style in (("train", "--"), ("val", "-")):
+        loss.plot(epochs, [row[split]["total"] for row in history], style, label=split)
+        values = [row[split]["separation"] for row in history]
+        separation.plot(epochs, values, style, label=f"separator, {split}")
+    trivial = history[-1]["val"]["trivial_mse"]
+    for name, grey in zip(TRIVIAL_OUTPUTS, ("0.2", "0.45", "0.7"), strict=True):
+        separation.axhline(trivial[name], color=grey, linestyle=":", label=name)
+    count.plot(epochs, [100 * row["val"]["count_accuracy"] for row in history], label="val")
+    count.set_ylim(0, 105)
+    labels = (("combined loss", "loss"), ("separation error per talker", "mean squared error"),
+              ("mixtures with the right talker count", "%"))
+    for axes, (title, label) in zip((loss, separation, count), labels, strict=True):
+        axes.axvline(best, color="0.8", linewidth=1, zorder=0, label="best epoch")
+        axes.set(title=title, xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def plot_streams(path, rows: list[dict], frame_rate: float | None, log_mel: bool) -> None:
+    """Draw panels of [T, D] arrays, a row of panels by title per recording.
+
+    Log-mel spectrograms have axes in seconds and kHz and a scale in dB; other features have frames
+    or seconds and feature numbers.
+    """
+    from matplotlib.figure import Figure
+
+    columns = max(len(row) for row in rows)
+    figure = Figure(figsize=(2.8 * columns + 0.8, 2.4 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes_row, row in zip(grid, rows, strict=True):
+        arrays = {title: torch.as_tensor(values).float().cpu() for title, values in row.items()}
+        first = next(iter(arrays.values()))
+        if log_mel:
+            scale = {"vmin": -80, "vmax": 0, "cmap": "magma"}
+            top = first.amax()
+            arrays = {title: 40 * (values - top) for title, values in arrays.items()}
+        else:
+            limit = max(float(np.quantile(first.abs().numpy(), 0.99)), 1e-6)
+            scale = {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r"}
+        for axes in axes_row[len(arrays) :]:
+            axes.set_axis_off()
+        for axes, (title, values) in zip(axes_row, arrays.items(), strict=False):
+            extent = (0, len(values) / (frame_rate or 1), 0, values.shape[1])
+            image = axes.imshow(values.numpy().T, aspect="auto", origin="lower", extent=extent,
+                                interpolation="nearest", **scale)
+            axes.set_title(title, fontsize=9)
+            axes.set_xlabel("seconds" if frame_rate else "frame", fontsize=8)
+            axes.tick_params(labelsize=7)
+            if log_mel:
+                _label_hertz(axes, values.shape[1])
+        axes_row[0].set_ylabel("kHz" if log_mel else "feature", fontsize=8)
+        bar = figure.colorbar(image, ax=list(axes_row[: len(arrays)]), pad=0.01)
+        bar.set_label("dB below the mixture's peak" if log_mel else "feature value", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _label_hertz(axes, bins: int) -> None:
+    from transformers.audio_utils import hertz_to_mel
+
+    marks = np.array([250, 500, 1000, 2000, 4000])
+    top = hertz_to_mel(8000.0, "slaney")
+    places = hertz_to_mel(marks.astype(float), "slaney") / top * (bins + 1) - 0.5
+    axes.set_yticks(places, [f"{hertz / 1000:g}" for hertz in marks])
