@@ -7,10 +7,9 @@ width, ``S`` talkers (streams).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,7 +149,7 @@ def _mel_filters(num_bins: int, device: str) -> Tensor:
     filters = mel_filter_bank(
         N_FFT // 2 + 1, num_bins, 0.0, SAMPLING_RATE / 2, SAMPLING_RATE,
         norm="slaney", mel_scale="slaney")
-    return torch.from_numpy(filters).float().to(device)
+    return torch.from_numpy(filters.astype(np.float32)).to(device)
 
 
 def _stft(waveforms: Tensor) -> Tensor:
@@ -190,7 +189,7 @@ def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
 
     spectrum, D = _stft(waveform), gains.shape[-1]  # [F, T + 1]
     hertz = np.linspace(0, SAMPLING_RATE / 2, N_FFT // 2 + 1)
-    mel = torch.from_numpy(hertz_to_mel(hertz, "slaney")).to(gains.device, torch.float32)
+    mel = torch.from_numpy(hertz_to_mel(hertz, "slaney").astype(np.float32)).to(gains.device)
     place = (mel / mel[-1] * (D + 1) - 1).clamp(0, D - 1)  # bin i is centred at i
     below = place.floor().long()
     gains = torch.lerp(gains[..., below], gains[..., (below + 1).clamp(max=D - 1)], place - below)
@@ -205,15 +204,23 @@ def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
 # Frozen models
 
 
-def load_pretrained(kind: str, path_or_id: str, what: str = "a model", **options):
-    """Load with the ``Auto`` or model class ``kind`` of transformers; failures raise ValueError."""
+def load_pretrained(kind, path_or_id: str, what: str = "a model", **options):
+    """Load with a class of transformers, or its name, in silence; failures raise ValueError."""
     import transformers
+    from transformers.utils import logging
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        return getattr(transformers, kind).from_pretrained(path_or_id, **options)
+        loader = getattr(transformers, kind) if isinstance(kind, str) else kind
+        return loader.from_pretrained(path_or_id, **options)
     except Exception as error:  # safetensors' and the hub's own kinds among them
         reason = first_line(error)
         raise ValueError(f"cannot load {what} from {path_or_id}: {reason}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
 
 
 def load_config(path_or_id: str, what: str = "a model"):
@@ -285,27 +292,26 @@ class AudioEncoder(NamedTuple):
 def load_audio_encoder(
     path_or_id: str, layer: int | None = None, device: str = "cpu"
 ) -> AudioEncoder:
-    """Load the encoder alone, cut after block ``layer``; its weights come from safetensors.
+    """Load the encoder alone, cut after block ``layer``.
 
     Raises
     ------
     ValueError
         If there is no such model, it is neither Qwen2-Audio nor Whisper, or has no such block.
     """
+    from transformers import Qwen2AudioEncoder
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
     config = load_config(path_or_id, "an encoder")
     extractor = load_pretrained("AutoFeatureExtractor", path_or_id, "an encoder")
+    kind, prefix = WhisperEncoder, "encoder"
     if config.model_type == "qwen2_audio":
-        from transformers.models.qwen2_audio.modeling_qwen2_audio import Qwen2AudioEncoder
-
-        tower, prefix = Qwen2AudioEncoder(config.audio_config), "audio_tower."
-    else:
-        from transformers.models.whisper.modeling_whisper import WhisperEncoder
-
-        tower, prefix = WhisperEncoder(config), "encoder."
-    state = _encoder_weights(path_or_id, prefix)
-    if missing := sorted(set(tower.state_dict()) - set(state)):
-        raise ValueError(f"{path_or_id} lacks the encoder's weight {missing[0]}")
-    tower.load_state_dict(state)
+        kind, prefix, config = Qwen2AudioEncoder, "audio_tower", config.audio_config
+    tower, loaded = load_pretrained(
+        kind, path_or_id, "an encoder", config=config, dtype=torch.float32,
+        key_mapping={rf"^(model\.)?{prefix}\.": ""}, output_loading_info=True)
+    if loaded["missing_keys"]:
+        raise ValueError(f"{path_or_id} lacks the encoder's weight {min(loaded['missing_keys'])}")
     if layer is not None:
         if not 0 <= layer <= len(tower.layers):
             raise ValueError(
@@ -315,28 +321,3 @@ def load_audio_encoder(
             tower.avg_pooler = nn.Identity()
     tower = tower.to(device).eval().requires_grad_(False)
     return AudioEncoder(tower, extractor, str(path_or_id), layer)
-
-
-def _encoder_weights(path_or_id: str, prefix: str) -> dict[str, Tensor]:
-    """Weights below ``prefix`` (``model.`` before it or not) from the shards that hold them."""
-    from safetensors import SafetensorError, safe_open
-    from transformers.utils import cached_file
-
-    find = partial(cached_file, path_or_id, _raise_exceptions_for_missing_entries=False)
-    inside = (prefix, f"model.{prefix}")
-    shards, state = ["model.safetensors"], {}
-    if index := find("model.safetensors.index.json"):
-        placed = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted({shard for key, shard in placed.items() if key.startswith(inside)})
-    for shard in shards:
-        path = find(shard)
-        if path is None:
-            raise ValueError(f"{path_or_id} has no {shard}; only safetensors are read")
-        try:
-            with safe_open(path, "pt") as weights:
-                for key in filter(lambda key: key.startswith(inside), weights.keys()):
-                    name = key.removeprefix("model.").removeprefix(prefix)
-                    state[name] = weights.get_tensor(key).float()
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged: {error}") from None
-    return state

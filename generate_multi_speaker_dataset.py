@@ -10,12 +10,10 @@ voices of the next. An utterance is its voice's bands, swelling and fading in ph
 between, each feature modulated by a sine of its own phase; the mixture is the sum. No utterance
 occurs twice.
 
-What makes it solvable: features are energies, so at each frame the bands tell which voices speak;
-bands of two voices overlap only in part, and a mask takes them apart. An oracle that knows the
-voices of a mixture and fits their bands to each frame by least squares is far below every trivial
-output. What keeps those from it: sources have unit power (zeros score 1) and are equally loud (the
-mixture scores the power of the others, more than 1), and the mixture divided by the count only
-splits the difference. The test suite measures all four.
+The task can be solved: features are energies, the bands of two voices overlap only in part, and an
+oracle that knows the voices and fits their bands to each frame by least squares is far below every
+trivial output. Those cannot: sources have unit power (zeros score 1) and are equally loud (the
+mixture scores the power of the others, more than 1). The test suite measures all of them.
 
 Recordings (``--speech_dir``). Random utterances of different speakers are mixed as waveforms
 (``mixing.py``). The dataset keeps wavs; the spectrogram is made when they are read. With
@@ -234,7 +232,7 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
     if args.encoder:
         from audio import SAMPLING_RATE, load_audio_encoder
 
-        encoder = load_audio_encoder(args.encoder, args.layer, pick_device(args.device))
+        encoder = load_audio_encoder(args.encoder, args.layer, args.device)
         local = Path(args.encoder).exists()
         about = {"kind": "speech", "layer": args.layer, "frame_rate": encoder.frame_rate,
                  "encoder": str(Path(args.encoder).resolve()) if local else args.encoder}
@@ -250,23 +248,10 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
         too_long = {t.utterances for p in plans for t in p.talkers
                     if t.seconds > options.max_seconds}
         if too_long:
-            print(f"cut to {options.max_seconds:.0f} s, with the whole text: {len(too_long)} "
-                  "recordings")
+            print(f"cut to {round(options.max_seconds, 2):g} s, with the whole text: "
+                  f"{len(too_long)} recordings")
     rendered = render_mixtures(plans, options.max_seconds, args.workers)
     return _with_features(plans, rendered, encoder), about | {"mixing": options._asdict()}
-
-
-def pick_device(name: str) -> str:
-    """Return the device for the encoder; "auto" takes CUDA, else MPS, else the CPU."""
-    import torch
-
-    mps = torch.backends.mps.is_available()
-    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if name == "auto":
-        return next(device for device, available in there.items() if available)
-    if not there.get(name):
-        raise ValueError(f"no device {name!r} here; choose from auto, cpu, cuda, mps")
-    return name
 
 
 def _with_features(plans: list, rendered: Iterator, encoder) -> Iterator[dict]:
@@ -456,7 +441,7 @@ def build_parser() -> argparse.ArgumentParser:
     speech("--split_by", choices=("speaker", "utterance"), default="speaker",
            help="what train and val do not share, unless the manifest gives the split")
     speech("--workers", type=int, default=0, help="processes that render; 0: this one")
-    speech("--device", default="auto", help="where the encoder runs: auto, cpu, cuda or mps")
+    speech("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where the encoder runs")
     draw = parser.add_argument_group("mixing recorded talkers").add_argument
     range_of = {"nargs": 2, "metavar": ("MIN", "MAX")}
     draw("--join", type=int, default=mixing.join, **range_of,
@@ -503,6 +488,7 @@ def _rules(args) -> list[tuple[bool, str]]:
          "--max_gap, --max_onset and --level_difference must be numbers of 0 or more"),
         *((all(a <= b for a, b in pairwise(values)), words) for words, values in ranges),
         (0 <= args.reverb <= 1, f"--reverb must be 0 to 1, not {args.reverb}"),
+        (args.layer is None or bool(args.encoder), "--layer needs --encoder"),
         (args.max_seconds is None or 0 < args.max_seconds < 1e6,
          f"--max_seconds must be more than 0, not {args.max_seconds}"),
     ]
@@ -523,7 +509,6 @@ def _simulated_rules(args) -> list[tuple[bool, str]]:
 
 def _speech_rules(args) -> list[tuple[bool, str]]:
     return [
-        (args.layer is None or bool(args.encoder), "--layer needs --encoder"),
         (args.max_speakers <= 7, f"--max_speakers can be 7 at most, not {args.max_speakers}"),
         (not args.reverb or find_spec("pyroomacoustics") is not None,
          "--reverb needs pyroomacoustics: pip install -r requirements.txt"),

@@ -388,8 +388,8 @@ def _transcribe(integration, processor, recording: SeparatedRecording, options: 
     streams = torch.stack([recording.stream(t) for t in recording.talkers]).transpose(1, 2)
     frames = streams.shape[-1]
     window = processor.feature_extractor.nb_max_frames
-    padded = F.pad(streams, (0, max(0, window - frames)), value=-math.inf)
-    padded = torch.maximum(padded, streams.amin((1, 2), keepdim=True))
+    digital_silence = -1.5  # log10(1e-10) in Whisper's units, before the floor of each stream
+    padded = floor_log_mel(F.pad(streams, (0, max(0, window - frames)), value=digital_silence))
     mask = (torch.arange(padded.shape[-1]) < frames).long().expand(len(streams), -1)
     model = integration.model
     inputs = {"input_features": padded.to(model.device, model.dtype),
@@ -422,10 +422,12 @@ def _answer_windows(
     for first, samples in _progress(windows, count):
         sound = has_sound(samples[: window - step], samples)
 
-        def choose_rows(features, mel_mask, num_speakers, sound=sound):
+        frames = integration.num_frames(len(samples))
+
+        def choose_rows(features, mel_mask, num_speakers, sound=sound, frames=frames):
             streams, frame_mask, probs = integration.split(features, mel_mask)
             active = integration.active_in_window(probs[0], num_speakers, count == 1)
-            numbers = tracker.number(streams[0][:, frame_mask[0]].cpu(), active.cpu(), sound)
+            numbers = tracker.number(streams[0][:, :frames].cpu(), active.cpu(), sound)
             order = sorted(numbers, key=numbers.get)
             talkers = [(0, s, float(probs[0, s])) for s in order]
             return streams, frame_mask, talkers, [numbers[s] + 1 for s in order]

@@ -155,7 +155,9 @@ def plan_mixture(
     if max(count, 1) > len(by_speaker):
         raise ValueError(f"{count} talkers were asked for and there are {len(by_speaker)} speakers")
     names = sorted(by_speaker)
-    chosen = [names[i] for i in rng.choice(len(names), size=max(count, 1), replace=False)]
+    shares = np.array([len(by_speaker[name]) for name in names], float)  # utterances alike
+    chosen = rng.choice(len(names), size=max(count, 1), replace=False, p=shares / shares.sum())
+    chosen = [names[i] for i in chosen]
     target = None
     if options.overlap is not None and count > 1:
         target = float(rng.uniform(*options.overlap))

@@ -38,7 +38,7 @@ import shutil
 import sys
 import time
 import warnings
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -346,7 +346,7 @@ def speaking_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> T
     if frame_mask is not None:
         loudest = loudest.masked_fill(~frame_mask, -math.inf)
     floor = loudest.amax(1, keepdim=True) - LOG_MEL_RANGE
-    return loudest > floor.clamp(min=DIGITAL_SILENCE) + 1e-3
+    return loudest > floor.clamp(min=DIGITAL_SILENCE) + 1e-2  # bfloat16 rounds by 8e-3
 
 
 class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
@@ -447,10 +447,11 @@ class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
     ) -> Tensor:
         """Return the streams [B, S, T, D]: the mixture plus its gains, down to each floor."""
         frame_mask = check_features(spectrograms, frame_mask, None)
-        silent = torch.where(speaking_frames(spectrograms.float(), frame_mask), 0.0, -math.inf)
-        streams = spectrograms[:, None].float() + gains + silent[:, None, :, None]
+        mixture = spectrograms.float().masked_fill(~frame_mask[..., None], DIGITAL_SILENCE)
+        speaks = speaking_frames(mixture, frame_mask)[:, None, :, None]
+        streams = torch.where(speaks, mixture[:, None] + gains, -math.inf)
         floor = streams.detach().amax((2, 3), keepdim=True) - LOG_MEL_RANGE
-        floor = torch.where(floor.isfinite(), floor, spectrograms[:, None].float())  # all silent
+        floor = torch.where(floor.isfinite(), floor, mixture[:, None])  # all silent
         return torch.maximum(streams, floor).to(spectrograms.dtype)
 
     def _normalize(self, spectrograms: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -471,7 +472,7 @@ class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
         """Return context [B, T, dim], queries [B, S, dim] and the attention bias [B, 1, 1, T]."""
         # A silent recording has no frame to attend to: let it attend to all.
         readable = valid | ~valid.any(1, keepdim=True)
-        frames = self.input(frames)
+        frames = self.input(frames.to(self.input.weight.dtype))
         bias = torch.zeros_like(valid, dtype=frames.dtype).masked_fill(~readable, -math.inf)
         bias = bias[:, None, None]
         queries = self.speaker_queries.to(frames.dtype).expand(len(frames), -1, -1)
@@ -771,8 +772,9 @@ class MultiSpeakerDataset(Dataset):
             raise ValueError(f"{source} must hold an object, not a {type(self.source).__name__}")
         try:
             self.is_spectrogram = "mixed_audio" not in self.samples[0]
-            width = None if self.is_spectrogram else int(self.samples[0]["feature_dim"])
-            self.feature_dim = width
+            self.feature_dim = None if self.is_spectrogram else self.samples[0]["feature_dim"]
+            if not self.is_spectrogram and not isinstance(self.feature_dim, int):
+                raise TypeError(f"feature_dim is {self.feature_dim!r}")
             self.max_speakers = max(len(sample["speakers"]) for sample in self.samples)
             for sample in self.samples:
                 self._check_sample(sample)
@@ -923,8 +925,9 @@ class RemixedRecordings(RemixedDataset):
             longest = round(self.crop_seconds * SAMPLING_RATE)
             start = int(rng.integers(max(waveforms.shape[1] - longest, 0) + 1))
             waveforms = waveforms[:, start : start + longest]
-            heard = np.abs(waveforms[1:]).max(axis=1, initial=0) > 0  # in the part that is left
-            waveforms = waveforms[np.concatenate([[True], heard])]
+            audible = np.abs(waveforms[1:]) > 1e-5  # reverberation by FFT leaves 1e-8 in pauses
+            speaking = np.count_nonzero(audible, axis=1) > SAMPLING_RATE // 10
+            waveforms = waveforms[np.concatenate([[True], speaking])]
         return {"waveforms": torch.from_numpy(waveforms)}
 
 
@@ -960,11 +963,13 @@ def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> 
     """Make mixture, targets and frame mask of a batch of recordings, on the batch's device."""
     if "waveforms" not in batch:
         return batch
-    from audio import HOP_LENGTH, floor_log_mel, log_mel
+    from audio import HOP_LENGTH, N_FFT, floor_log_mel, log_mel
 
     waveforms, speaker_mask = batch["waveforms"], batch["speaker_mask"]
     there = F.pad(speaker_mask, (1, 0), value=True)  # [B, 1 + S]
     T = max(1, waveforms.shape[-1] // HOP_LENGTH)
+    # Zeros after the longest recording too: the last frame of each is the same in every batch.
+    waveforms = F.pad(waveforms, (0, N_FFT))
     spectrograms = waveforms.new_zeros(*there.shape, T, num_bins)
     spectrograms[there] = floor_log_mel(log_mel(waveforms[there], num_bins)[:, :T])
     frames = torch.arange(T, device=waveforms.device)
@@ -1015,7 +1020,7 @@ def make_loader(
         batches = {"batch_sampler": EpochBatches(dataset, batch_size, seed, epoch)}
     return DataLoader(
         dataset, **batches, num_workers=workers, persistent_workers=workers > 0,
-        collate_fn=lambda items: collate(items, max_speakers), pin_memory=pins_memory(device))
+        collate_fn=partial(collate, max_speakers=max_speakers), pin_memory=pins_memory(device))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1277,6 +1282,8 @@ def load_separator(path_or_id, device: str = "cpu"):
         checkpoint = load_checkpoint(path)
         separator = build_separator(
             checkpoint["model_config"], checkpoint["model_state_dict"], path)
+    elif path.is_absolute() and not path.exists():
+        raise FileNotFoundError(f"no separator at {path}; train one and name its best_model.pt")
     elif path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json; give it a best_model.pt instead")
     else:
@@ -1483,7 +1490,7 @@ class Run(NamedTuple):
 
 
 def choose_streams(train_set, val_set, asked: int | None) -> int:
-    """Return the number of streams: as asked, else what the data has; 3 for recordings or more."""
+    """Return the number of streams: as asked, else the most talkers in the data."""
     if train_set.feature_dim != val_set.feature_dim:
         raise ValueError(f"validation features are {val_set.feature_dim} wide, training "
                          f"{train_set.feature_dim}")
@@ -1519,7 +1526,7 @@ def check_resumed(options: TrainOptions, checkpoint: dict, train_set, folder: Pa
     fixed |= {name: earlier.get(name) for name in ("seed", "dtype")}
     for name, before in fixed.items():
         now = getattr(options, name)
-        if now not in (None, "auto", before):
+        if now not in (TrainOptions._field_defaults[name], before):
             raise ValueError(f"--{name}={now} contradicts the checkpoint in {folder}, which has "
                              f"{before}: leave the flag out, or train anew in another folder")
     if (separator_class(config) is SpectrogramSeparator) != train_set.is_spectrogram or (
@@ -1531,6 +1538,8 @@ def check_resumed(options: TrainOptions, checkpoint: dict, train_set, folder: Pa
 
 def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset:
     """Return what an epoch draws from: fresh mixtures where the data allows it, else its own."""
+    if options.crop_seconds and not train_set.is_spectrogram:
+        raise ValueError("--crop_seconds is for recordings, and this dataset has features")
     if not options.remix or not (train_set.is_sum or train_set.is_spectrogram):
         return train_set
     kind = RemixedRecordings if train_set.is_spectrogram else RemixedFeatures
@@ -1544,7 +1553,8 @@ def start_run(options: TrainOptions, train_set, val_set, folder: Path) -> Run:
     if checkpoint:
         check_resumed(options, checkpoint, train_set, folder)
         earlier = checkpoint.get("options", {})
-        options = options._replace(dtype=earlier.get("dtype", options.dtype))
+        kept = {name: earlier.get(name, getattr(options, name)) for name in ("seed", "dtype")}
+        options = options._replace(**kept)
         config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
         state = checkpoint.get("training_state_dict", checkpoint["model_state_dict"])
         separator = build_separator(config, state, folder)
@@ -1606,9 +1616,8 @@ def check_disk(folder: Path, parameters: int, options: TrainOptions) -> None:
     """Refuse a run whose checkpoints (weights twice and two moments, 4 bytes each) cannot fit."""
     epochs = range(options.save_every, options.epochs + 1, options.save_every)
     names = {f"checkpoint_epoch_{epoch}.pt" for epoch in [*epochs, options.epochs]}
-    missing = len(names | {"best_model.pt"} - {path.name for path in list_checkpoints(folder)})
-    if options.resume:
-        missing = len((names | {"best_model.pt"}) - {p.name for p in list_checkpoints(folder)})
+    there = {path.name for path in list_checkpoints(folder)} if options.resume else set()
+    missing = len((names | {"best_model.pt"}) - there)
     need, free = 16 * parameters * (missing + 1), shutil.disk_usage(folder).free  # one is .tmp
     if need > free:
         raise ValueError(f"{folder} has {free / 1e9:.1f} GB free and {missing} checkpoints need "
@@ -1844,6 +1853,9 @@ def write_separation(folder: Path, about: dict, files: dict[str, Tensor], log_me
     """Write the talkers' files, separation.json and separation.png; old talkers' files go."""
     scoring = import_sibling("scoring")
     mixture, source = files.pop("mixture"), Path(about["input"]).resolve()
+    if any((folder / name).resolve() == source for name in files):
+        raise ValueError(f"{source} is the input and would be overwritten: choose another "
+                         "--output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in [*folder.glob("speaker_*.npy"), *folder.glob("speaker_*.wav")]:
@@ -1851,9 +1863,6 @@ def write_separation(folder: Path, about: dict, files: dict[str, Tensor], log_me
             if number.isdigit() and old.resolve() != source:
                 old.unlink()
         for name, values in files.items():
-            if (folder / name).resolve() == source:
-                raise ValueError(f"{source} is the input and would be overwritten: choose another "
-                                 "--output_dir")
             if name.endswith(".npy"):
                 np.save(folder / name, values.numpy())
             else:
@@ -1989,9 +1998,10 @@ class Integration:
         Returns streams [A, S, T, D], frame masks [A, T] and probabilities [A, S].
         """
         spectrograms = features.transpose(1, 2)
-        inside = speaking_frames(spectrograms.float())
-        # Without a mask the audio ends at the last frame that rises above the floor.
-        inside = inside.flip(1).cummax(1).values.flip(1) if mel_mask is None else mel_mask.bool()
+        if self.is_qwen and mel_mask is not None:
+            inside = mel_mask.bool()
+        else:  # Whisper's processor gives no mask unless asked: audio ends where the floor begins
+            inside = speaking_frames(spectrograms.float()).flip(1).cummax(1).values.flip(1)
         if self.separator.is_spectrogram:
             weight = self._placed(features.device)
             streams, probs = self.separator(spectrograms.to(weight.dtype), inside)
@@ -2023,6 +2033,7 @@ class Integration:
 
     def window_separator(self, num_speakers: int | None):
         """Return the function that ``long_recordings.separate_recording`` calls on each window."""
+        self._placed(self.model.device)
         return window_separator(self.separator, self.threshold, num_speakers)
 
     def num_frames(self, samples: int) -> int:
@@ -2042,7 +2053,7 @@ class Integration:
             ids, features = kwargs.pop("input_ids", inputs), kwargs.get("input_features")
         else:
             features = kwargs.pop("input_features", inputs)
-        check_call(self, ids, features, mode, kwargs)
+        check_call(self, ids, features, mode, args, kwargs)
         if features is None:
             return generate(ids, *args, **kwargs)
         mask_name = "feature_attention_mask" if self.is_qwen else "attention_mask"
@@ -2051,6 +2062,11 @@ class Integration:
         if not rows.talkers:
             model.speaker_rows = []
             return no_rows(model, ids, args, kwargs)
+        if not (self.is_qwen or self.separator.is_spectrogram):
+            # Whisper repeats spectrograms for several answers each, but no encoder_outputs.
+            copies = generation_option(model, args, kwargs, "num_return_sequences") or 1
+            rows = rows._replace(talkers=[t for t in rows.talkers for _ in range(copies)])
+            kwargs |= {"num_return_sequences": 1, **without_timestamps(model, args, kwargs)}
         chosen, prompts = [a for a, _, _ in rows.talkers], None
         if mode == "joint":
             prompted, joint, prompts = joint_prompts(model, ids, chosen, rows.labels, kwargs)
@@ -2060,7 +2076,7 @@ class Integration:
             prompted = ids[chosen] if self.is_qwen else None
         streams = rows.streams[chosen, [s for _, s, _ in rows.talkers]]
         main, kwargs = self._model_inputs(
-            prompted, streams, rows.frame_mask[chosen], features, kwargs)
+            prompted, streams, rows.frame_mask[chosen], features, kwargs, mode == "joint")
         output = generate(main, *args, **kwargs)
         if prompts is not None:
             own = ids[list(dict.fromkeys(prompts))]
@@ -2070,13 +2086,20 @@ class Integration:
         model.speaker_rows = [talker for talker in rows.talkers for _ in range(copies)]
         return output
 
-    def _model_inputs(self, ids, streams, frame_mask, features, kwargs: dict):
+    def _model_inputs(self, ids, streams, frame_mask, features, kwargs: dict, joint: bool):
         """Return the first argument and keywords of ``generate`` for streams [R, T, D]."""
         if self.separator.is_spectrogram:
             rows = streams.transpose(1, 2).to(features)
-            return (ids, kwargs | {"input_features": rows}) if self.is_qwen else (rows, kwargs)
-        with torch.no_grad():
-            hidden = tower_rest(self.tower, streams, frame_mask, self.layer)
+            if not self.is_qwen:
+                return rows, kwargs
+            if not joint:
+                return ids, kwargs | {"input_features": rows}
+            # generate would repeat the recordings of one prompt for beams in the wrong order.
+            with torch.no_grad():
+                hidden, _ = tower_front(self.tower, rows, frame_mask, None)
+        else:
+            with torch.no_grad():
+                hidden = tower_rest(self.tower, streams, frame_mask, self.layer)
         if not self.is_qwen:
             from transformers.modeling_outputs import BaseModelOutput
 
@@ -2094,7 +2117,28 @@ class Integration:
         return ids, kwargs | {"inputs_embeds": embeds}
 
 
-def check_call(integration: Integration, ids, features, mode: str, kwargs: dict) -> None:
+# Options with which Whisper reads from a timestamp on, or once more; temperature if there are many.
+READ_AGAIN = ("return_timestamps", "temperature", "no_speech_threshold")
+
+
+def generation_option(model, args: tuple, kwargs: dict, name: str):
+    """Return an option of a call of ``generate``, or what its configuration says."""
+    config = kwargs.get("generation_config") or (args[0] if args else model.generation_config)
+    return kwargs.get(name, getattr(config, name, None))
+
+
+def without_timestamps(model, args: tuple, kwargs: dict) -> dict:
+    """Return the option that keeps Whisper from saying a timestamp, at which it would read on."""
+    last = getattr(model.generation_config, "no_timestamps_token_id", None)
+    if last is None:
+        return {}
+    suppressed = generation_option(model, args, kwargs, "suppress_tokens")
+    return {"suppress_tokens": [*range(last + 1, model.config.vocab_size), *(suppressed or [])]}
+
+
+def check_call(
+    integration: Integration, ids, features, mode: str, args: tuple, kwargs: dict
+) -> None:
     """Refuse calls of ``generate`` that would answer something else than was asked."""
     model, spectrogram = integration.model, integration.separator.is_spectrogram
     if mode not in ("separate", "joint"):
@@ -2106,10 +2150,12 @@ def check_call(integration: Integration, ids, features, mode: str, kwargs: dict)
     if ids is None:
         if mode == "joint":
             raise ValueError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
-        if not spectrogram and kwargs.get("return_timestamps"):
-            raise ValueError("return_timestamps makes Whisper read the recording again from a "
-                             "timestamp, which a separator of hidden features cannot serve: use a "
-                             "spectrogram separator")
+        for name in () if spectrogram else READ_AGAIN:
+            value = generation_option(model, args, kwargs, name)
+            if value and not (name == "temperature" and isinstance(value, (int, float))):
+                raise ValueError(f"{name} makes Whisper read the recording again, which a "
+                                 "separator of hidden features cannot serve: use a spectrogram "
+                                 "separator")
         return
     slots = [len(audio_slots(model, row)) for row in ids]
     if features is None:
@@ -2193,8 +2239,7 @@ def no_rows(model, ids, args: tuple, kwargs: dict):
     from transformers.generation import GenerateDecoderOnlyOutput
 
     empty = torch.zeros(0, 0, dtype=torch.long) if ids is None else ids[:0]
-    config = kwargs.get("generation_config") or (args[0] if args else model.generation_config)
-    asked = kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
+    asked = generation_option(model, args, kwargs, "return_dict_in_generate")
     if kwargs.get("return_segments"):
         return {"sequences": empty, "segments": []}
     return GenerateDecoderOnlyOutput(sequences=empty) if asked else empty
@@ -2409,6 +2454,8 @@ def cmd_evaluate(args) -> None:
     import scoring
 
     device = pick_device(args.device)
+    if not args.model and (args.prompt or args.max_new_tokens):
+        raise ValueError("--prompt and --max_new_tokens are for counting words: add --model")
     check_writable(args.json)
     check_writable(args.picture)
     dataset = MultiSpeakerDataset(args.data_dir, args.split)
@@ -2450,7 +2497,7 @@ def count_words(args, separator, dataset, device: str) -> list[dict]:
     from scoring import word_scores
 
     model, processor = load_model(args.model, device, model_dtype(args.dtype))
-    options = {"max_new_tokens": args.max_new_tokens}
+    options = {"max_new_tokens": args.max_new_tokens or 64}
     if hasattr(processor, "audio_token"):
         options["prompt"] = args.prompt
     rows = evaluate_words(separator, dataset, model, processor, threshold=args.threshold,
@@ -2484,6 +2531,8 @@ def cmd_infer(args) -> None:
         raise FileNotFoundError(f"no such feature file: {path}" if is_features
                                 else f"no such audio file: {path}")
     separator, checkpoint = open_separator(args, not is_features, device)
+    if (args.encoder or args.layer is not None) and (is_features or separator.is_spectrogram):
+        raise ValueError("--encoder and --layer are for audio and a separator of hidden features")
     if is_features:
         about, files = infer_features(path, separator, args.threshold, args.num_speakers)
     else:
@@ -2535,6 +2584,9 @@ def check_integration(args, separator) -> None:
         if args.layer is not None and not 0 <= args.layer <= tower.encoder_layers:
             raise ValueError(f"layer must be 0 to {tower.encoder_layers} for this model, not "
                              f"{args.layer}")
+    elif args.layer is not None:
+        raise ValueError("--layer is for separators of hidden features; this one reads "
+                         "spectrograms")
     if config.model_type == "whisper" and (args.prompt is not None or args.mode == "joint"):
         raise ValueError("--prompt and --mode=joint are for Qwen2-Audio; Whisper takes no prompt")
     token = getattr(processor, "audio_token", "<|AUDIO|>")
@@ -2649,8 +2701,8 @@ def add_evaluate_arguments(add) -> None:
     add("--batch_size", type=positive_int, default=8, help="mixtures per step")
     add("--model", metavar="PATH_OR_ID",
         help="also count word errors of this Qwen2-Audio or Whisper (needs recordings)")
-    add("--prompt", default="What does the person say?", help="question to Qwen2-Audio")
-    add("--max_new_tokens", type=positive_int, default=64, help="length limit of each answer")
+    add("--prompt", help="question to Qwen2-Audio, without it 'What does the person say?'")
+    add("--max_new_tokens", type=positive_int, help="length limit of each answer, without it 64")
     add("--json", metavar="FILE", help="also write every number to this file")
     add("--picture", metavar="FILE", help="also draw mixtures, talkers and streams to this .png")
 
@@ -2732,7 +2784,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         COMMANDS[args.command][0](args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -21,10 +21,11 @@ import speaker_separator_module as ssm  # noqa: E402
 SHARED = ROOT.parent / "shared"
 WIDTH, FRAMES = 32, 20
 SIZES = {"num_layers": 1, "num_heads": 4, "ff_dim": 32}
+SPECTROGRAM_SIZES = {"num_layers": 2, "num_heads": 2, "ff_dim": 32, "dim": 16}
 SHORT = {"batch_size": 2, "mixtures_per_epoch": 4}  # epochs of two steps
 SHORT_FLAGS = [f"--{name}={value}" for name, value in {**SIZES, **SHORT}.items()]
 CPU = {"device": "cpu", "dtype": "float32"}
-CPU_FLAGS = ["--device=cpu", "--dtype=float32"]
+CPU_FLAGS = ["--device=cpu"]  # commands run with the precision that users get
 PNG = b"\x89PNG"
 RATE = 16000
 CHAT = (
@@ -41,10 +42,18 @@ CHAT = (
 
 
 def tiny_separator(max_speakers=3, seed=0, **options):
+    """A separator of feature vectors."""
     torch.manual_seed(seed)
     return ssm.SpeakerSeparatorTransformer(
         **{"feature_dim": WIDTH, "max_speakers": max_speakers, **SIZES, **options}
     ).eval()
+
+
+def tiny_spectrogram_separator(max_speakers=3, seed=0, **options):
+    """A separator of log-mel spectrograms."""
+    torch.manual_seed(seed)
+    return ssm.SpectrogramSeparator(
+        **{"max_speakers": max_speakers, **SPECTROGRAM_SIZES, **options}).eval()
 
 
 def train_tiny(data, folder, **options):
@@ -70,11 +79,10 @@ def make_dataset(folder, *flags):
 
 
 def save_tiny_checkpoint(path, separator):
-    """Write a separator as training would, without training it."""
-    names = ("feature_dim", "max_speakers", "threshold", "feature_source", "mask")
-    config = {**SIZES, **{name: getattr(separator, name) for name in names}}
+    """Write a separator of either kind as training would, without training it."""
     checkpoint = {"epoch": 1, "optimizer_state_dict": {}, "scheduler_state_dict": {},
-                  "train_loss": 1.0, "val_loss": 1.0, "train_history": [], "model_config": config,
+                  "train_loss": 1.0, "val_loss": 1.0, "train_history": [],
+                  "model_config": separator.config,
                   "model_state_dict": separator.state_dict()}  # fmt: skip
     torch.save(checkpoint, path)
     return path
@@ -264,3 +272,37 @@ def qwen_checkpoint(qwen_folder, tmp_path):
     """An untrained separator for the tiny Qwen2-Audio after block 1."""
     source = {"encoder": str(qwen_folder), "layer": 1, "frame_rate": 50.0}
     return save_tiny_checkpoint(tmp_path / "sep.pt", tiny_separator(feature_source=source))
+
+
+@pytest.fixture
+def spectrogram_checkpoint(tmp_path):
+    """An untrained spectrogram separator."""
+    return save_tiny_checkpoint(tmp_path / "spectrogram.pt", tiny_spectrogram_separator())
+
+
+# --------------------------------------------------------------------------------------------------
+# Recordings
+
+
+@pytest.fixture(scope="session")
+def speech_dir(tmp_path_factory):
+    """Five speakers with ten short recordings each; a text names its speaker and take."""
+    folder = tmp_path_factory.mktemp("speech")
+    for speaker in range(5):
+        for take in range(10):
+            seconds = (0.11, 0.17, 0.26)[take % 3] + 0.01 * speaker
+            samples = sine(seconds, 150 + 40 * speaker + 3 * take) + np.float32(1e-4)
+            path = write_wav(folder / f"s{speaker}" / f"{take}.wav", samples)
+            path.with_suffix(".txt").write_text(f"s{speaker}-{take}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recordings(speech_dir, tmp_path_factory):
+    """A small dataset of wavs without an encoder; not to be written to."""
+    folder = tmp_path_factory.mktemp("recordings") / "data"
+    argv = [f"--speech_dir={speech_dir}", f"--output_dir={folder}", "--train_samples=3",
+            "--val_samples=4", "--max_speakers=2", "--min_speakers=1", "--split_by=utterance",
+            "--join", "2", "3"]  # fmt: skip
+    assert generator.main(argv) == 0
+    return folder

@@ -1,9 +1,11 @@
 """The commands, in-process through main(): what they print and write, and how they refuse."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -20,10 +22,12 @@ from conftest import (
     save_tiny_checkpoint,
     sine,
     tiny_separator,
+    tiny_spectrogram_separator,
     train_flags,
     write_wav,
 )
 
+import audio
 import generate_multi_speaker_dataset as generator
 import speaker_separator_module as ssm
 
@@ -33,6 +37,17 @@ COMMANDS = ["train", "evaluate", "infer", "integrate"]
 @pytest.fixture
 def recording(tmp_path):
     return write_wav(tmp_path / "recording.wav", sine(0.3, 300))
+
+
+class Untouched:
+    """Checks at the end that files still hold what they held at the start."""
+
+    def __init__(self, *paths):
+        self.content = {path: path.read_bytes() for path in paths}
+
+    def check(self):
+        for path, content in self.content.items():
+            assert path.read_bytes() == content, path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,6 +88,10 @@ def test_both_spellings(epochs):
         ["train", "--lr=nan"],
         ["train", "--dropout=1.5"],
         ["train", "--activity_weight=-1"],
+        ["train", "--save_every=0"],
+        ["train", "--seed=-1"],
+        ["train", "--optimizer=muon"],
+        ["evaluate", "--llm=x"],
         ["evaluate", "--threshold=2"],
         ["infer"],
         ["integrate", "--model=x"],
@@ -92,7 +111,7 @@ def test_unknown_device(command, recording, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [recording]  # no default dataset, for one
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "generate"])
+@pytest.mark.parametrize("command", ["evaluate", "integrate", "generate"])  # the others: below
 def test_runs_as_a_script(command, tmp_path):
     script = [ROOT / "speaker_separator_module.py", command]
     if command == "generate":
@@ -117,6 +136,50 @@ def test_import_is_light_and_silent(tmp_path):
         cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_interrupted(command, monkeypatch, capsys):
+    """Only training can be gone on with."""
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(ssm.COMMANDS, command, (stop, *ssm.COMMANDS[command][1:]))
+    needed = {"infer": ["--input=x.npy"], "integrate": ["--model=x", "--audio=x.wav"]}
+    assert ssm.main([command, *needed.get(command, [])]) == 130
+    message = capsys.readouterr().err
+    assert message.strip().startswith("stopped")
+    assert ("--resume" in message) is (command == "train")
+
+
+def test_the_module_alone_in_a_folder(dataset, tmp_path):
+    """Copied without its siblings it trains on features and separates them."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(ROOT / "speaker_separator_module.py", alone)
+    mixture = next((dataset / "val/mixed").glob("*.npy"))
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def command(*argv):
+        return subprocess.run(
+            [sys.executable, "speaker_separator_module.py", *map(str, argv)], cwd=alone,
+            env=environment, capture_output=True, text=True, timeout=120)  # fmt: skip
+
+    done = command(*train_flags(dataset, "run"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in (alone / "run").iterdir()) == [
+        "best_model.pt", "checkpoint_epoch_1.pt"]  # the report and the curves are a sibling's
+    done = command("infer", f"--input={mixture}", "--checkpoint=run/best_model.pt",
+                   "--num_speakers=2", *CPU_FLAGS)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in (alone / "separated").iterdir()) == [
+        "separation.json", "speaker_1.npy", "speaker_2.npy"]  # fmt: skip
+
+
+def test_audio_needs_the_siblings(recording, spectrogram_checkpoint, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "long_recordings", None)  # as if the file were not there
+    argv = infer_flags(spectrogram_checkpoint, recording, "out")
+    assert_fails(capsys, argv, "long_recordings")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,6 +219,13 @@ def test_train_makes_no_dataset_elsewhere(tmp_path, capsys):
     assert not (tmp_path / "mistyped").exists()
 
 
+def test_train_alone_makes_no_dataset(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ssm, "import_sibling", lambda name: None)
+    argv = ["train", "--epochs=1", *SHORT_FLAGS, *CPU_FLAGS]
+    assert_fails(capsys, argv, "no dataset at multi_speaker_data", "generate_multi_speaker_dataset")
+    assert not list(tmp_path.iterdir())
+
+
 # --------------------------------------------------------------------------------------------------
 # evaluate
 
@@ -167,7 +237,8 @@ def test_evaluate(best, dataset, tmp_path, capsys):
     printed = capsys.readouterr().out
     scores = json.loads((tmp_path / "scores.json").read_text())
     expected = ssm.evaluate_separator(
-        ssm.load_separator(best), ssm.MultiSpeakerDataset(dataset, "val"))  # fmt: skip
+        ssm.load_separator(best), ssm.MultiSpeakerDataset(dataset, "val"),
+        dtype=ssm.pick_dtype("auto", "cpu")[0])  # fmt: skip
     trivial = scores["trivial_mse"]
     assert list(trivial) == ["zeros", "mixture", "mixture / count"]
     assert trivial == pytest.approx(expected["trivial_mse"])
@@ -199,9 +270,62 @@ def test_evaluate_with_a_known_count(best, dataset, tmp_path, capsys):
     assert ssm.main([*argv, "--num_speakers=2", "--threshold=1"]) == 0
     scores = json.loads((tmp_path / "scores.json").read_text())
     counts = [s["num_speakers"] for s in json.loads((dataset / "train/metadata.json").read_text())]
-    assert "4 mixtures" in (printed := capsys.readouterr().out) and "2 taken as known" in printed
+    printed = capsys.readouterr().out
+    assert "4 mixtures" in printed and "2 talkers taken as known" in printed
     assert scores["count_accuracy"] == counts.count(2) / len(counts)
     assert_fails(capsys, [*argv, "--num_speakers=9"], "num_speakers must be 0 to")
+
+
+def test_evaluate_recordings(recordings, spectrogram_checkpoint, tmp_path, capsys):
+    outputs = [f"--json={tmp_path / 'scores.json'}", f"--picture={tmp_path / 'streams.png'}"]
+    argv = ["evaluate", f"--checkpoint={spectrogram_checkpoint}", f"--data_dir={recordings}",
+            *CPU_FLAGS, *outputs]  # fmt: skip
+    assert ssm.main(argv) == 0
+    printed = capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert f"4 mixtures of {recordings}/val, separator {spectrogram_checkpoint}" in printed
+    for name, value in scores["trivial_mse"].items():
+        assert f"| {name} | {value:.3f} |" in printed
+    assert f"| **separator** | {scores['separation']:.3f} | " in printed
+    assert (tmp_path / "streams.png").read_bytes().startswith(PNG)
+
+
+def test_picture_has_streams_beside_their_talkers(best, dataset, tmp_path, monkeypatch):
+    """Every panel of a stream follows the panel of the talker it is assigned to."""
+    import scoring
+
+    drawn = []
+    monkeypatch.setattr(scoring, "plot_streams", lambda path, rows, *more: drawn.extend(rows))
+    argv = ["evaluate", f"--checkpoint={best}", f"--data_dir={dataset}", *CPU_FLAGS,
+            f"--picture={tmp_path / 'streams.png'}"]  # fmt: skip
+    assert ssm.main(argv) == 0
+    separator, val_set = ssm.load_separator(best), ssm.MultiSpeakerDataset(dataset, "val")
+    assert len(drawn) == 3
+    for row, item in zip(drawn, val_set, strict=True):
+        with torch.no_grad():
+            streams = separator(item["mixture"][None])[0][0]
+        errors = (streams[:, None] - item["targets"]).square().mean((2, 3)).numpy()
+        count = len(item["targets"])
+        best_order = min(permutations(range(3), count),
+                         key=lambda order, e=errors: sum(e[s, n] for n, s in enumerate(order)))
+        for n, stream in enumerate(best_order):
+            torch.testing.assert_close(row[f"speaker {n + 1} alone"], item["targets"][n])
+            torch.testing.assert_close(row[f"speaker {n + 1} separated"], streams[stream])
+
+
+def test_evaluate_refusals(best, spectrogram_checkpoint, dataset, recordings, capsys):
+    def flags(checkpoint, data, *more):
+        return ["evaluate", f"--checkpoint={checkpoint}", f"--data_dir={data}", *CPU_FLAGS, *more]
+
+    for argv, *words in (
+        (flags(best, recordings), "features 32 wide", "spectrograms of recordings"),
+        (flags(spectrogram_checkpoint, dataset), "spectrograms of recordings", "32 wide"),
+        (flags(best, dataset, "--prompt=Who?"), "--prompt", "add --model"),
+        (flags(best, dataset, "--max_new_tokens=5"), "--max_new_tokens", "add --model"),
+        (flags(best, dataset, "--model=x"), "no recordings with transcripts"),
+        (flags("gone.pt", dataset), "no checkpoint at gone.pt"),
+    ):
+        assert_fails(capsys, argv, *words)
 
 
 def test_evaluate_cannot_write(best, dataset, tmp_path, capsys):
@@ -277,20 +401,131 @@ def test_infer_uses_the_checkpoints_threshold(mixture_file, tmp_path):
         check_separation(tmp_path / "out", separator, features, list(range(count)))
 
 
-def test_infer_audio(qwen_folder, qwen_checkpoint, tmp_path):
+def test_infer_hidden_features(qwen_folder, qwen_checkpoint, tmp_path, capsys):
     """The encoder and layer come from the checkpoint, or from the flags."""
     wave = sine(0.5, 200, 8000)
     source = write_wav(tmp_path / "mixture.wav", np.stack([wave, wave], 1), 8000)  # stereo
     argv = infer_flags(qwen_checkpoint, source, tmp_path / "out", "--threshold=0")
     separator = ssm.load_separator(qwen_checkpoint)
-    encoder = ssm.load_audio_encoder(str(qwen_folder))
     for flags, layer in (([], 1), (["--layer=0"], 0), ([f"--encoder={qwen_folder}"], 1)):
         assert ssm.main([*argv, *flags]) == 0
-        features = ssm.encode_audio(source, encoder, layer)
+        encoder = audio.load_audio_encoder(str(qwen_folder), layer)
+        features = encoder.encode([audio.read_audio(source)])[0]
         assert features.shape == (25, WIDTH)
-        result = check_separation(tmp_path / "out", separator, features, [0, 1, 2])
-        assert (result["layer"], result["num_frames"]) == (layer, 25)
-    assert result["frame_rate"] == 50.0
+        with torch.no_grad():
+            streams = separator(features[None])[0][0]
+        for stream, expected in enumerate(streams, start=1):
+            saved = np.load(tmp_path / f"out/speaker_{stream}.npy")
+            np.testing.assert_allclose(saved, expected.numpy(), rtol=1e-4, atol=1e-5)
+    result = json.loads((tmp_path / "out/separation.json").read_text())
+    assert (result["num_frames"], result["frame_rate"], result["num_windows"]) == (25, 50.0, 1)
+    assert not list((tmp_path / "out").glob("*.wav"))  # features are not audio
+
+
+@pytest.fixture
+def quiet_checkpoint(tmp_path):
+    """A spectrogram separator whose streams are about 22 dB below the mixture."""
+    separator = tiny_spectrogram_separator()
+    with torch.no_grad():
+        separator.output[1].bias.fill_(-8)
+    return save_tiny_checkpoint(tmp_path / "quiet.pt", separator)
+
+
+def test_infer_audio(quiet_checkpoint, recording, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert ssm.main(infer_flags(quiet_checkpoint, recording, out, "--num_speakers=2")) == 0
+    assert "2 talkers (probabilities 0." in (printed := capsys.readouterr().out)
+    assert f"separator {quiet_checkpoint}" in printed
+    assert sorted(path.name for path in out.iterdir()) == [
+        "separation.json", "separation.png", "speaker_1.npy", "speaker_1.wav", "speaker_2.npy",
+        "speaker_2.wav"]  # fmt: skip
+    assert (out / "separation.png").read_bytes().startswith(PNG)
+    result = json.loads((out / "separation.json").read_text())
+    assert (result["num_speakers"], result["num_frames"], result["frame_rate"]) == (2, 30, 100)
+    assert result["input"] == str(recording) and result["checkpoint"] == str(quiet_checkpoint)
+    samples, separator = audio.read_audio(recording), ssm.load_separator(quiet_checkpoint)
+    mixture = audio.log_mel(torch.from_numpy(samples))[:30]
+    with torch.no_grad():
+        gains, probs = separator.gains(mixture[None])
+    likeliest = sorted(probs[0].argsort(descending=True)[:2].tolist())
+    for number, stream in enumerate(likeliest, start=1):
+        row = result["speakers"][number - 1]
+        assert (row["file"], row["audio"]) == (f"speaker_{number}.npy", f"speaker_{number}.wav")
+        assert row["probability"] == pytest.approx(probs[0, stream].item(), abs=1e-4)
+        assert row["windows"][0]["end"] == 0.3
+        expected = audio.floor_log_mel(mixture + gains[0, stream]).numpy()
+        saved = np.load(out / row["file"])
+        assert saved.dtype == np.float32
+        np.testing.assert_allclose(saved, expected, atol=1e-4)
+        heard = audio.read_audio(out / row["audio"])
+        assert len(heard) == len(samples)
+        loss = 20 * np.log10(np.std(samples) / np.std(heard))
+        assert loss == pytest.approx(-40 * gains[0, stream].mean().item(), abs=3)
+        assert 15 < loss < 30
+
+
+def test_infer_spectrogram(spectrogram_checkpoint, tmp_path):
+    """A spectrogram with any number of bins, as features [T, D]."""
+    features = torch.rand(23, 128)
+    np.save(tmp_path / "mel.npy", features.numpy())
+    out = tmp_path / "out"
+    assert ssm.main(infer_flags(spectrogram_checkpoint, tmp_path / "mel.npy", out,
+                                "--threshold=0")) == 0  # fmt: skip
+    separator = ssm.load_separator(spectrogram_checkpoint)
+    check_separation(out, separator, features, [0, 1, 2])
+
+
+@pytest.mark.parametrize("kind", ["features", "audio"])
+def test_infer_leaves_its_own_input(kind, best, spectrogram_checkpoint, mixture_file, recording,
+                                    tmp_path, capsys):  # fmt: skip
+    """What was separated before, and lies in the output folder, may be separated again."""
+    out = tmp_path / "out"
+    out.mkdir()
+    suffix, checkpoint, source = {"features": ("npy", best, mixture_file),
+                                  "audio": ("wav", spectrogram_checkpoint, recording)}[kind]
+    old, own = out / f"speaker_7.{suffix}", out / f"speaker_2.{suffix}"
+    for path in (old, own):
+        shutil.copy(source, path)
+    untouched = Untouched(old, own)
+    argv = infer_flags(checkpoint, own, out, "--num_speakers=2")
+    assert_fails(capsys, argv, own, "overwritten", "--output_dir")
+    untouched.check()
+    assert len(list(out.iterdir())) == 2
+    assert ssm.main(infer_flags(checkpoint, old, out, "--num_speakers=1")) == 0
+    assert old.read_bytes() == source.read_bytes()
+    assert not own.exists()  # of an earlier run with two talkers
+
+
+def test_default_checkpoints(best, spectrogram_checkpoint, mixture_file, recording, recordings,
+                             dataset, tmp_path, monkeypatch, capsys):  # fmt: skip
+    """Features go to what was trained last, audio to the separator that comes with the source."""
+    shipped = tmp_path / "pretrained"
+    ssm.export_separator(ssm.load_separator(spectrogram_checkpoint), shipped)
+    monkeypatch.setattr(ssm, "SHIPPED_SEPARATOR", shipped)
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(best, tmp_path / "checkpoints")
+    for argv, used in (
+        (["infer", f"--input={mixture_file}"], "checkpoints/best_model.pt"),
+        (["infer", f"--input={recording}"], shipped),
+        (["evaluate", f"--data_dir={dataset}"], "checkpoints/best_model.pt"),
+        (["evaluate", f"--data_dir={recordings}"], shipped),
+    ):
+        assert ssm.main([*argv, *CPU_FLAGS]) == 0
+        assert f"separator {used}" in capsys.readouterr().out
+
+
+def test_without_the_default_checkpoints(mixture_file, recording, recordings, qwen_folder,
+                                         tmp_path, monkeypatch, capsys):  # fmt: skip
+    shipped = tmp_path / "pretrained"
+    monkeypatch.setattr(ssm, "SHIPPED_SEPARATOR", shipped)
+    for argv, missing in (
+        (["infer", f"--input={mixture_file}"], "no checkpoint at checkpoints/best_model.pt"),
+        (["infer", f"--input={recording}"], f"no separator at {shipped}"),
+        (["evaluate", f"--data_dir={recordings}"], f"no separator at {shipped}"),
+        (["integrate", f"--model={qwen_folder}", f"--audio={recording}"],
+         f"no separator at {shipped}"),
+    ):
+        assert_fails(capsys, [*argv, *CPU_FLAGS], missing, "train one")
 
 
 def npy(change):
@@ -302,7 +537,7 @@ def npy(change):
     return make
 
 
-def audio(samples):
+def wav(samples):
     """A recording: samples in a .wav file, or bytes that are none."""
 
     def make(folder):
@@ -318,9 +553,10 @@ def audio(samples):
 BAD_AUDIO = {
     "missing": (lambda folder: folder / "gone.wav", "no such audio file"),
     "a folder": (lambda folder: folder, "no such audio file"),
-    "empty file": (audio(b""), "cannot read audio"),
-    "not audio": (audio(b"these are words"), "cannot read audio"),
-    "no samples": (audio(np.zeros(0, np.float32)), "no samples"),
+    "empty file": (wav(b""), "cannot read audio"),
+    "not audio": (wav(b"these are words"), "cannot read audio"),
+    "no samples": (wav(np.zeros(0, np.float32)), "no samples"),
+    "too short": (wav(np.full(160, 0.1, np.float32)), "lasts 10 ms"),
 }
 
 
@@ -332,6 +568,7 @@ BAD_AUDIO = {
         (npy(lambda a: a[None]), "[T, D]"),
         (npy(lambda a: a[:0]), "[T, D]"),
         (npy(lambda a: a[:, 1:]), str(WIDTH - 1)),
+        (npy(lambda a: a.T), f"save them as [T, {WIDTH}], transposed"),
         (npy(lambda a: a.astype(np.int16)), "int16"),
         (npy(lambda a: a * np.nan), "NaN"),
     ],
@@ -342,18 +579,25 @@ def test_infer_bad_features(make, words, best, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", BAD_AUDIO)
-def test_infer_bad_audio(kind, qwen_checkpoint, tmp_path, capsys):
+def test_infer_bad_audio(kind, spectrogram_checkpoint, qwen_checkpoint, tmp_path, capsys):
     make, words = BAD_AUDIO[kind]
-    assert_fails(capsys, infer_flags(qwen_checkpoint, make(tmp_path), tmp_path / "out"), words)
+    for checkpoint in (spectrogram_checkpoint, qwen_checkpoint):
+        argv = infer_flags(checkpoint, make(tmp_path), tmp_path / "out")
+        assert_fails(capsys, argv, words)
+        assert not (tmp_path / "out").exists()
 
 
-def test_infer_refusals(best, mixture_file, qwen_checkpoint, recording, tmp_path, capsys):
+def test_infer_refusals(best, mixture_file, qwen_checkpoint, spectrogram_checkpoint, recording,
+                        tmp_path, capsys):  # fmt: skip
     (tmp_path / "file").write_text("in the way")
     out = tmp_path / "out"
     for argv, *words in (
-        (infer_flags(best, recording, out), "--encoder"),
+        (infer_flags(best, recording, out), "simulated features", "spectrogram separator"),
         (infer_flags(best, recording, out, f"--encoder={tmp_path}"), tmp_path),
         (infer_flags(qwen_checkpoint, recording, out, "--layer=9"), "layer must be 0 to 2"),
+        (infer_flags(spectrogram_checkpoint, recording, out, "--layer=1"), "--layer", "hidden"),
+        (infer_flags(spectrogram_checkpoint, recording, out, "--encoder=x"), "--encoder", "hidden"),
+        (infer_flags(best, mixture_file, out, "--encoder=x"), "--encoder", "audio"),
         (infer_flags(best, mixture_file, out, "--num_speakers=4"), "num_speakers", "0 to 3"),
         (infer_flags(tmp_path / "gone.pt", mixture_file, out), "gone.pt"),
         (infer_flags(tmp_path, mixture_file, out), tmp_path),
@@ -362,6 +606,7 @@ def test_infer_refusals(best, mixture_file, qwen_checkpoint, recording, tmp_path
         (infer_flags(best, mixture_file, tmp_path / "file" / "out"), "cannot write to"),
     ):
         assert_fails(capsys, argv, *words)
+        assert not out.exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,12 +618,15 @@ def integrate_flags(model, checkpoint, recordings, *more):
             "--max_new_tokens=4", "--audio", *map(str, recordings), *map(str, more)]  # fmt: skip
 
 
-def test_integrate(qwen_folder, qwen_checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["hidden features", "spectrograms"])
+def test_integrate(kind, qwen_folder, qwen_checkpoint, spectrogram_checkpoint, tmp_path, capsys):
+    checkpoint = qwen_checkpoint if kind == "hidden features" else spectrogram_checkpoint
     recordings = [write_wav(tmp_path / f"{pitch}.wav", sine(0.4, pitch)) for pitch in (150, 400)]
     answers = tmp_path / "answers.json"
-    argv = integrate_flags(qwen_folder, qwen_checkpoint, recordings, f"--json={answers}")
+    argv = integrate_flags(qwen_folder, checkpoint, recordings, f"--json={answers}")
     assert ssm.main([*argv, "--threshold=0", "--prompt=Who speaks?"]) == 0
     printed = capsys.readouterr().out
+    assert f"separator {checkpoint}" in printed
     content = json.loads(answers.read_text())
     assert list(content) == [str(path) for path in recordings]
     for path, rows in content.items():
@@ -404,18 +652,12 @@ def test_integrate_bad_audio(kind, qwen_folder, qwen_checkpoint, tmp_path, capsy
     assert_fails(capsys, integrate_flags(qwen_folder, qwen_checkpoint, [make(tmp_path)]), words)
 
 
-def test_integrate_audio_too_short(qwen_folder, qwen_checkpoint, tmp_path, capsys):
-    """A hundredth of a second is less than one frame of the encoder's output."""
-    click = write_wav(tmp_path / "click.wav", np.full(160, 0.1, np.float32))
-    assert_fails(capsys, integrate_flags(qwen_folder, qwen_checkpoint, [click], "--threshold=0"))
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--layer=7"], "layer must be 0 to 2"),
         (["--num_speakers=5"], "0 to 3"),
-        (["--prompt=<|AUDIO|> Who speaks?"], "audio"),  # more audio slots than recordings
+        (["--prompt=<|AUDIO|> Who speaks?"], "--prompt must not hold <|AUDIO|>"),
         (["--json=/proc/missing/answers.json"], "/proc/missing"),
         (["--checkpoint=gone.pt"], "gone.pt"),
         (["--model=no-such-user/no-such-model"], "no-such-user/no-such-model"),
@@ -423,6 +665,20 @@ def test_integrate_audio_too_short(qwen_folder, qwen_checkpoint, tmp_path, capsy
 )
 def test_integrate_refusals(flags, words, qwen_folder, qwen_checkpoint, recording, capsys):
     assert_fails(capsys, integrate_flags(qwen_folder, qwen_checkpoint, [recording], *flags), words)
+
+
+def test_integrate_refuses_before_the_model_is_loaded(
+    whisper_folder, spectrogram_checkpoint, recording, capsys, monkeypatch
+):
+    def load(*args, **kwargs):
+        pytest.fail("loads the model")
+
+    monkeypatch.setattr(audio, "load_model", load)
+    for flags, words in ((["--prompt=Who?"], "Whisper takes no prompt"),
+                         (["--mode=joint"], "--mode=joint"),
+                         (["--layer=1"], "--layer is for separators of hidden features")):
+        argv = integrate_flags(whisper_folder, spectrogram_checkpoint, [recording], *flags)
+        assert_fails(capsys, argv, words)
 
 
 def test_integrate_separator_of_other_width(qwen_folder, recording, tmp_path, capsys):
@@ -462,31 +718,48 @@ def test_integrate_model_of_another_kind(
 # From recordings to answers
 
 
-def test_speech_from_end_to_end(qwen_folder, tmp_path, capsys):
-    """Generate, train, evaluate, infer and integrate after block 1 of a real encoder."""
-    for speaker in range(10):
-        write_wav(tmp_path / f"speech/s{speaker}/a.wav", sine(0.3, 120 + 40 * speaker))
+def test_recordings_from_end_to_end(speech_dir, qwen_folder, tmp_path, capsys):
+    """Generate, train, evaluate, infer and integrate: one separator for any model."""
     data, folder, out = tmp_path / "data", tmp_path / "run", tmp_path / "out"
     assert generator.main([
-        f"--speech_dir={tmp_path / 'speech'}", f"--encoder={qwen_folder}", "--layer=1",
+        f"--speech_dir={speech_dir}", "--max_speakers=2", "--train_samples=4", "--val_samples=2",
+        "--split_by=utterance", f"--output_dir={data}"]) == 0  # fmt: skip
+    assert ssm.main(train_flags(data, folder, "--dim=16", "--max_speakers=3")) == 0
+    best, mixed = folder / "best_model.pt", data / "val/mixed/val_00000.wav"
+    loss = torch.load(best)["train_history"][0]["val"]
+    assert loss["total"] == pytest.approx(loss["separation"] + 0.02 * loss["activity"], rel=1e-5)
+    assert ssm.load_separator(best).max_speakers == 3
+    assert ssm.main(["evaluate", f"--checkpoint={best}", f"--data_dir={data}", *CPU_FLAGS]) == 0
+    assert ssm.main(infer_flags(best, mixed, out, "--num_speakers=2")) == 0
+    assert len(audio.read_audio(out / "speaker_2.wav")) == len(audio.read_audio(mixed))
+    capsys.readouterr()
+    assert ssm.main(integrate_flags(qwen_folder, best, [mixed], "--num_speakers=2")) == 0
+    assert capsys.readouterr().out.count("Speaker ") == 2
+
+
+def test_hidden_features_from_end_to_end(speech_dir, qwen_folder, tmp_path, capsys):
+    """The same after block 1 of a real encoder."""
+    data, folder, out = tmp_path / "data", tmp_path / "run", tmp_path / "out"
+    assert generator.main([
+        f"--speech_dir={speech_dir}", f"--encoder={qwen_folder}", "--layer=1",
         "--max_speakers=2", "--train_samples=4", "--val_samples=2", "--device=cpu",
-        f"--output_dir={data}"]) == 0  # fmt: skip
+        "--split_by=utterance", f"--output_dir={data}"]) == 0  # fmt: skip
     assert ssm.main(train_flags(data, folder)) == 0
     best, mixed = folder / "best_model.pt", data / "val/mixed/val_00000"
-    checkpoint, separator = torch.load(best), ssm.load_separator(best)
-    loss = checkpoint["train_history"][0]["val"]
-    # features of a real encoder do not add up, so nothing in the model or the loss says they do
+    loss, separator = torch.load(best)["train_history"][0]["val"], ssm.load_separator(best)
+    # features of a real encoder do not add up, so nothing in the loss says they do
     assert loss["total"] == pytest.approx(loss["separation"] + 0.5 * loss["activity"], rel=1e-5)
-    assert (separator.mask, separator.max_speakers) == ("gains", 2)
+    assert separator.max_speakers == 2
     assert separator.feature_source["encoder"] == str(qwen_folder)
     assert separator.feature_source["layer"] == 1
     assert ssm.main(["evaluate", f"--checkpoint={best}", f"--data_dir={data}", *CPU_FLAGS]) == 0
-    audio_features = ssm.encode_audio(f"{mixed}.wav", str(qwen_folder), 1)
-    file_features = torch.from_numpy(np.load(f"{mixed}.npy"))
-    for suffix, features in (("wav", audio_features), ("npy", file_features)):
-        assert ssm.main(infer_flags(best, f"{mixed}.{suffix}", out, "--num_speakers=2")) == 0
-        result = check_separation(out, separator, features, [0, 1])
-        assert (result["layer"], result["frame_rate"]) == (1, 50.0)
+    features = torch.from_numpy(np.load(f"{mixed}.npy"))
+    assert ssm.main(infer_flags(best, f"{mixed}.npy", out, "--num_speakers=2")) == 0
+    assert check_separation(out, separator, features, [0, 1])["frame_rate"] == 50.0
+    saved = [np.load(out / f"speaker_{n}.npy") for n in (1, 2)]
+    assert ssm.main(infer_flags(best, f"{mixed}.wav", out, "--num_speakers=2")) == 0
+    for n, expected in enumerate(saved, start=1):
+        np.testing.assert_allclose(np.load(out / f"speaker_{n}.npy"), expected, atol=1e-3)
     capsys.readouterr()
     argv = integrate_flags(qwen_folder, best, [f"{mixed}.wav"], "--num_speakers=2")
     assert ssm.main(argv) == 0

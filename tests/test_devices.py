@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import SIZES, WIDTH, assert_fails, tiny_separator, train_flags
+from conftest import CPU, SHORT, SIZES, SPECTROGRAM_SIZES, assert_fails, train_flags
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,29 +50,28 @@ def test_unknown_device():
 
 def test_precision(machine, monkeypatch):
     for device in ("cpu", "cuda", "mps"):
-        assert ssm.pick_dtype("float32", device) == torch.float32
-        assert ssm.pick_dtype("bfloat16", device) == torch.bfloat16
-    assert ssm.pick_dtype("auto", "mps") == torch.float32
+        for dtype in (torch.float32, torch.bfloat16):
+            name = str(dtype).removeprefix("torch.")
+            assert ssm.pick_dtype(name, device) == (dtype, "as asked")
+    assert ssm.pick_dtype("auto", "mps")[0] == torch.float32
     for capability, expected in (((8, 0), torch.bfloat16), ((7, 5), torch.float32)):
         machine(cuda=True, capability=capability)
-        assert ssm.pick_dtype("auto", "cuda") == expected
-    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(ssm, "cpu_prefers_bfloat16", lambda n=native: n)
-        assert ssm.pick_dtype("auto", "cpu") == expected
+        assert ssm.pick_dtype("auto", "cuda")[0] == expected
+    for tiles, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda t=tiles: t)
+        dtype, reason = ssm.pick_dtype("auto", "cpu")
+        assert dtype == expected
+        assert ("AMX" in reason) is tiles
 
 
-@pytest.mark.parametrize(("slower", "expected"), [(torch.float32, True), (torch.bfloat16, False)])
-def test_precision_of_a_cpu_is_measured(monkeypatch, slower, expected):
-    """A CPU with bfloat16 instructions that takes twice as long with them is not asked to."""
-    clock, product = [0.0], torch.Tensor.__matmul__
-
-    def timed_product(a, b):
-        clock[0] += 2.0 if a.dtype == slower else 1.0
-        return product(a, b)
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", timed_product)
-    monkeypatch.setattr(ssm.time, "perf_counter", lambda: clock[0])
-    assert ssm.cpu_prefers_bfloat16.__wrapped__() is expected
+@pytest.mark.parametrize(("device", "dtype", "plain"), [
+    ("cpu", torch.bfloat16, True), ("cpu", torch.float32, False), ("cuda", torch.bfloat16, False),
+    ("mps", torch.float32, False)])  # fmt: skip
+def test_attention_in_training(device, dtype, plain):
+    fused = torch.backends.cuda.flash_sdp_enabled
+    with ssm.attention_kernel(device, dtype):
+        assert fused() is not plain
+    assert fused()
 
 
 def test_autocast():
@@ -123,31 +122,44 @@ def test_the_guard_works():
         torch.ones(2, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("fused", [True, False])  # as on CPU and CUDA, as on MPS
-def test_no_float64(fused, dataset):
-    train_set = ssm.MultiSpeakerDataset(dataset, "train")
-    separator = ssm.SpeakerSeparatorTransformer(WIDTH, 3, **SIZES)
-    optimizer = torch.optim.AdamW(separator.parameters(), lr=1e-3, fused=fused)
-    scheduler = ssm.make_scheduler(optimizer, 2, 1e-3)
-    before = [p.detach().clone() for p in separator.parameters()]
+@pytest.fixture(params=["features", "recordings"])
+def train_set(request):
+    """A training set of each kind."""
+    name = {"features": "dataset", "recordings": "recordings"}[request.param]
+    return ssm.MultiSpeakerDataset(request.getfixturevalue(name), "train")
+
+
+def tiny_run(train_set, tmp_path, **options):
+    """A run with the tiny separator of a dataset's kind, its first epoch ahead."""
+    sizes = SPECTROGRAM_SIZES if train_set.is_spectrogram else {**SIZES, "dropout": 0.0}
+    options = {**sizes, **SHORT, **CPU, "epochs": 2, "lr": 1e-3, **options}
+    return ssm.start_run(ssm.TrainOptions(**options), train_set, train_set, tmp_path)
+
+
+@pytest.mark.parametrize("fuses", [True, False])  # as on CPU and CUDA, as on MPS
+def test_no_float64(fuses, train_set, tmp_path, monkeypatch):
+    """Mixing is NumPy's; whatever happens on the device is float32 or bfloat16."""
+    monkeypatch.setattr(ssm, "fuses_optimizer", lambda device: fuses)
+    run = tiny_run(train_set, tmp_path)
+    before = [p.detach().clone() for p in run.separator.parameters()]
     with NoFloat64():
-        loader = ssm.make_loader(ssm.RemixedFeatures(train_set, 3), 2, 3, "cpu", seed=1)
-        ssm.train_epoch(separator, loader, optimizer, {}, "cpu", torch.float32, 1)
-        scheduler.step()
-        ssm.evaluate_separator(separator, train_set, threshold=0.5)
-        separation = ssm.separate(separator, train_set[0]["mixture"], num_speakers=2)
+        ssm.train_epoch(run, 1)
+        run.scheduler.step()
+        ssm.evaluate_separator(run.averaged.module, train_set, threshold=0.5)
+        batch = ssm.add_spectrograms(ssm.collate([train_set[0]], run.separator.max_speakers))
+        separation = ssm.separate(run.separator, batch["mixture"][0], num_speakers=2)
     assert separation.active.sum() == 2
-    assert any(not torch.equal(a, b) for a, b in zip(before, separator.parameters(), strict=True))
+    after = run.separator.parameters()
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_bfloat16_training_step_agrees(dataset):
+def test_bfloat16_training_agrees(train_set, tmp_path):
     """Half precision is for matrix products only: losses agree with float32, weights stay so."""
-    train_set = ssm.MultiSpeakerDataset(dataset, "train")
     losses = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        separator = tiny_separator(3, dropout=0.0)
-        optimizer = torch.optim.AdamW(separator.parameters(), lr=1e-3)
-        loader = ssm.make_loader(train_set, 2, 3, "cpu")
-        losses[dtype] = ssm.train_epoch(separator, loader, optimizer, {}, "cpu", dtype, 1)
-        assert {p.dtype for p in separator.parameters()} == {torch.float32}
-    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.05)
+    for dtype in ("float32", "bfloat16"):
+        run = tiny_run(train_set, tmp_path, dtype=dtype)
+        losses[dtype] = ssm.train_epoch(run, 1)
+        assert {p.dtype for p in run.separator.parameters()} == {torch.float32}
+        assert {p.dtype for p in run.averaged.module.parameters()} == {torch.float32}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    assert losses["bfloat16"] != losses["float32"]

@@ -1,34 +1,42 @@
-"""Encoders and the separator inside real models of a tiny size."""
+"""Both kinds of separators inside real models of a tiny size."""
 
+import contextlib
 import copy
-import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from conftest import (
     RATE,
+    ROOT,
     SHARED,
-    WIDTH,
     save_tiny_checkpoint,
+    shake,
     sine,
     tiny_extractor,
     tiny_separator,
+    tiny_spectrogram_separator,
 )
 
 import speaker_separator_module as ssm
+from audio import load_model, read_audio
+from long_recordings import answer_per_talker, ask, build_prompt
 
 RECORDINGS = [sine(0.9, 150), sine(0.35, 420), sine(0.61, 260)]
 LAYERS = [None, 0, 1, 2]
+KINDS = ["spectrogram", *LAYERS]  # of separators: of spectrograms, or of what follows a layer
 PROMPT = "What does the person say?"
+JOINT = {"mode": "joint", "max_new_tokens": 6}
 
 
-def ask(processor, recordings, prompt=PROMPT):
+def processed(processor, recordings, prompt=PROMPT):
     """The documented call of the processor, for one recording or several."""
-    text = ssm.build_prompt(processor, prompt)
+    text = build_prompt(processor, prompt)
     return processor(
         text=[text] * len(recordings), audio=list(recordings), sampling_rate=RATE,
         return_tensors="pt", padding=True)  # fmt: skip
@@ -39,6 +47,16 @@ def answers(model, inputs, **options):
     rows = model.generate(**inputs, **options)[:, inputs["input_ids"].size(1) :].tolist()
     stop = model.generation_config.eos_token_id
     return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+def make_separator(kind, seed=4, **options):
+    """An untrained separator whose streams differ enough for different answers."""
+    if kind != "spectrogram":
+        return tiny_separator(3, seed, **options)
+    separator = tiny_spectrogram_separator(3, seed, **options)
+    with torch.no_grad():
+        separator.output[1].weight.mul_(40)
+    return separator
 
 
 def pass_through(model):
@@ -53,16 +71,32 @@ def pass_through(model):
     return model
 
 
+def with_probabilities(model, *rows):
+    """Keep the streams of an integrated model and say how likely each is a talker."""
+    separate = model.speaker_separator.forward
+
+    def forward(features, frame_mask=None):
+        return separate(features, frame_mask)[0], torch.tensor(rows)[: len(features)]
+
+    model.speaker_separator.forward = forward
+    return model
+
+
 @pytest.fixture
 def integrate(tmp_path):
     """Put a tiny separator (random unless given) into a model; every stream is a talker."""
 
-    def put(model, layer=None, threshold=0.0, separator=None):
-        path = save_tiny_checkpoint(tmp_path / "put.pt", separator or tiny_separator(3, seed=4))
+    def put(model, kind=None, threshold=0.0, separator=None):
+        path = save_tiny_checkpoint(tmp_path / "put.pt", separator or make_separator(kind))
+        layer = None if kind == "spectrogram" else kind
         return ssm.integrate_speaker_separator(
             model, separator_checkpoint=path, layer=layer, threshold=threshold)  # fmt: skip
 
     return put
+
+
+# --------------------------------------------------------------------------------------------------
+# The encoder, cut at a block
 
 
 def tower_states(tower, inputs):
@@ -86,130 +120,41 @@ def tower_states(tower, inputs):
     return states, output, inside, halved
 
 
-# --------------------------------------------------------------------------------------------------
-# Encoders
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-def test_encode_audio_equals_the_models_own_tower(layer, qwen, qwen_folder, processor):
-    encoder = ssm.load_audio_encoder(str(qwen_folder))
-    inputs = ask(processor, RECORDINGS)
-    states, output, inside, halved = tower_states(ssm.audio_tower_of(qwen), inputs)
-    expected, mask = (output, halved) if layer is None else (states[layer], inside)
-    assert encoder.frame_rate(layer) == (25 if layer is None else 50)
-    for b, samples in enumerate(RECORDINGS):
-        features = ssm.encode_audio(samples, encoder, layer)
-        assert features.shape == (int(mask[b].sum()), WIDTH)
-        torch.testing.assert_close(features, expected[b][mask[b]], rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("layer", LAYERS)
 def test_front_and_rest_make_the_tower(layer, qwen, processor):
-    tower, inputs = ssm.audio_tower_of(qwen), ask(processor, RECORDINGS)
-    _, output, inside, halved = tower_states(tower, inputs)
+    tower, inputs = ssm.audio_tower_of(qwen), processed(processor, RECORDINGS)
+    states, output, inside, halved = tower_states(tower, inputs)
     with torch.no_grad():
         hidden, frame_mask = ssm.tower_front(
             tower, inputs["input_features"], inputs["feature_attention_mask"], layer)  # fmt: skip
         whole = ssm.tower_rest(tower, hidden, frame_mask, layer)
     assert torch.equal(frame_mask, halved if layer is None else inside)
+    expected = output if layer is None else states[layer]
+    torch.testing.assert_close(hidden[frame_mask], expected[frame_mask], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(whole[halved], output[halved], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_whisper_encoder(layer, whisper_folder):
-    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
-
-    model = WhisperForConditionalGeneration.from_pretrained(whisper_folder).eval()
-    extractor = WhisperFeatureExtractor.from_pretrained(whisper_folder)
-    mel = extractor(RECORDINGS[2], sampling_rate=RATE, return_tensors="pt")["input_features"]
+def test_front_and_rest_make_whispers_tower(layer, whisper):
+    tower, inputs = ssm.audio_tower_of(whisper), listen(RECORDINGS)
     with torch.no_grad():
-        output = model.model.encoder(mel, output_hidden_states=True)
-    expected = output.last_hidden_state[0]
-    if layer in (0, 1):  # the last hidden state that Whisper reports is after its layer norm
-        expected = output.hidden_states[layer][0]
-    elif layer == 2:
-        block = model.model.encoder.layers[1]
-        with torch.no_grad():
-            out = block(output.hidden_states[1], None)
-        expected = (out[0] if isinstance(out, tuple) else out)[0]
-    encoder = ssm.load_audio_encoder(str(whisper_folder))
-    features = ssm.encode_audio(RECORDINGS[2], encoder, layer)
-    assert encoder.frame_rate(layer) == 50
-    assert len(features) == 31  # 0.61 s
-    torch.testing.assert_close(features, expected[:31], rtol=1e-4, atol=1e-4)
-
-
-def test_encode_audio_reads_files_and_other_rates(qwen_folder, tmp_path):
-    encoder, wave = ssm.load_audio_encoder(str(qwen_folder)), sine(0.5, 200, 48000)
-    soundfile.write(tmp_path / "a.wav", np.stack([wave, wave], 1), 48000, subtype="FLOAT")
-    from_file = ssm.encode_audio(tmp_path / "a.wav", encoder)
-    torch.testing.assert_close(ssm.encode_audio(wave, encoder, sampling_rate=48000), from_file)
-    torch.testing.assert_close(ssm.encode_audio(str(tmp_path / "a.wav"), qwen_folder), from_file)
-    assert len(from_file) == 12
-
-
-def test_read_audio(tmp_path):
-    """A sine stays that sine at another rate; channels are averaged."""
-    t = np.arange(8000) / 8000
-    left, right = np.sin(2 * np.pi * 440 * t), np.zeros(8000)
-    soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), 8000, subtype="FLOAT")
-    samples = ssm.read_audio(tmp_path / "a.wav", 16000)
-    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
-    assert samples.dtype == np.float32
-    np.testing.assert_allclose(samples[200:-200], expected[200:-200], atol=2e-3)
-    assert ssm.read_audio([0.5, -0.5], 16000).tolist() == [0.5, -0.5]
-
-
-@pytest.mark.parametrize(
-    ("samples", "words"),
-    [([], "no samples"), ([0.0, float("nan")], "NaN"), ([[0.0, 0.0]], r"\[1, 2\]")],
-)
-def test_bad_audio_in_memory(samples, words):
-    with pytest.raises(ValueError, match=words):
-        ssm.read_audio(samples, RATE)
-
-
-@pytest.mark.parametrize("layer", [-1, 3])
-def test_layer_out_of_range(layer, qwen, qwen_folder):
-    with pytest.raises(ValueError, match="0 to 2"):
-        ssm.encode_audio(RECORDINGS[0], qwen_folder, layer)
-    with pytest.raises(ValueError, match="0 to 2"):
-        ssm.integrate_speaker_separator(qwen, layer=layer)
-
-
-def test_encoder_of_another_kind(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "wav2vec2"}))
-    with pytest.raises(ValueError) as error:
-        ssm.load_audio_encoder(str(tmp_path))
-    assert str(tmp_path) in str(error.value)
-
-
-@pytest.mark.parametrize("kind", ["truncated", "missing"])
-def test_encoder_with_damaged_weights(kind, qwen_folder, tmp_path):
-    folder = shutil.copytree(qwen_folder, tmp_path / "damaged")
-    weights = folder / "model.safetensors"
-    content = weights.read_bytes()
-    weights.unlink()
-    if kind == "truncated":
-        weights.write_bytes(content[:1000])
-    with pytest.raises(ValueError) as error:
-        ssm.load_audio_encoder(str(folder))
-    assert str(folder) in str(error.value)
-
-
-def test_recording_longer_than_the_window(qwen_folder):
-    with pytest.raises(ValueError, match=r"1\.5 s"):
-        ssm.encode_audio(np.zeros(24000, np.float32), qwen_folder)
+        output = tower(inputs["input_features"]).last_hidden_state
+        hidden, frame_mask = ssm.tower_front(
+            tower, inputs["input_features"], inputs["attention_mask"], layer)  # fmt: skip
+        whole = ssm.tower_rest(tower, hidden, frame_mask, layer)
+    assert frame_mask.sum(1).tolist() == [45, 18, 31]  # 0.9, 0.35 and 0.61 s
+    torch.testing.assert_close(whole, output, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
 # One row per talker
 
 
-def test_the_documented_snippet(integrate, qwen, processor):
+@pytest.mark.parametrize("kind", ["spectrogram", None])
+def test_the_documented_snippet(kind, integrate, qwen, processor):
     """One row per talker that is active, in the order of the streams; then the likeliest ones."""
-    model = integrate(qwen)
-    prompt, audio = ssm.build_prompt(processor, PROMPT), RECORDINGS[0]
+    model = integrate(qwen, kind)
+    prompt, audio = build_prompt(processor, PROMPT), RECORDINGS[0]
     inputs = processor(text=prompt, audio=audio, return_tensors="pt", sampling_rate=RATE)
     ids = model.generate(**inputs, max_new_tokens=6)
     texts = processor.batch_decode(ids[:, inputs["input_ids"].size(1) :], skip_special_tokens=True)
@@ -225,7 +170,7 @@ def test_the_documented_snippet(integrate, qwen, processor):
 
 
 def test_threshold_decides(integrate, qwen, processor):
-    model, inputs = integrate(qwen), ask(processor, RECORDINGS)
+    model, inputs = integrate(qwen), processed(processor, RECORDINGS)
     model.generate(**inputs, max_new_tokens=1)
     rows = model.speaker_rows
     threshold = float(np.median([p for *_, p in rows]))
@@ -235,146 +180,73 @@ def test_threshold_decides(integrate, qwen, processor):
     assert 0 < len(ids) == len(model.speaker_rows) < len(rows)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_rows_equal_the_untouched_model_on_each_stream(integrate, layer, qwen, processor):
-    separator, inputs = tiny_separator(3, seed=4), ask(processor, RECORDINGS[:1])
-    slow = slow_rows(qwen, separator, inputs, layer, max_new_tokens=6)
-    model = integrate(qwen, layer, separator=separator)
-    got = model.generate(**inputs, max_new_tokens=6)
-    expected = torch.nn.utils.rnn.pad_sequence([row[0] for row in slow], batch_first=True)
-    assert torch.equal(got, expected)  # padded with 0, as by the model
-    assert len({tuple(row) for row in got.tolist()}) > 1  # the streams do say different things
+def slow_rows(model, separator, inputs, kind, **options):
+    """What the untouched model answers when it hears each stream of one recording.
 
-
-@pytest.mark.parametrize("layer", [None, 1])
-def test_batch_equals_one_by_one(integrate, layer, qwen, processor):
-    """Rows are grouped by recording; padding on the left of short prompts changes nothing."""
-    model, inputs = integrate(qwen, layer), ask(processor, RECORDINGS)
-    assert (inputs["attention_mask"][:, 0] == 0).sum() == 2
-    together = answers(model, inputs, max_new_tokens=6)
-    rows = model.speaker_rows
-    assert [row[:2] for row in rows] == [(b, s) for b in range(3) for s in range(3)]
-    alone, probabilities = [], []
-    for samples in RECORDINGS:
-        alone += answers(model, ask(processor, [samples]), max_new_tokens=6)
-        probabilities += [p for *_, p in model.speaker_rows]
-    assert together == alone
-    assert [p for *_, p in rows] == pytest.approx(probabilities, abs=1e-4)
-
-
-@pytest.mark.parametrize("beams", [1, 2])
-@pytest.mark.parametrize("layer", [None, 0, 1])
-def test_pass_through_equals_the_untouched_model(integrate, layer, beams, qwen, processor):
-    inputs = ask(processor, RECORDINGS)
-    options = {"max_new_tokens": 8, "num_beams": beams}
-    untouched = qwen.generate(**inputs, **options)
-    model = pass_through(integrate(qwen, layer, threshold=0.5))
-    assert model.generate(**inputs, **options).tolist() == untouched.tolist()
-    assert model.speaker_rows == [(0, 0, 1.0), (1, 0, 1.0), (2, 0, 1.0)]
-    assert len({tuple(row) for row in answers(model, inputs, **options)}) > 1
-
-
-@pytest.mark.parametrize("layer", [None, 1])
-def test_half_precision(layer, integrate, qwen, processor):
-    """The model in bfloat16, the separator in float32."""
-    qwen.bfloat16()
-    inputs = ask(processor, RECORDINGS)
-    untouched = qwen.generate(**inputs, max_new_tokens=6)
-    model = integrate(qwen, layer, threshold=0.0)
-    assert len(model.generate(**inputs, max_new_tokens=2)) == 9
-    assert {p.dtype for p in model.speaker_separator.parameters()} == {torch.float32}
-    model = pass_through(integrate(qwen, layer, threshold=0.5))
-    assert torch.equal(model.generate(**inputs, max_new_tokens=6), untouched)
-
-
-def test_beams_of_several_talkers(integrate, qwen, processor):
-    """Beams stay with their talker: each row is what its recording alone gives."""
-    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS)
-    together = answers(model, inputs, max_new_tokens=6, num_beams=3)
-    alone = [
-        row
-        for samples in RECORDINGS
-        for row in answers(model, ask(processor, [samples]), max_new_tokens=6, num_beams=3)
-    ]
-    assert together == alone
-
-
-def test_silence_gives_no_row(integrate, qwen, processor):
-    model, inputs = integrate(qwen, threshold=1.0), ask(processor, RECORDINGS)
-    ids = model.generate(**inputs, max_new_tokens=4)
-    assert ids.shape == (0, inputs["input_ids"].size(1))
-    assert ids.dtype == inputs["input_ids"].dtype
-    assert model.speaker_rows == []
-    assert model.generate(**inputs, max_new_tokens=4, num_speakers=0).shape == ids.shape
-
-
-def test_silence_in_one_recording_of_a_batch(integrate, qwen, processor):
-    inputs = ask(processor, RECORDINGS)
-    everyone = answers(integrate(qwen), inputs, max_new_tokens=6)
-    separate = qwen.speaker_separator.forward
-
-    def forward(features, frame_mask=None):
-        probs = torch.tensor([[0.9, 0.1, 0.8], [0.1, 0.2, 0.3], [0.0, 0.7, 0.1]])
-        return separate(features, frame_mask)[0], probs
-
-    model = integrate(qwen, threshold=0.5)
-    model.speaker_separator.forward = forward
-    got = answers(model, inputs, max_new_tokens=6)
-    assert [row[:2] for row in model.speaker_rows] == [(0, 0), (0, 2), (2, 1)]
-    assert [row[2] for row in model.speaker_rows] == pytest.approx([0.9, 0.8, 0.7])
-    assert got == [everyone[0], everyone[2], everyone[7]]
-
-
-def test_answer_per_talker(integrate, qwen, processor):
-    model = integrate(qwen)
-    rows = ssm.answer_per_talker(model, processor, RECORDINGS[0], PROMPT, max_new_tokens=5)
-    inputs = ask(processor, RECORDINGS[:1])
-    expected = processor.batch_decode(
-        answers(model, inputs, max_new_tokens=5), skip_special_tokens=True
-    )
-    assert [row["speaker"] for row in rows] == [1, 2, 3]
-    assert [row["text"] for row in rows] == [text.strip() for text in expected]
-    assert [row["probability"] for row in rows] == [round(p, 4) for *_, p in model.speaker_rows]
-
-
-def test_answer_per_talker_of_silence(integrate, qwen, processor):
-    assert ssm.answer_per_talker(integrate(qwen, threshold=1.0), processor, RECORDINGS[0]) == []
-
-
-# --------------------------------------------------------------------------------------------------
-# Every way of calling generate
-
-
-def slow_rows(model, separator, inputs, layer, **options):
-    """What the untouched model answers with each stream in place of its audio's features.
-
-    ``inputs`` are of one recording; the list has an answer for every stream of the separator.
+    Streams of hidden features stand in place of what the encoder returns.
     """
     from transformers.modeling_outputs import BaseModelOutput
 
-    tower, rows = ssm.audio_tower_of(model), []
-    mask = inputs.get("feature_attention_mask", inputs.get("attention_mask"))
+    tower, rows, features = ssm.audio_tower_of(model), [], inputs["input_features"]
+    if "feature_attention_mask" in inputs:
+        mask = inputs["feature_attention_mask"]
+    else:  # Whisper's: up to the last frame that is not at the floor of 80 dB
+        sounding = (features[0].amax(0) > features.max() - 1.99).nonzero()
+        mask = (torch.arange(features.shape[-1]) <= sounding.max()).long()[None]
     with torch.no_grad():
-        hidden, frame_mask = ssm.tower_front(tower, inputs["input_features"], mask, layer)
+        if kind == "spectrogram":
+            streams, _ = separator(features.transpose(1, 2), mask.bool())
+            return [model.generate(**{**inputs, "input_features": s[None].mT}, **options)
+                    for s in streams[0]]  # fmt: skip
+        hidden, frame_mask = ssm.tower_front(tower, features, mask, kind)
         streams, _ = separator(hidden, frame_mask)
         streams = torch.where(frame_mask[:, None, :, None], streams, hidden[:, None])
         for s in range(streams.shape[1]):
-            features = ssm.tower_rest(tower, streams[:, s], frame_mask, layer)
-            tower.forward = lambda *a, f=features, **k: BaseModelOutput(
+            out = ssm.tower_rest(tower, streams[:, s], frame_mask, kind)
+            tower.forward = lambda *a, f=out, **k: BaseModelOutput(
                 f.repeat_interleave(len(a[0] if a else k["input_features"]), 0))  # fmt: skip
             rows.append(model.generate(**inputs, **options))
             del tower.forward
     return rows
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_equal_the_untouched_model_on_each_stream(kind, integrate, qwen, processor):
+    separator, inputs = make_separator(kind), processed(processor, RECORDINGS[:1])
+    slow = slow_rows(qwen, separator, inputs, kind, max_new_tokens=6)
+    model = integrate(qwen, kind, separator=separator)
+    got = model.generate(**inputs, max_new_tokens=6)
+    expected = torch.nn.utils.rnn.pad_sequence([row[0] for row in slow], batch_first=True)
+    assert torch.equal(got, expected)  # padded with 0, as by the model
+    assert len({tuple(row) for row in got.tolist()}) > 1  # the streams do say different things
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", None, 1])
+def test_batch_equals_one_by_one(kind, integrate, qwen, processor):
+    """Rows are grouped by recording; padding on the left of short prompts changes nothing."""
+    model, inputs = integrate(qwen, kind), processed(processor, RECORDINGS)
+    assert (inputs["attention_mask"][:, 0] == 0).sum() == 2
+    together = answers(model, inputs, max_new_tokens=6)
+    rows = model.speaker_rows
+    assert [row[:2] for row in rows] == [(b, s) for b in range(3) for s in range(3)]
+    alone, probabilities = [], []
+    for samples in RECORDINGS:
+        alone += answers(model, processed(processor, [samples]), max_new_tokens=6)
+        probabilities += [p for *_, p in model.speaker_rows]
+    assert together == alone
+    assert [p for *_, p in rows] == pytest.approx(probabilities, abs=1e-4)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("count", [1, 3])
-def test_pass_through_of_one_and_of_three(count, beams, integrate, qwen, processor):
-    inputs = ask(processor, RECORDINGS[:count])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pass_through_equals_the_untouched_model(kind, count, beams, integrate, qwen, processor):
+    inputs = processed(processor, RECORDINGS[:count])
     options = {"max_new_tokens": 8, "num_beams": beams}
     untouched = qwen.generate(**inputs, **options)
-    model = pass_through(integrate(qwen, 1, threshold=0.5))
+    model = pass_through(integrate(qwen, kind, threshold=0.5))
     assert torch.equal(model.generate(**inputs, **options), untouched)
+    assert model.speaker_rows == [(b, 0, 1.0) for b in range(count)]
     padded = {k: v.clone() for k, v in inputs.items()}  # more padding on the left
     for name, value in (("input_ids", 0), ("attention_mask", 0)):
         padded[name] = torch.nn.functional.pad(padded[name], (3, 0), value=value)
@@ -382,8 +254,110 @@ def test_pass_through_of_one_and_of_three(count, beams, integrate, qwen, process
     assert torch.equal(got[:, 3:], untouched)
 
 
-def test_dictionary_output(integrate, qwen, processor):
-    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["spectrogram", None, 1])
+def test_half_precision(kind, dtype, integrate, qwen_folder, processor):
+    """The model in half precision, the separator in float32, whatever is done to the model."""
+    from transformers import Qwen2AudioForConditionalGeneration
+
+    qwen = Qwen2AudioForConditionalGeneration.from_pretrained(qwen_folder, dtype=dtype).eval()
+    inputs = processed(processor, RECORDINGS)
+    untouched = qwen.generate(**inputs, max_new_tokens=6)
+    model = integrate(qwen, kind, threshold=0.0)
+    assert len(model.generate(**inputs, max_new_tokens=2)) == 9
+    model = pass_through(integrate(qwen, kind, threshold=0.5).to(dtype))
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6), untouched)
+    assert {p.dtype for p in model.speaker_separator.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_beams_of_several_talkers(kind, integrate, qwen, processor):
+    """Beams stay with their talker: each row is what its recording alone gives."""
+    model, inputs = integrate(qwen, kind), processed(processor, RECORDINGS)
+    together = answers(model, inputs, max_new_tokens=6, num_beams=3)
+    alone = [
+        row
+        for samples in RECORDINGS
+        for row in answers(model, processed(processor, [samples]), max_new_tokens=6, num_beams=3)
+    ]
+    assert together == alone
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", None])
+def test_nobody_gives_no_row(kind, integrate, qwen, processor):
+    model, inputs = integrate(qwen, kind, threshold=1.0), processed(processor, RECORDINGS)
+    ids = model.generate(**inputs, max_new_tokens=4)
+    assert ids.shape == (0, inputs["input_ids"].size(1))
+    assert ids.dtype == inputs["input_ids"].dtype
+    assert model.speaker_rows == []
+    assert model.generate(**inputs, max_new_tokens=4, num_speakers=0).shape == ids.shape
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", None, 1])
+def test_digital_silence_is_no_trouble(kind, integrate, qwen, whisper, processor):
+    silence = [np.zeros(8000, np.float32), RECORDINGS[1]]
+    model = integrate(qwen, kind)
+    assert len(model.generate(**processed(processor, silence), max_new_tokens=2)) == 6
+    assert np.isfinite([p for *_, p in model.speaker_rows]).all()
+    model = integrate(whisper, kind)
+    features = listen(silence)["input_features"]
+    assert len(model.generate(features, max_new_tokens=2, language="en")) == 6
+    assert np.isfinite([p for *_, p in model.speaker_rows]).all()
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", None])
+def test_nobody_in_one_recording_of_a_batch(kind, integrate, qwen, processor):
+    inputs = processed(processor, RECORDINGS)
+    everyone = answers(integrate(qwen, kind), inputs, max_new_tokens=6)
+    model = with_probabilities(
+        integrate(qwen, kind, threshold=0.5), [0.9, 0.1, 0.8], [0.1, 0.2, 0.3], [0.0, 0.7, 0.1])
+    got = answers(model, inputs, max_new_tokens=6)
+    assert [row[:2] for row in model.speaker_rows] == [(0, 0), (0, 2), (2, 1)]
+    assert [row[2] for row in model.speaker_rows] == pytest.approx([0.9, 0.8, 0.7])
+    assert got == [everyone[0], everyone[2], everyone[7]]
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_dropout_is_off_inside_the_model(kind, integrate, qwen, processor):
+    """Also where the separator is handed over while it trains, and the model is set to train."""
+    inputs, options = processed(processor, RECORDINGS[:1]), {}
+    if kind == 1:
+        options = {"dropout": 0.5}
+    separator = make_separator(kind, **options)
+    expected = integrate(qwen, kind, separator=separator).generate(**inputs, max_new_tokens=6)
+    rows = qwen.speaker_rows
+    layer = None if kind == "spectrogram" else kind
+    model = ssm.integrate_speaker_separator(qwen, 3, separator.train(), layer, threshold=0.0)
+    model.train().generate(**inputs, max_new_tokens=1)
+    model.eval()
+    assert not any(module.training for module in model.speaker_separator.modules())
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6), expected)
+    assert model.speaker_rows == rows
+
+
+@pytest.mark.parametrize("bins", [16, 80])
+def test_one_set_of_weights_in_both_models(bins, qwen, whisper_folder, processor, tmp_path):
+    """A spectrogram separator fits models of any width and any number of mel bins."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    path = save_tiny_checkpoint(tmp_path / "s.pt", make_separator("spectrogram"))
+    model = ssm.integrate_speaker_separator(qwen, separator_checkpoint=path, threshold=0.0)
+    assert len(model.generate(**processed(processor, RECORDINGS[:1]), max_new_tokens=2)) == 3
+    config = WhisperConfig.from_pretrained(whisper_folder, num_mel_bins=bins, d_model=64)
+    model = WhisperForConditionalGeneration(config).eval()
+    extractor = WhisperFeatureExtractor(feature_size=bins, chunk_length=1)
+    mel = extractor(RECORDINGS, sampling_rate=RATE, return_tensors="pt")["input_features"]
+    ssm.integrate_speaker_separator(model, separator_checkpoint=path, threshold=0.0)
+    assert len(model.generate(mel, max_new_tokens=2)) == len(model.speaker_rows) == 9
+
+
+# --------------------------------------------------------------------------------------------------
+# Every way of calling generate
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_dictionary_output(kind, integrate, qwen, processor):
+    model, inputs = integrate(qwen, kind), processed(processor, RECORDINGS)
     plain = model.generate(**inputs, max_new_tokens=4)
     output = model.generate(
         **inputs, max_new_tokens=4, return_dict_in_generate=True, output_scores=True)  # fmt: skip
@@ -394,10 +368,11 @@ def test_dictionary_output(integrate, qwen, processor):
     assert nobody.sequences.shape == (0, inputs["input_ids"].shape[1])
 
 
-@pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 2}])
-def test_several_answers_each(options, integrate, qwen, processor):
+@pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_several_answers_each(kind, options, integrate, qwen, processor):
     """``speaker_rows`` names the talker of every returned row."""
-    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS[:2])
+    model, inputs = integrate(qwen, kind), processed(processor, RECORDINGS[:2])
     torch.manual_seed(3)
     got = answers(model, inputs, max_new_tokens=5, num_return_sequences=2, **options)
     expected = [(b, s) for b in range(2) for s in range(3) for _ in range(2)]
@@ -407,31 +382,36 @@ def test_several_answers_each(options, integrate, qwen, processor):
     else:
         torch.manual_seed(3)
         assert got == answers(model, inputs, max_new_tokens=5, num_return_sequences=2, **options)
+        assert got[::2] != got[1::2]
 
 
-def test_streamer(integrate, qwen, processor):
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_streamer(kind, integrate, qwen, processor):
     from transformers import TextIteratorStreamer
 
-    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS[:1])
+    model, inputs = integrate(qwen, kind), processed(processor, RECORDINGS[:1])
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True)
     ids = model.generate(**inputs, max_new_tokens=4, num_speakers=1, streamer=streamer)
     new = ids[0, inputs["input_ids"].shape[1] :]
     assert "".join(streamer).split() == processor.tokenizer.decode(new).split()
 
 
-def test_generation_config_in_second_place(integrate, qwen, processor):
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_positional_arguments(kind, integrate, qwen, processor):
     from transformers import GenerationConfig
 
-    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS)
-    config = GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=-1)
+    model, inputs = integrate(qwen, kind), processed(processor, RECORDINGS)
+    named = model.generate(**inputs, max_new_tokens=4)
     prompt = inputs.pop("input_ids")
+    assert torch.equal(model.generate(prompt, **inputs, max_new_tokens=4), named)
+    config = GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=-1)
     ids = model.generate(prompt, config, **inputs)
     assert ids.shape == (9, prompt.shape[1] + 3)
 
 
 def test_audio_that_never_reached_the_processor(integrate, qwen, processor):
     """The processor ignores ``audios=``, its argument of old."""
-    text = [ssm.build_prompt(processor, PROMPT)]
+    text = [build_prompt(processor, PROMPT)]
     inputs = processor.tokenizer(text, return_tensors="pt", return_token_type_ids=False)
     with pytest.raises(ValueError, match="audio=.*audios="):
         integrate(qwen).generate(**inputs)
@@ -448,7 +428,7 @@ def test_several_audio_slots(integrate, qwen, processor):
 
 def test_unknown_mode(integrate, qwen, processor):
     with pytest.raises(ValueError, match="separate or joint"):
-        integrate(qwen).generate(**ask(processor, RECORDINGS), mode="both")
+        integrate(qwen).generate(**processed(processor, RECORDINGS), mode="both")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -461,94 +441,119 @@ def two_slots(processor):
     return processor(text=[text], audio=RECORDINGS[:2], sampling_rate=RATE, return_tensors="pt")
 
 
-def slow_joint(model, processor, separator, inputs, layer, **options):
-    """One prompt at a time: slots written out as text, streams put in as audio features."""
+@contextlib.contextmanager
+def by_hand(model, processor, separator, inputs, kind):
+    """Inputs of an untouched model for one prompt, its slots written out as text.
+
+    Inside the block the encoder returns what it makes of the streams.
+    """
     from transformers.modeling_outputs import BaseModelOutput
 
     tower, ids = ssm.audio_tower_of(model), inputs["input_ids"][0]
     text = processor.tokenizer.decode(ids[inputs["attention_mask"][0] == 1])
-    mask = inputs["feature_attention_mask"]
+    mask, features = inputs["feature_attention_mask"], inputs["input_features"]
+    rows = features.repeat_interleave(3, 0)
     with torch.no_grad():
-        hidden, frame_mask = ssm.tower_front(tower, inputs["input_features"], mask, layer)
-        streams, _ = separator(hidden, frame_mask)
-        streams = torch.where(frame_mask[:, None, :, None], streams, hidden[:, None])
-        S = streams.shape[1]
-        features = ssm.tower_rest(
-            tower, streams.flatten(0, 1), frame_mask.repeat_interleave(S, 0), layer)  # fmt: skip
+        if kind == "spectrogram":
+            rows = separator(features.mT, mask.bool())[0].flatten(0, 1).mT
+        else:
+            hidden, frame_mask = ssm.tower_front(tower, features, mask, kind)
+            streams, _ = separator(hidden, frame_mask)
+            streams = torch.where(frame_mask[:, None, :, None], streams, hidden[:, None])
+            out = ssm.tower_rest(
+                tower, streams.flatten(0, 1), frame_mask.repeat_interleave(3, 0), kind)
+            tower.forward = lambda *a, **k: BaseModelOutput(out)
     for count in ((mask.sum(1) - 1) // 2 + 1 - 2) // 2 + 1:  # each slot once
         slot = " ".join(["<|audio_bos|>", *["<|AUDIO|>"] * count, "<|audio_eos|>"])
-        labelled = " ".join(f"Speaker {n + 1}: {slot.replace('|', '!')}" for n in range(S))
+        labelled = " ".join(f"Speaker {n + 1}: {slot.replace('|', '!')}" for n in range(3))
         text = text.replace(slot, labelled, 1)
     prompt = processor.tokenizer([text.replace("!", "|")], return_tensors="pt")
-    tower.forward = lambda *a, **k: BaseModelOutput(features)
-    try:
-        ids = model.generate(
-            input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"],
-            input_features=inputs["input_features"].repeat_interleave(S, 0),
-            feature_attention_mask=mask.repeat_interleave(S, 0), **options)  # fmt: skip
-    finally:
-        del tower.forward
-    return ids[0, prompt["input_ids"].shape[1] :].tolist()
+    yield {"input_ids": prompt["input_ids"], "attention_mask": prompt["attention_mask"],
+           "input_features": rows, "feature_attention_mask": mask.repeat_interleave(3, 0)}
+    vars(tower).pop("forward", None)
 
 
-@pytest.mark.parametrize("layer", [None, 1])
-def test_joint(layer, integrate, qwen, processor):
-    plain, separator = copy.deepcopy(qwen), tiny_separator(3, seed=4)
-    model, options = integrate(qwen, layer, separator=separator), {"max_new_tokens": 6}
-    joint = {"mode": "joint", "tokenizer": processor.tokenizer}
-    inputs = ask(processor, RECORDINGS)
-    ids = model.generate(**inputs, **joint, **options)
+def slow_joint(model, processor, separator, inputs, kind, **options):
+    """The untouched model's answer to one prompt that was put together by hand."""
+    with by_hand(model, processor, separator, inputs, kind) as prompt:
+        ids = model.generate(**prompt, **options)
+        return ids[0, prompt["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", None, 1])
+def test_joint(kind, integrate, qwen, processor):
+    plain, separator = copy.deepcopy(qwen), make_separator(kind)
+    model = integrate(qwen, kind, separator=separator)
+    joint = {**JOINT, "tokenizer": processor.tokenizer}
+    inputs = processed(processor, RECORDINGS)
+    ids = model.generate(**inputs, **joint)
     L = inputs["input_ids"].shape[1]
     assert torch.equal(ids[:, :L], inputs["input_ids"])  # the documented snippet cuts there
     assert [row[:2] for row in model.speaker_rows] == [(b, s) for b in range(3) for s in range(3)]
     assert len({tuple(row) for row in ids[:, L:].tolist()}) > 1
+    beams = answers(model, inputs, **joint, num_beams=2)
     for b, samples in enumerate(RECORDINGS):
-        alone = ask(processor, [samples])
-        expected = slow_joint(plain, processor, separator, alone, layer, **options)
+        alone = processed(processor, [samples])
+        expected = slow_joint(plain, processor, separator, alone, kind, max_new_tokens=6)
         assert ids[b, L : L + len(expected)].tolist() == expected
-        beams = answers(model, alone, **joint, **options, num_beams=2)
-        assert beams[0] == answers(model, inputs, **joint, **options, num_beams=2)[b]
+        assert answers(model, alone, **joint, num_beams=2)[0] == beams[b]
     slots = two_slots(processor)
-    expected = slow_joint(plain, processor, separator, slots, layer, **options)
-    ids = model.generate(**slots, **joint, **options)
+    expected = slow_joint(plain, processor, separator, slots, kind, max_new_tokens=6)
+    ids = model.generate(**slots, **joint)
     assert ids[0, slots["input_ids"].shape[1] :].tolist() == expected
-    with pytest.raises(ValueError, match="beams"):
-        model.generate(**slots, **joint, num_beams=2)
+    assert [row[:2] for row in model.speaker_rows] == [(b, s) for b in range(2) for s in range(3)]
 
 
-def test_joint_leaves_silence_out(integrate, qwen, processor):
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_beams_of_a_joint_prompt_hear_every_talker_in_its_slot(
+    kind, slots, integrate, qwen, processor
+):
+    """The score of the best beam is that of its answer under the untouched model."""
+    plain, separator = copy.deepcopy(qwen), make_separator(kind)
+    inputs = two_slots(processor) if slots == 2 else processed(processor, RECORDINGS[:1])
+    model = integrate(qwen, kind, separator=separator)
+    output = model.generate(
+        **inputs, **JOINT, tokenizer=processor.tokenizer, num_beams=3, min_new_tokens=6,
+        return_dict_in_generate=True, output_scores=True)  # fmt: skip
+    answer = output.sequences[:, inputs["input_ids"].shape[1] :]
+    with by_hand(plain, processor, separator, inputs, kind) as prompt, torch.no_grad():
+        prompt["input_ids"] = torch.cat([prompt["input_ids"], answer], 1)
+        prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+        logits = plain(**prompt).logits[:, -len(answer[0]) - 1 : -1].log_softmax(-1)
+    score = logits.gather(-1, answer[..., None]).sum() / len(answer[0])
+    assert float(output.sequences_scores) == pytest.approx(float(score), abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_joint_leaves_silence_out(kind, integrate, qwen, processor):
     """Of three recordings the second is silent; its prompt gets no row."""
-    inputs = ask(processor, RECORDINGS)
-    joint = {"mode": "joint", "tokenizer": processor.tokenizer, "max_new_tokens": 4}
-    model = integrate(qwen, 1, threshold=0.5)
-    separate = model.speaker_separator.forward
-
-    def forward(features, frame_mask=None):
-        probs = torch.tensor([[0.9, 0.1, 0.8], [0.1, 0.2, 0.3], [0.0, 0.7, 0.1]])
-        return separate(features, frame_mask)[0], probs[: len(features)]
-
-    model.speaker_separator.forward = forward
+    inputs = processed(processor, RECORDINGS)
+    joint = {**JOINT, "tokenizer": processor.tokenizer, "max_new_tokens": 4}
+    model = with_probabilities(
+        integrate(qwen, kind, threshold=0.5), [0.9, 0.1, 0.8], [0.1, 0.2, 0.3], [0.0, 0.7, 0.1])
     output = model.generate(**inputs, **joint, return_dict_in_generate=True)
     L = inputs["input_ids"].shape[1]
     assert [row[:2] for row in model.speaker_rows] == [(0, 0), (0, 2), (2, 1)]
     assert torch.equal(output.sequences[:, :L], inputs["input_ids"][[0, 2]])
-    first = model.generate(**ask(processor, RECORDINGS[:1]), **joint)
-    assert torch.equal(first[0, -4:], output.sequences[0, L:])
+    first = answers(model, processed(processor, RECORDINGS[:1]), **joint)
+    assert first[0] == output.sequences[0, L : L + len(first[0])].tolist()
 
 
 def test_joint_needs_a_tokenizer(integrate, qwen, processor):
     with pytest.raises(ValueError, match="tokenizer=processor.tokenizer"):
-        integrate(qwen).generate(**ask(processor, RECORDINGS), mode="joint")
+        integrate(qwen).generate(**processed(processor, RECORDINGS), mode="joint")
 
 
 # --------------------------------------------------------------------------------------------------
 # Copies, files, compilers and devices
 
 
-def test_saving_saves_the_model_alone(integrate, qwen, qwen_folder, processor, tmp_path):
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_saving_saves_the_model_alone(kind, integrate, qwen, qwen_folder, processor, tmp_path):
     from safetensors.torch import load_file
 
-    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS[:1])
+    model, inputs = integrate(qwen, kind), processed(processor, RECORDINGS[:1])
     expected = model.generate(**inputs, max_new_tokens=5)
     model.save_pretrained(tmp_path / "model")
     model.speaker_separator.save_pretrained(tmp_path / "separator")
@@ -556,26 +561,32 @@ def test_saving_saves_the_model_alone(integrate, qwen, qwen_folder, processor, t
     assert saved.keys() == before.keys()
     assert all(torch.equal(saved[name], before[name]) for name in saved)
     again = type(qwen).from_pretrained(tmp_path / "model").eval()
+    layer = None if kind == "spectrogram" else kind
     ssm.integrate_speaker_separator(
-        again, separator_checkpoint=tmp_path / "separator", layer=1, threshold=0.0)  # fmt: skip
+        again, separator_checkpoint=tmp_path / "separator", layer=layer, threshold=0.0)
     assert torch.equal(again.generate(**inputs, max_new_tokens=5), expected)
 
 
 @pytest.mark.parametrize("how", ["copy", "pickle"])
-def test_copies_stand_on_their_own(how, integrate, qwen, processor):
-    model, inputs = integrate(qwen, 1), ask(processor, RECORDINGS)
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_copies_stand_on_their_own(kind, how, integrate, qwen, processor):
+    model, inputs = integrate(qwen, kind), processed(processor, RECORDINGS)
     expected = model.generate(**inputs, max_new_tokens=4)
     twin = copy.deepcopy(model) if how == "copy" else pickle.loads(pickle.dumps(model))
     assert twin._speaker_integration.tower is ssm.audio_tower_of(twin)
     ssm.remove_speaker_separator(model)
+    with torch.no_grad():
+        for weight in model.parameters():  # the twin must not read the original's weights
+            weight.zero_()
     assert torch.equal(twin.generate(**inputs, max_new_tokens=4), expected)
     assert len(twin.speaker_rows) == 9
 
 
 @pytest.mark.parametrize("what", ["model before", "model after", "forward", "tower", "in place"])
-def test_compiled(what, integrate, qwen, processor):
-    inputs = ask(processor, RECORDINGS[:2])
-    expected = integrate(copy.deepcopy(qwen), 1).generate(**inputs, max_new_tokens=3)
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_compiled(kind, what, integrate, qwen, processor):
+    inputs = processed(processor, RECORDINGS[:2])
+    expected = integrate(copy.deepcopy(qwen), kind).generate(**inputs, max_new_tokens=3)
     compile_ = {"backend": "eager"}
     model = qwen
     if what == "model before":
@@ -585,7 +596,7 @@ def test_compiled(what, integrate, qwen, processor):
         owner.audio_tower = torch.compile(owner.audio_tower, **compile_)
     if what == "in place":
         qwen.compile(**compile_)
-    assert integrate(model, 1) is model
+    assert integrate(model, kind) is model
     if what == "model after":
         model = torch.compile(model, **compile_)
     if what == "forward":
@@ -593,89 +604,115 @@ def test_compiled(what, integrate, qwen, processor):
     got = model.generate(**inputs, max_new_tokens=3)
     assert torch.equal(got, expected)
     assert len(model.speaker_rows) == 6
+    rows = answer_per_talker(model, processor, RECORDINGS[0], max_new_tokens=2)
+    assert [row["speaker"] for row in rows] == [1, 2, 3]
     ssm.remove_speaker_separator(model)
     assert "generate" not in vars(qwen)
 
 
-def test_float16_by_one_argument(qwen_folder, integrate, processor):
-    from transformers import Qwen2AudioForConditionalGeneration
-
-    qwen = Qwen2AudioForConditionalGeneration.from_pretrained(qwen_folder, dtype=torch.float16)
-    inputs = ask(processor, RECORDINGS)
-    untouched = qwen.generate(**inputs, max_new_tokens=5)
-    model = pass_through(integrate(qwen, 1, threshold=0.5))
-    assert torch.equal(model.generate(**inputs, max_new_tokens=5), untouched)
-    assert model.half().speaker_separator.speaker_queries.dtype == torch.float32
-
-
-def test_device_map(qwen_folder, integrate, processor):
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_device_map(kind, qwen_folder, integrate, processor):
     pytest.importorskip("accelerate", reason="device_map needs accelerate")
+    from accelerate import dispatch_model
     from transformers import Qwen2AudioForConditionalGeneration
 
-    inputs = ask(processor, RECORDINGS)
+    inputs = processed(processor, RECORDINGS)
     plain = Qwen2AudioForConditionalGeneration.from_pretrained(qwen_folder).eval()
-    expected = integrate(plain, 1).generate(**inputs, max_new_tokens=5)
+    expected = integrate(plain, kind).generate(**inputs, max_new_tokens=5)
     placed = Qwen2AudioForConditionalGeneration.from_pretrained(qwen_folder, device_map="cpu")
-    from accelerate import dispatch_model
-
     for model in (placed, dispatch_model(plain, {"": "cpu"}, force_hooks=True)):
-        got = integrate(model, 1).generate(**inputs, max_new_tokens=5)
+        got = integrate(model, kind).generate(**inputs, max_new_tokens=5)
         assert torch.equal(got, expected)
         ssm.remove_speaker_separator(model)
         model.generate(**inputs, max_new_tokens=2)
+
+
+def test_the_module_alone_in_a_folder(qwen_folder, tmp_path):
+    """Copied without its siblings the module still puts either separator into a model."""
+    shutil.copy(ROOT / "speaker_separator_module.py", tmp_path)
+    script = f"""
+import torch
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+import speaker_separator_module as ssm
+model = Qwen2AudioForConditionalGeneration.from_pretrained({str(qwen_folder)!r}).eval()
+processor = AutoProcessor.from_pretrained({str(qwen_folder)!r})
+text = "<|audio_bos|> <|AUDIO|> <|audio_eos|> Who speaks?"
+audio = torch.sin(torch.arange(9000) / 9).numpy()
+inputs = processor(text=text, audio=audio, sampling_rate=16000, return_tensors="pt")
+ssm.integrate_speaker_separator(model, max_speakers=2, threshold=0)
+print(len(model.generate(**inputs, max_new_tokens=2)), len(model.speaker_rows))
+separator = ssm.SpectrogramSeparator(dim=16, num_layers=1, num_heads=2, ff_dim=16)
+ssm.integrate_speaker_separator(model, None, separator, threshold=0)
+print(len(model.generate(**inputs, max_new_tokens=2)), len(model.speaker_rows))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "2", "3", "3"]
 
 
 # --------------------------------------------------------------------------------------------------
 # Whisper
 
 
-@pytest.fixture
-def whisper(whisper_folder):
+def timed_whisper(whisper_folder):
     """A tiny multilingual Whisper that knows timestamps, 0.02 s apart up to 1 s."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig.from_pretrained(whisper_folder, vocab_size=160, max_target_positions=40)
-    torch.manual_seed(5)
-    model = WhisperForConditionalGeneration(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" not in name and "embed_positions" not in name:
-                weight.mul_(8)
+    model = shake(WhisperForConditionalGeneration(config), seed=5)
     vars(model.generation_config).update(
         lang_to_id={"<|en|>": 90, "<|de|>": 91}, task_to_id={"transcribe": 92, "translate": 93},
         is_multilingual=True, no_timestamps_token_id=99, max_initial_timestamp_index=20,
         forced_decoder_ids=None, do_sample=False, max_length=20, decoder_start_token_id=1,
-        pad_token_id=0, eos_token_id=2)  # fmt: skip
-    return model.eval()
+        pad_token_id=0, eos_token_id=2, alignment_heads=[[0, 1]])  # fmt: skip
+    return model
+
+
+@pytest.fixture
+def whisper(whisper_folder):
+    return timed_whisper(whisper_folder)
 
 
 def ends_a_segment(ids, scores):
-    """Logits that say "<0.00> word <0.40><0.40> <end>" after the language and the task."""
-    said = {3: 100, 5: 120, 6: 120, 7: 2}.get(ids.shape[1])
-    if said is None:
-        return scores
-    return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([said]), 0.0)
+    """Logits that say "<0.00> word word word <0.40><0.40> <end>" after the language and the task.
+
+    Which words is left to the model.
+    """
+    said = {3: 100, 7: 120, 8: 120, 9: 2}.get(ids.shape[1])
+    words = torch.arange(3, 90)
+    allowed = words if said is None else torch.tensor([said])
+    barred = torch.full_like(scores, -torch.inf)
+    return barred.index_copy(1, allowed, scores[:, allowed].clamp(min=-1e4))
 
 
 def listen(recordings):
-    return tiny_extractor()(recordings, sampling_rate=RATE, return_tensors="pt")
+    return tiny_extractor()(
+        recordings, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_whisper_rows_equal_the_slow_path(layer, integrate, whisper):
-    separator = tiny_separator(3, seed=4)
+def stripped(rows):
+    return [[t for t in row.tolist() if t] for row in rows]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whisper_rows_equal_the_slow_path(kind, integrate, whisper):
+    separator = make_separator(kind)
     options = {"max_new_tokens": 6, "language": "en", "suppress_tokens": list(range(99, 160))}
     expected, alone = [], [listen([samples]) for samples in RECORDINGS]
     for inputs in alone:
-        expected += slow_rows(whisper, separator, inputs, layer, **options)
-    model = integrate(whisper, layer, separator=separator)
+        expected += slow_rows(whisper, separator, inputs, kind, **options)
+    model = integrate(whisper, kind, separator=separator)
     got = [row for inputs in alone for row in model.generate(**inputs, **options)]
     assert len({tuple(row.tolist()) for row in got}) > 1
-    assert [row.tolist() for row in got] == [row[0].tolist() for row in expected]
+    assert stripped(got) == stripped([row[0] for row in expected])
     batch = model.generate(**listen(RECORDINGS), **options)
     assert [row[:2] for row in model.speaker_rows] == [(b, s) for b in range(3) for s in range(3)]
-    stripped = [[t for t in row.tolist() if t] for row in batch]
-    assert stripped == [[t for t in row.tolist() if t] for row in got]
+    assert stripped(batch) == stripped(got)
+
+
+TIMES = {"language": "en", "return_timestamps": True}
 
 
 @pytest.mark.parametrize(
@@ -685,58 +722,82 @@ def test_whisper_rows_equal_the_slow_path(layer, integrate, whisper):
         {"language": ["en", "de", "en"]},
         {"language": "en", "num_beams": 2},
         {"language": "en", "num_beams": 2, "num_return_sequences": 2},
+        {"language": ["en", "de", "en"], "num_return_sequences": 2, "num_beams": 2},
         {"language": "en", "prompt_ids": torch.tensor([5, 6, 7])},  # as many as recordings
-        {"language": "en", "return_timestamps": True},
-        {"language": "en", "return_timestamps": True, "num_beams": 2},
-        {"language": "en", "return_timestamps": True, "read on": True},
-        {"language": "en", "return_timestamps": True, "return_segments": True, "read on": True},
         {"language": "en", "return_dict_in_generate": True},
+        {"language": "en", "return_token_timestamps": True},
+        {"language": "en", "temperature": (0.0, 0.2), "logprob_threshold": 0.0},
+        TIMES,
+        {**TIMES, "num_beams": 2},
+        {**TIMES, "read on": True},
+        {**TIMES, "return_segments": True, "read on": True},
         {},  # finds the language by itself
     ],
     ids=str,
 )
-@pytest.mark.parametrize("layer", [None, 1])
-def test_whisper_pass_through(layer, options, integrate, whisper):
-    """Also where Whisper goes on from a timestamp in the middle of the recording."""
+@pytest.mark.parametrize("kind", ["spectrogram", None, 1])
+def test_whisper_pass_through(kind, options, integrate, whisper):
+    """Also where Whisper goes on from a timestamp in the middle of the recording.
+
+    Hidden features cannot be read again: what needs that is refused, and without timestamps in the
+    answer there is no place to go on from.
+    """
     inputs, options = listen(RECORDINGS), dict(options)
-    if reads_on := options.pop("read on", False):
+    if options.pop("read on", False):
         options["logits_processor"] = [ends_a_segment]
+    refused = {"return_timestamps", "temperature"} & set(options)
+    if refused and kind != "spectrogram":
+        with pytest.raises(ValueError, match=f"{refused.pop()} .* use a spectrogram separator"):
+            integrate(whisper, kind).generate(**inputs, **options)
+        return
+    if "return_timestamps" not in options:
+        options["suppress_tokens"] = list(range(100, 160))
+    torch.manual_seed(1)
     untouched = whisper.generate(**inputs, max_new_tokens=8, **options)
-    model = pass_through(integrate(whisper, layer, threshold=0.5))
-    again, read_on = model._speaker_integration.split_from, []
-    model._speaker_integration.split_from = lambda *a: read_on.append(a) or again(*a)
+    model = pass_through(integrate(whisper, kind, threshold=0.5))
+    torch.manual_seed(1)
+    if kind != "spectrogram":
+        del options["suppress_tokens"]  # by itself
     got = model.generate(inputs.pop("input_features"), **inputs, max_new_tokens=8, **options)
     if not isinstance(got, torch.Tensor):
         got, untouched = got["sequences"], untouched["sequences"]
     assert torch.equal(got, untouched)
     assert len(model.speaker_rows) == len(got) == 3 * options.get("num_return_sequences", 1)
-    assert not reads_on or {start for _, start in read_on} == {40, 80}
 
 
-def test_whisper_reads_on_with_the_same_talker(integrate, whisper):
-    """Reading on at a timestamp, each talker's stream is the one it had, wherever it now is."""
-    model, mel = integrate(whisper, 1), listen(RECORDINGS[:1])["input_features"]
-    integration = model._speaker_integration
-    gains, order = torch.tensor([0.2, 1.0, 3.0]), [0, 1, 2]
-
-    def forward(features, frame_mask=None):
-        return features[:, None] * gains[order].view(1, 3, 1, 1), torch.ones(len(features), 3)
-
-    model.speaker_separator.forward = forward
-    streams, mask, probs = integration.split(mel, None)
-    talkers, _ = integration.pick(streams, mask, probs)
-    integration.rows = ssm._Rows(streams[0], mask[[0, 0, 0]], talkers, mel)
-    order[:] = [2, 0, 1]
-    later = torch.nn.functional.pad(mel[..., 40:], (0, 40))
-    with torch.no_grad():
-        hidden, _ = ssm.tower_front(whisper.model.encoder, later, None, 1)
-    for row in range(3):
-        stream = integration.split_from(row, 40)
-        torch.testing.assert_close(stream[:25], hidden[0, :25] * gains[row])  # of 0.9 s
+def test_whisper_reads_on_from_a_timestamp(integrate, whisper):
+    """Every row is what the untouched Whisper makes of that talker's spectrogram, read thrice."""
+    separator, slow = make_separator("spectrogram"), []
+    options = {**TIMES, "logits_processor": [ends_a_segment], "return_segments": True}
+    for samples in RECORDINGS:
+        slow += slow_rows(whisper, separator, listen([samples]), "spectrogram", **options)
+    model = integrate(whisper, "spectrogram", separator=separator)
+    got = model.generate(listen(RECORDINGS)["input_features"], **options)
+    assert stripped(got["sequences"]) == stripped([row["sequences"][0] for row in slow])
+    starts = [[round(float(part["start"]), 2) for part in row] for row in got["segments"]]
+    assert starts == [[0.0, 0.4, 0.8]] * 9
+    assert len({tuple(row) for row in got["sequences"].tolist()}) > 1
 
 
-def test_whisper_silence_and_refusals(integrate, whisper):
-    model, inputs = integrate(whisper, 1), listen(RECORDINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whisper_with_and_without_a_mask(kind, integrate, whisper):
+    """Whisper's extractor gives no mask unless asked: the audio ends where the floor begins."""
+    inputs, options = listen(RECORDINGS), {"max_new_tokens": 6, "language": "en"}
+    model = integrate(whisper, kind)
+    masked, rows = model.generate(**inputs, **options), model.speaker_rows
+    assert torch.equal(model.generate(inputs["input_features"], **options), masked)
+    assert model.speaker_rows == rows
+    split = model._speaker_integration.split
+    _, inside, _ = split(inputs["input_features"], None)
+    assert inside.sum(1).tolist() == pytest.approx(
+        [len(r) / RATE * (100 if kind == "spectrogram" else 50) for r in RECORDINGS], abs=2)
+    _, half, _ = split(inputs["input_features"].bfloat16(), None)
+    assert torch.equal(half, inside)  # the floor is the floor whatever it was rounded to
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_whisper_nobody_and_refusals(kind, integrate, whisper):
+    model, inputs = integrate(whisper, kind), listen(RECORDINGS)
     assert model.generate(**inputs, num_speakers=0).shape[0] == 0
     assert model.generate(**inputs, num_speakers=0, return_segments=True)["segments"] == []
     with pytest.raises(ValueError, match="audio slot, as in Qwen2-Audio"):
@@ -749,10 +810,11 @@ def test_whisper_silence_and_refusals(integrate, whisper):
 # What stays as it was
 
 
-def test_text_and_labels_are_untouched(integrate, qwen, processor):
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_text_and_labels_are_untouched(kind, integrate, qwen, processor):
     text = processor.tokenizer([PROMPT, "Who speaks? a a"], return_tensors="pt", padding=True)
     text = {"input_ids": text["input_ids"], "attention_mask": text["attention_mask"]}
-    inputs = ask(processor, RECORDINGS)
+    inputs = processed(processor, RECORDINGS)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
 
     def outcomes(model):
@@ -764,31 +826,24 @@ def test_text_and_labels_are_untouched(integrate, qwen, processor):
         return output.loss, output.logits, logits, ids, positional
 
     before = outcomes(qwen)
-    after = outcomes(integrate(qwen, layer=1))
+    after = outcomes(integrate(qwen, kind))
     assert before[3].shape[0] == 2
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     qwen.generate(**inputs, max_new_tokens=2)  # audio in between changes nothing either
     assert all(torch.equal(a, b) for a, b in zip(before, outcomes(qwen), strict=True))
+    assert qwen.speaker_rows is None  # the last call had no talkers to list
 
 
-def test_positional_prompt(integrate, qwen, processor):
-    model, inputs = integrate(qwen), ask(processor, RECORDINGS)
-    named = model.generate(**inputs, max_new_tokens=4)
-    prompt = inputs.pop("input_ids")
-    assert torch.equal(model.generate(prompt, **inputs, max_new_tokens=4), named)
-
-
-@pytest.mark.parametrize("layer", [None, 1])
-def test_removal_restores_the_model(integrate, layer, qwen, processor):
-    inputs = ask(processor, RECORDINGS)
+@pytest.mark.parametrize("kind", ["spectrogram", None, 1])
+def test_removal_restores_the_model(kind, integrate, qwen, processor):
+    inputs = processed(processor, RECORDINGS)
     tokens = qwen.generate(**inputs, max_new_tokens=6)
     state = {name: value.clone() for name, value in qwen.state_dict().items()}
     attributes, tower_attributes = set(qwen.__dict__), set(ssm.audio_tower_of(qwen).__dict__)
-    model = integrate(qwen, layer)
-    assert isinstance(model.speaker_separator, ssm.SpeakerSeparatorTransformer)
+    model = integrate(qwen, kind)
+    assert model.speaker_separator.is_spectrogram == (kind == "spectrogram")
     model.generate(**inputs, max_new_tokens=6)
     assert ssm.remove_speaker_separator(model) is qwen
-    assert "generate" not in qwen.__dict__
     assert set(qwen.__dict__) == attributes
     assert set(ssm.audio_tower_of(qwen).__dict__) == tower_attributes
     assert not hasattr(qwen, "speaker_separator")
@@ -799,18 +854,50 @@ def test_removal_restores_the_model(integrate, layer, qwen, processor):
     assert ssm.remove_speaker_separator(qwen) is qwen  # once more is no error
 
 
-def test_integrating_twice_replaces(integrate, qwen, processor):
-    inputs = ask(processor, RECORDINGS[:1])
+def test_a_generate_of_ones_own_survives(integrate, qwen, processor):
+    """Libraries keep wrappers on the object; the separator goes through them and leaves them."""
+    inputs, calls = processed(processor, RECORDINGS[:1]), []
+    original = qwen.generate
+    qwen.generate = wrapper = lambda *a, **k: calls.append(1) or original(*a, **k)
+    model = integrate(qwen, 1)
+    model.generate(**inputs, max_new_tokens=1)
+    assert calls == [1]
+    ssm.remove_speaker_separator(model)
+    assert qwen.generate is wrapper
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_a_separator_object_comes_back_as_it_was(kind, qwen, processor):
+    separator = make_separator(kind).train()
+    separator.speaker_queries.requires_grad_(False)
+    needed = [p.requires_grad for p in separator.parameters()]
+    state = {name: value.clone() for name, value in separator.state_dict().items()}
+    model = ssm.integrate_speaker_separator(qwen, separator_checkpoint=separator, threshold=0.0)
+    assert model.speaker_separator is separator
+    assert not separator.training and not any(p.requires_grad for p in separator.parameters())
+    model.generate(**processed(processor, RECORDINGS[:1]), max_new_tokens=1)
+    for _ in range(2):  # also where it is put in again without being taken out
+        ssm.integrate_speaker_separator(model, separator_checkpoint=separator)
+    ssm.remove_speaker_separator(model)
+    assert all(module.training for module in separator.modules())
+    assert [p.requires_grad for p in separator.parameters()] == needed
+    assert sum(needed) == len(needed) - 1
+    assert all(torch.equal(v, state[name]) for name, v in separator.state_dict().items())
+
+
+@pytest.mark.parametrize("kinds", [(2, 1), ("spectrogram", 1), (1, "spectrogram")])
+def test_integrating_twice_replaces(kinds, integrate, qwen, processor):
+    inputs = processed(processor, RECORDINGS[:1])
     untouched = qwen.generate(**inputs, max_new_tokens=4)
-    once = answers(integrate(qwen, layer=1), inputs, max_new_tokens=4)
-    twice = answers(integrate(integrate(qwen, layer=2), layer=1), inputs, max_new_tokens=4)
+    once = answers(integrate(qwen, kinds[1]), inputs, max_new_tokens=4)
+    twice = answers(integrate(integrate(qwen, kinds[0]), kinds[1]), inputs, max_new_tokens=4)
     assert once == twice
     ssm.remove_speaker_separator(qwen)
     assert torch.equal(qwen.generate(**inputs, max_new_tokens=4), untouched)
 
 
 def test_failure_while_generating_leaves_the_model_usable(integrate, qwen, processor):
-    model, inputs = integrate(qwen), ask(processor, RECORDINGS)
+    model, inputs = integrate(qwen), processed(processor, RECORDINGS)
     before = model.generate(**inputs, max_new_tokens=3)
 
     def fail(*args, **kwargs):
@@ -827,33 +914,46 @@ def test_failure_while_generating_leaves_the_model_usable(integrate, qwen, proce
 # Checkpoints and refusals
 
 
-def test_checkpoint_brings_layer_and_threshold(integrate, qwen, processor, tmp_path):
-    source = {"encoder": "x", "layer": 1, "frame_rate": 50.0}
-    separator = tiny_separator(3, seed=6, threshold=0.0, feature_source=source)
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_checkpoint_brings_layer_and_threshold(kind, integrate, qwen, processor, tmp_path):
+    source = {} if kind == "spectrogram" else {
+        "feature_source": {"encoder": "x", "layer": 1, "frame_rate": 50.0}}  # fmt: skip
+    separator = make_separator(kind, seed=6, threshold=0.0, **source)
     path = save_tiny_checkpoint(tmp_path / "best_model.pt", separator)
     separator.save_pretrained(tmp_path / "exported")
-    inputs = ask(processor, RECORDINGS[:1])
-    by_hand = answers(integrate(qwen, 1, 0.0, separator=separator), inputs, max_new_tokens=5)
+    inputs = processed(processor, RECORDINGS[:1])
+    by_hand = answers(integrate(qwen, kind, 0.0, separator=separator), inputs, max_new_tokens=5)
     for origin in (path, str(path), tmp_path / "exported"):
         model = ssm.integrate_speaker_separator(qwen, max_speakers=3, separator_checkpoint=origin)
         assert answers(model, inputs, max_new_tokens=5) == by_hand
-    model = ssm.integrate_speaker_separator(
-        qwen, separator_checkpoint=path, layer=0, threshold=1.0)  # fmt: skip
+    model = ssm.integrate_speaker_separator(qwen, separator_checkpoint=path, threshold=1.0)
     assert len(model.generate(**inputs)) == 0
+    if kind == 1:
+        model = ssm.integrate_speaker_separator(qwen, separator_checkpoint=path, layer=0)
+        other = answers(integrate(qwen, 0, separator=separator), inputs, max_new_tokens=5)
+        assert answers(model, inputs, max_new_tokens=5) == other != by_hand
 
 
-def test_checkpoint_of_other_width(qwen, processor, tmp_path):
+@pytest.mark.parametrize("streams", [1, 2, 5])
+def test_max_speakers(streams, qwen, processor, tmp_path):
+    """Without ``max_speakers`` the checkpoint's count; more than it has is refused."""
+    inputs = processed(processor, RECORDINGS[:1])
+    for separator in (tiny_separator(streams), tiny_spectrogram_separator(streams)):
+        path = save_tiny_checkpoint(tmp_path / "some.pt", separator)
+        model = ssm.integrate_speaker_separator(qwen, None, path, threshold=0.0)
+        assert len(model.generate(**inputs, max_new_tokens=1)) == streams
+        ssm.integrate_speaker_separator(qwen, max_speakers=streams, separator_checkpoint=path)
+        with pytest.raises(ValueError, match=f"{streams} streams and max_speakers={streams + 1}"):
+            ssm.integrate_speaker_separator(qwen, streams + 1, path)
+    model = ssm.integrate_speaker_separator(qwen, streams, threshold=0.0)  # no checkpoint
+    assert len(model.generate(**inputs, max_new_tokens=1)) == streams
+
+
+def test_checkpoint_of_other_width(qwen, tmp_path):
     path = save_tiny_checkpoint(tmp_path / "wide.pt", tiny_separator(3, feature_dim=64))
     with pytest.raises(ValueError, match="64.*32"):
         ssm.integrate_speaker_separator(qwen, separator_checkpoint=path)
     assert "generate" not in qwen.__dict__
-
-
-def test_checkpoint_with_too_few_streams(qwen, tmp_path):
-    path = save_tiny_checkpoint(tmp_path / "two.pt", tiny_separator(2))
-    with pytest.raises(ValueError, match="2 streams"):
-        ssm.integrate_speaker_separator(qwen, max_speakers=3, separator_checkpoint=path)
-    ssm.integrate_speaker_separator(qwen, max_speakers=2, separator_checkpoint=path)
 
 
 def test_missing_checkpoint(qwen, tmp_path):
@@ -861,17 +961,30 @@ def test_missing_checkpoint(qwen, tmp_path):
         ssm.integrate_speaker_separator(qwen, separator_checkpoint=tmp_path / "gone.pt")
 
 
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_layer_out_of_range(layer, qwen):
+    with pytest.raises(ValueError, match="0 to 2"):
+        ssm.integrate_speaker_separator(qwen, layer=layer)
+
+
+def test_layer_of_a_spectrogram_separator(qwen, spectrogram_checkpoint):
+    with pytest.raises(ValueError, match="layer is for separators of hidden features"):
+        ssm.integrate_speaker_separator(qwen, None, spectrogram_checkpoint, layer=1)
+    assert "generate" not in qwen.__dict__
+
+
 def test_more_prompts_than_recordings(integrate, qwen, processor):
-    model, inputs = integrate(qwen), ask(processor, RECORDINGS)
+    model, inputs = integrate(qwen), processed(processor, RECORDINGS)
     for name in ("input_features", "feature_attention_mask"):
         inputs[name] = inputs[name][:2]
     with pytest.raises(ValueError, match="3 prompts.*2 recordings"):
         model.generate(**inputs)
 
 
-def test_more_talkers_than_streams(integrate, qwen, processor):
+@pytest.mark.parametrize("kind", ["spectrogram", None])
+def test_more_talkers_than_streams(kind, integrate, qwen, processor):
     with pytest.raises(ValueError, match="0 to 3"):
-        integrate(qwen).generate(**ask(processor, RECORDINGS), num_speakers=4)
+        integrate(qwen, kind).generate(**processed(processor, RECORDINGS), num_speakers=4)
 
 
 def test_model_of_another_kind():
@@ -880,63 +993,57 @@ def test_model_of_another_kind():
 
 
 # --------------------------------------------------------------------------------------------------
+# One call for an answer per talker
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", None])
+def test_answer_per_talker(kind, integrate, qwen, processor):
+    model = integrate(qwen, kind)
+    rows = answer_per_talker(model, processor, RECORDINGS[0], PROMPT, max_new_tokens=5)
+    inputs = processed(processor, RECORDINGS[:1])
+    expected = processor.batch_decode(
+        answers(model, inputs, max_new_tokens=5), skip_special_tokens=True)
+    assert [row["speaker"] for row in rows] == [1, 2, 3]
+    assert [row["text"] for row in rows] == [text.strip() for text in expected]
+    assert [row["probability"] for row in rows] == [round(p, 4) for *_, p in model.speaker_rows]
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", None])
+def test_answer_per_talker_of_nobody(kind, integrate, qwen, processor):
+    model = integrate(qwen, kind, threshold=1.0)
+    assert answer_per_talker(model, processor, RECORDINGS[0]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_ask_a_model_in_half_precision(kind, dtype, qwen_folder, integrate):
+    """What commands do: a model as its file or the user has it, recordings in, texts out."""
+    model, processor = load_model(str(qwen_folder), "cpu", dtype)
+    plain = ask(model, processor, RECORDINGS, max_new_tokens=4)
+    model = pass_through(integrate(model, kind, threshold=0.5))
+    assert next(model.parameters()).dtype == dtype
+    assert ask(model, processor, RECORDINGS, max_new_tokens=4) == plain
+    assert len(plain) == 3 and any(plain)
+
+
+# --------------------------------------------------------------------------------------------------
 # The spoken-digits model, where it is there
 
 
-@pytest.fixture
-def digits():
+def test_digits_model():
     folder, recordings = SHARED / "qwen2-audio-digits", SHARED / "fsdd"
     if not (folder.is_dir() and recordings.is_dir()):
         pytest.skip(f"no spoken-digits model at {folder}")
-    from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
-
-    pieces = [ssm.read_audio(recordings / f"{d}_theo_6.wav", RATE) for d in (3, 1, 9)]
+    model, processor = load_model(str(folder))
+    pieces = [read_audio(recordings / f"{d}_theo_6.wav") for d in (3, 1, 9)]
     gap = np.zeros(1600, np.float32)
     samples = np.concatenate([gap, pieces[0], gap, pieces[1], gap, pieces[2]])
     samples *= 0.05 / np.sqrt(np.mean(np.concatenate(pieces) ** 2))
-    model = Qwen2AudioForConditionalGeneration.from_pretrained(folder).eval()
-    return model, AutoProcessor.from_pretrained(folder), samples, folder
-
-
-def test_digits_model(digits):
-    model, processor, samples, folder = digits
-    inputs = ask(processor, [samples])
-    states, output, inside, halved = tower_states(ssm.audio_tower_of(model), inputs)
-    encoder = ssm.load_audio_encoder(str(folder))
-    for layer in (None, 1):
-        features = ssm.encode_audio(samples, encoder, layer)
-        expected = output[halved] if layer is None else states[layer][inside]
-        torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    inputs = processed(processor, [samples])
     untouched = model.generate(**inputs)
-    for layer in (None, 1):
-        ssm.integrate_speaker_separator(model, layer=layer)
-        rows = ssm.answer_per_talker(pass_through(model), processor, samples)
+    separator = tiny_spectrogram_separator()
+    for options in ({"layer": None}, {"layer": 1}, {"separator_checkpoint": separator}):
+        ssm.integrate_speaker_separator(model, **options)
+        rows = answer_per_talker(pass_through(model), processor, samples)
         assert [row["text"] for row in rows] == ["three one nine"]
         assert torch.equal(model.generate(**inputs), untouched)
-
-
-def test_whisper_gives_a_row_per_talker(whisper_folder):
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = WhisperConfig.from_pretrained(whisper_folder)
-    whisper = WhisperForConditionalGeneration(config).eval()
-    frames = 2 * config.max_source_positions
-    mel = torch.randn(2, config.num_mel_bins, frames)
-    options = {"decoder_input_ids": torch.tensor([[3], [3]]), "max_new_tokens": 4}
-    before = whisper.generate(mel, **options)
-    ssm.integrate_speaker_separator(whisper, threshold=0)
-    assert len(whisper.generate(mel, **options)) == len(whisper.speaker_rows) == 6
-    ssm.remove_speaker_separator(whisper)
-    torch.testing.assert_close(whisper.generate(mel, **options), before)
-
-
-def test_a_hook_on_the_tower_survives(qwen):
-    """Libraries that place a model on devices wrap the forward of its parts."""
-    tower = ssm.audio_tower_of(qwen)
-    original = tower.forward
-    tower.forward = hook = lambda *args, **kwargs: original(*args, **kwargs)
-    ssm.integrate_speaker_separator(qwen)
-    assert tower.forward is not hook
-    ssm.remove_speaker_separator(qwen)
-    assert tower.forward is hook

@@ -1,9 +1,8 @@
-"""Recordings longer than the encoder's window: reading, matching talkers, answers, memory."""
+"""Recordings longer than the encoder's window: who is who, streams, answers, memory."""
 
 import json
-import os
+import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,14 +21,24 @@ from conftest import (
     tiny_extractor,
     tiny_separator,
 )
+from test_integration import TIMES, ends_a_segment, make_separator, timed_whisper
 
+import long_recordings
 import speaker_separator_module as ssm
+from audio import floor_log_mel, load_audio_encoder, log_mel, read_audio
+from long_recordings import (
+    TalkerTracker,
+    answer_per_talker,
+    audio_windows,
+    has_sound,
+    join_texts,
+    separate_recording,
+    window_sizes,
+)
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import long_recording  # noqa: E402
-
-WINDOW, STEP = 16000, 11520  # of the tiny extractor
+WINDOW, STEP = 16000, 11520  # of the tiny models
 LONG = np.concatenate([sine(1.7, 150), np.zeros(4000, np.float32), sine(1.9, 260)])
+COUNT = 1 + -(-(len(LONG) - WINDOW) // STEP)
 
 
 @pytest.fixture
@@ -38,45 +47,17 @@ def long_file(tmp_path):
     return tmp_path / "long.wav"
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading
-
-
-@pytest.mark.parametrize("rate", [16000, 8000, 44100])
-def test_pieces_are_the_whole(rate, tmp_path, monkeypatch):
-    """A file read and resampled piece by piece equals one resampled at once."""
-    monkeypatch.setattr(ssm, "AUDIO_BLOCK", 5000)
-    wave = sine(1.3, 300, rate)
-    soundfile.write(tmp_path / "a.wav", np.stack([wave, wave], 1), rate, subtype="FLOAT")
-    whole = soxr.resample(wave, rate, RATE)
-    for audio, given in ((tmp_path / "a.wav", None), (wave, rate), (torch.from_numpy(wave), rate),
-                         (wave.tolist(), rate)):  # fmt: skip
-        pieces = list(ssm.audio_blocks(audio, RATE, given))
-        assert len(pieces) > 3
-        np.testing.assert_allclose(np.concatenate(pieces), whole, atol=1e-5)
-
-
-def test_half_precision_tensor_that_asks_for_gradients():
-    wave = torch.tensor([0.5, -0.5], dtype=torch.bfloat16, requires_grad=True)
-    assert ssm.read_audio(wave, RATE).tolist() == [0.5, -0.5]
-
-
-def test_a_nan_far_into_a_file(tmp_path, qwen_folder, qwen_checkpoint, capsys):
-    """Found before any answer is given."""
-    samples = np.r_[np.zeros(20 * RATE), np.nan].astype(np.float32)
-    soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
-    common = [f"--checkpoint={qwen_checkpoint}", *CPU_FLAGS]
-    for command in (["infer", "--input"], ["integrate", f"--model={qwen_folder}", "--audio"]):
-        argv = [*command, tmp_path / "a.wav", *common]
-        assert_fails(capsys, argv, "NaN", "a.wav")
-        assert not capsys.readouterr().out
+@pytest.fixture
+def short_windows(monkeypatch):
+    """Spectrograms too in windows of the tiny models' second."""
+    monkeypatch.setattr(long_recordings, "WINDOW_SECONDS", 1)
 
 
 @pytest.mark.parametrize("length", [1, STEP, WINDOW, WINDOW + 1, WINDOW + STEP, 61234])
 def test_windows_cover_the_recording(length):
-    assert ssm.window_sizes(tiny_extractor()) == (WINDOW, STEP)
+    assert window_sizes(tiny_extractor().n_samples) == (WINDOW, STEP)
     samples = np.arange(length, dtype=np.float32)
-    windows = list(ssm.audio_windows(iter(np.array_split(samples, 7)), WINDOW, STEP))
+    windows = list(audio_windows(iter(np.array_split(samples, 7)), WINDOW, STEP))
     assert [start for start, _ in windows] == [i * STEP for i in range(len(windows))]
     for start, window in windows:
         assert np.array_equal(window, samples[start : start + WINDOW])
@@ -110,7 +91,7 @@ def active(*flags):
 
 
 def test_streams_are_followed_through_the_shared_seconds():
-    tracker = ssm.TalkerTracker(shared=10)
+    tracker = TalkerTracker(shared=10)
     both = active(1, 1, 0)
     assert tracker.number(lanes("a0", "b0", None), both) == {0: 0, 1: 1}
     assert tracker.number(lanes("b30", "a30", None, shift=2), both) == {1: 0, 0: 1}
@@ -120,7 +101,7 @@ def test_streams_are_followed_through_the_shared_seconds():
 
 def test_numbers_by_first_appearance_and_return():
     """b comes later, a leaves and comes back in silence after the distances have been learnt."""
-    tracker = ssm.TalkerTracker(shared=10)
+    tracker = TalkerTracker(shared=10)
     assert tracker.number(lanes(None, "a0"), active(0, 1)) == {1: 0}
     assert tracker.number(lanes("a30", "b30"), active(1, 1)) == {0: 0, 1: 1}
     assert tracker.number(lanes("b60", None), active(1, 0)) == {0: 1}
@@ -130,7 +111,7 @@ def test_numbers_by_first_appearance_and_return():
 
 
 def test_after_silence_the_last_seen_goes_on():
-    tracker = ssm.TalkerTracker(shared=10)
+    tracker = TalkerTracker(shared=10)
     assert tracker.number(lanes("a0", None), active(1, 0)) == {0: 0}
     assert tracker.number(lanes(None, None), active(0, 0)) == {}
     assert tracker.number(lanes(None, "a100"), active(0, 1), sound=False) == {1: 0}
@@ -138,14 +119,14 @@ def test_after_silence_the_last_seen_goes_on():
 
 def test_streams_of_a_window_with_nobody_are_not_followed():
     """It has sound, but no stream of it was a talker; both talkers come back the other way."""
-    tracker = ssm.TalkerTracker(shared=10)
+    tracker = TalkerTracker(shared=10)
     assert tracker.number(lanes("a0", "b0"), active(1, 1)) == {0: 0, 1: 1}
     assert tracker.number(lanes("a30", "b30"), active(0, 0)) == {}
     assert tracker.number(lanes("b60", "a60"), active(1, 1)) == {1: 0, 0: 1}
 
 
 def test_a_known_count_is_never_exceeded():
-    tracker = ssm.TalkerTracker(shared=10, most=2)
+    tracker = TalkerTracker(shared=10, most=2)
     seen = set()
     for index, pair in enumerate([("a", "b"), ("c", "b"), ("d", "e"), ("b", "a")]):
         streams = lanes(*(f"{name}{30 * index}" for name in pair))
@@ -155,7 +136,7 @@ def test_a_known_count_is_never_exceeded():
 
 def test_a_wrong_look_at_the_shared_seconds_is_outvoted_by_the_voice():
     """Both streams change places; the shared seconds of one look like the other talker's."""
-    tracker = ssm.TalkerTracker(shared=10)
+    tracker = TalkerTracker(shared=10)
     for first in (0, 30, 60):
         assert tracker.number(lanes(f"a{first}", f"b{first}"), active(1, 1)) == {0: 0, 1: 1}
     misleading = lanes("b90", "a90")
@@ -165,49 +146,193 @@ def test_a_wrong_look_at_the_shared_seconds_is_outvoted_by_the_voice():
 
 
 def test_many_talkers_at_once():
-    tracker, names = ssm.TalkerTracker(shared=10), "abcdefg"
+    tracker, names = TalkerTracker(shared=10), "abcdefg"
     everybody = torch.ones(7, dtype=torch.bool)
     assert tracker.number(lanes(*(f"{n}0" for n in names)), everybody) == {s: s for s in range(7)}
     turned = lanes(*(f"{n}30" for n in names[::-1]))
     assert tracker.number(turned, everybody) == {s: 6 - s for s in range(7)}
 
 
-def test_the_talkers_own_features_are_followed():
-    """A 95 s recording of real talkers who alternate and overlap; streams in random order."""
-    model, recordings = SHARED / "qwen2-audio-digits", SHARED / "fsdd"
-    if not (model.is_dir() and recordings.is_dir()):
-        pytest.skip(f"no spoken-digits model at {model}")
-    score = long_recording.measure(recordings, model, layer=1, seed=2)
-    assert score["windows"] == 32
-    assert score["talkers"] == 2
-    assert score["kept"] >= 0.95
+def digits_of(speaker, seconds, rng):
+    """Recorded digits of one speaker in a row, at an RMS of 0.05."""
+    pieces, length = [], 0
+    while length < seconds * RATE:
+        samples = read_audio(
+            SHARED / "fsdd" / f"{rng.integers(10)}_{speaker}_{rng.integers(5, 10)}.wav")
+        gap = np.zeros(round(rng.uniform(0.02, 0.15) * RATE), np.float32)
+        pieces += [samples * (0.05 / np.sqrt(np.mean(samples**2))), gap]
+        length += len(samples) + len(gap)
+    return np.concatenate(pieces)[: round(seconds * RATE)]
 
 
-def test_a_trained_separator_keeps_talkers():
-    """The same of a trained separator, where SPEAKER_SEPARATOR_DIGITS names its checkpoint."""
-    checkpoint = os.environ.get("SPEAKER_SEPARATOR_DIGITS")
-    if not checkpoint:
-        pytest.skip("SPEAKER_SEPARATOR_DIGITS names no checkpoint of a digits separator")
-    model = ssm.load_separator(checkpoint).feature_source["encoder"]
-    rows = [long_recording.measure(SHARED / "fsdd", model, checkpoint, seed=s) for s in range(3)]
-    kept = sum(row["kept"] * row["windows"] for row in rows) / sum(r["windows"] for r in rows)
-    assert kept >= 0.95, rows
+def two_tracks(seconds, seed):
+    """Two talkers who take turns of 3 to 8 s, up to 2 s too early."""
+    rng, tracks = np.random.default_rng(seed), np.zeros((2, seconds * RATE), np.float32)
+    start, turn = 0.0, 0
+    while start < seconds:
+        length = min(rng.uniform(3, 8), seconds - start)
+        samples = digits_of(("nicolas", "george")[turn % 2], length, rng)
+        first = round(start * RATE)
+        room = tracks[turn % 2, first : first + len(samples)]
+        room += samples[: len(room)]
+        start, turn = start + max(1, length + rng.uniform(-2, 1)), turn + 1
+    return tracks
+
+
+def test_real_voices_are_followed():
+    """Three recordings in windows of 4 s; the talkers' own spectrograms come in random order."""
+    if not (SHARED / "fsdd").is_dir():
+        pytest.skip("no spoken digits")
+    window, step, kept = 4 * RATE, 3 * RATE, []
+    for seed in (2, 3, 4):
+        tracks, rng = two_tracks(95, seed), np.random.default_rng(seed)
+        tracker, right = TalkerTracker(100, most=2), []
+        for first in range(0, tracks.shape[1] - window + 1, step):
+            order = rng.permutation(2)
+            alone = tracks[order, first : first + window]
+            present = torch.from_numpy(np.square(alone).mean(1) > 1e-5)
+            mixture = alone.sum(0)
+            numbers = tracker.number(
+                floor_log_mel(log_mel(torch.from_numpy(alone))), present,
+                has_sound(mixture[: window - step], mixture))
+            right.append(all(order[stream] == number for stream, number in numbers.items()))
+        assert len(right) == 31
+        kept.append(max(np.mean(right), 1 - np.mean(right)))  # either talker may come first
+    assert np.mean(kept) >= 0.95, kept
 
 
 # --------------------------------------------------------------------------------------------------
-# Answers
+# Streams
 
 
-def test_join_texts():
-    """Words of shared seconds once; cut words at either edge go; a gap between windows is kept."""
-    parts = [(0, "one two three fo"), (1, "ree four five six"), (3, "six seven")]
-    assert ssm.join_texts(parts[:1], 0.25) == "one two three fo"
-    assert ssm.join_texts([(0, "one two three"), (1, "Three, four")], 0.25) == "one two three four"
-    both = [(0, "a b c d three fo"), (1, "hree three four five six e")]
-    assert ssm.join_texts(both, 0.25) == "a b c d three four five six e"
-    assert ssm.join_texts([(0, "five six"), (2, "six seven")], 0.25) == "five six six seven"
-    assert ssm.join_texts([(0, "one two"), (1, "three four")], 0.25) == "one two three four"
-    assert ssm.join_texts([(0, ""), (1, "one")], 0.25) == "one"
+def changing_gains(model, gains=(-0.1, -0.3, -0.6)):
+    """Make every stream the mixture plus a gain; the order changes from call to call."""
+    gains, calls = torch.tensor(gains), []
+
+    def gains_of(spectrograms, frame_mask=None):
+        order = torch.roll(torch.arange(3), len(calls))
+        calls.append(order)
+        probs = torch.tensor([0.9, 0.8, 0.7])[order].expand(len(spectrograms), 3)
+        # By frame, so that it shows where a window's part begins and ends.
+        steps = torch.arange(spectrograms.shape[1])[:, None] * 1e-4
+        values = gains[order].view(1, 3, 1, 1) - steps
+        return values.expand(len(spectrograms), 3, *spectrograms.shape[1:]), probs
+
+    def forward(spectrograms, frame_mask=None):
+        values, probs = gains_of(spectrograms)
+        return spectrograms[:, None] + values, probs
+
+    separator = getattr(model, "speaker_separator", model)
+    separator.gains, separator.forward = gains_of, forward
+    return model
+
+
+def spectrogram_windows(bins):
+    for first in range(0, COUNT * STEP, STEP):
+        samples = LONG[first : first + WINDOW]
+        yield first // 160, log_mel(torch.from_numpy(samples), bins)
+
+
+def test_every_frame_is_from_one_window(short_windows):
+    """Of the frames two windows share, the first half is the earlier one's."""
+    separator = changing_gains(make_separator("spectrogram"))
+    separate = ssm.window_separator(separator, 0.5, None)
+    recording = separate_recording(separate, LONG, num_bins=16)
+    assert recording.num_windows == COUNT and recording.frame_rate == 100
+    assert recording.mixture.shape == (len(LONG) // 160, 16)
+    assert [(t.number, t.probability) for t in recording.talkers] == [
+        (1, pytest.approx(0.9)), (2, pytest.approx(0.8)), (3, pytest.approx(0.7))]
+    for talker, gain in zip(recording.talkers, (-0.1, -0.3, -0.6), strict=True):
+        assert len(talker.windows) == COUNT
+        for index, (first, frames) in enumerate(spectrogram_windows(16)):
+            begin = 14 * (index > 0)
+            end = len(frames) - 14 * (index + 1 < COUNT)
+            place = slice(first + begin, first + end)
+            torch.testing.assert_close(recording.mixture[place], frames[begin:end])
+            expected = gain - 1e-4 * torch.arange(begin, end)[:, None].expand(-1, 16)
+            torch.testing.assert_close(talker.values[place], expected)
+        stream = recording.stream(talker)
+        torch.testing.assert_close(stream, floor_log_mel(recording.mixture + talker.values))
+        assert stream.amax() - stream.amin() <= 2 + 1e-5
+
+
+def test_a_talker_is_absent_elsewhere(short_windows):
+    """In windows where it was not found, it is 80 dB down."""
+    def separate(features, alone):
+        low = torch.arange(16) < 8
+        streams = torch.stack([torch.where(low, -0.1, -1.0), torch.where(low, -1.0, -0.1)])
+        streams = streams[:, None].expand(2, *features.shape)
+        calls.append(alone)
+        here = torch.tensor([True, len(calls) == 2])
+        return streams, torch.tensor([0.9, 0.6]), here
+
+    calls = []
+    recording = separate_recording(separate, LONG, num_bins=16)
+    assert calls == [False] * COUNT
+    first, second = recording.talkers
+    assert len(second.windows) == 1 and second.windows[0]["start"] == STEP / RATE
+    low = [-1.0] * 8 + [-0.1] * 8
+    torch.testing.assert_close(second.values[72 + 14 : 172], torch.tensor([low] * 86))
+    assert (second.values[: 72 + 14] == -2).all() and (second.values[172:] == -2).all()
+    torch.testing.assert_close(first.values, torch.tensor([low[::-1]] * len(first.values)))
+
+
+def test_infer_a_long_recording(qwen_folder, long_file, tmp_path, capsys):
+    """Files are as long as the recording and hold the talker's stream of every window."""
+    source = {"encoder": str(qwen_folder), "layer": 1, "frame_rate": 50.0}
+    separator = tiny_separator(3, seed=4, feature_source=source)
+    path = save_tiny_checkpoint(tmp_path / "s.pt", separator)
+    argv = ["infer", f"--checkpoint={path}", f"--input={long_file}", "--threshold=0", *CPU_FLAGS,
+            f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
+    assert ssm.main(argv) == 0
+    assert "3 talkers" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out/separation.json").read_text())
+    assert (result["num_frames"], result["num_windows"]) == (193, COUNT)
+    assert result["speakers"][0]["windows"][-1]["end"] == pytest.approx(len(LONG) / RATE)
+    encoder, tracker = load_audio_encoder(str(qwen_folder), 1), TalkerTracker(14)
+    for index in range(COUNT):
+        samples = LONG[index * STEP : index * STEP + WINDOW]
+        features = encoder.encode([samples])[0]
+        streams, _, active = ssm.separate(separator, features, threshold=0.0)
+        sound = has_sound(samples[: WINDOW - STEP], samples)
+        numbers = tracker.number(streams, active, sound)
+        begin = 7 * (index > 0)
+        end = len(features) - 7 * (index + 1 < COUNT)
+        for stream, number in numbers.items():
+            saved = np.load(tmp_path / f"out/speaker_{number + 1}.npy")
+            assert saved.shape == (193, WIDTH)
+            np.testing.assert_allclose(
+                saved[index * 36 + begin : index * 36 + end], streams[stream][begin:end].numpy(),
+                atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Joined texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "joined"),
+    [
+        ([(0, "one two three fo")], "one two three fo"),
+        ([(0, "one two three"), (1, "Three, four")], "one two three four"),
+        # Words that an edge cut in two go.
+        ([(0, "a b c d three fo"), (1, "hree three four five six e")],
+         "a b c d three four five six e"),
+        ([(0, "five six"), (2, "six seven")], "five six six seven"),  # no shared seconds
+        ([(0, "one two"), (1, "three four")], "one two three four"),
+        ([(0, ""), (1, "one")], "one"),
+        ([], ""),
+        ([(0, "今天天氣很好"), (1, "很好我們出去")], "今天天氣很好我們出去"),
+        ([(0, "今天 天氣很好。"), (1, "好。出去")], "今天天氣很好。出去"),
+        ([(0, "いい天気"), (2, "天気です")], "いい天気天気です"),
+    ],
+)
+def test_join_texts(texts, joined):
+    assert join_texts(texts, 0.25) == joined
+
+
+# --------------------------------------------------------------------------------------------------
+# Answers, window by window
 
 
 def changing_streams(model, gains=(0.3, 1.0, 3.0)):
@@ -224,137 +349,342 @@ def changing_streams(model, gains=(0.3, 1.0, 3.0)):
     return model
 
 
-@pytest.fixture
-def integrated(qwen, tmp_path):
-    path = save_tiny_checkpoint(tmp_path / "put.pt", tiny_separator(3, seed=4))
-    return ssm.integrate_speaker_separator(qwen, separator_checkpoint=path, layer=1, threshold=0.5)
+@pytest.fixture(params=["spectrogram", 1])
+def integrated(request, qwen, tmp_path):
+    """A Qwen2-Audio with either kind of separator."""
+    path = save_tiny_checkpoint(tmp_path / "put.pt", make_separator(request.param))
+    layer = None if request.param == "spectrogram" else 1
+    return ssm.integrate_speaker_separator(
+        qwen, separator_checkpoint=path, layer=layer, threshold=0.5)
 
 
 def test_answers_of_a_long_recording(integrated, processor, long_file):
     """Each talker's text is that of its windows, whichever stream it is in."""
     model = changing_streams(integrated)
-    rows = ssm.answer_per_talker(model, processor, long_file, max_new_tokens=3)
+    rows = answer_per_talker(model, processor, long_file, max_new_tokens=3)
     assert [row["speaker"] for row in rows] == [1, 2, 3]
     assert [row["probability"] for row in rows] == [0.9, 0.8, 0.7]
-    count = 1 + -(-(len(LONG) - WINDOW) // STEP)
     for row, gain in zip(rows, (0.3, 1.0, 3.0), strict=True):
-        assert len(row["windows"]) == count
+        assert len(row["windows"]) == COUNT
         for index, window in enumerate(row["windows"]):
             start = index * STEP
             end = min(start + WINDOW, len(LONG))
             assert (window["start"], window["end"]) == (start / RATE, end / RATE)
             alone = changing_streams(model, (gain, gain, gain))
-            expected = ssm.answer_per_talker(
-                alone, processor, LONG[start:end], num_speakers=1, max_new_tokens=3)  # fmt: skip
+            expected = answer_per_talker(
+                alone, processor, LONG[start:end], num_speakers=1, max_new_tokens=3)
             assert window["text"] == expected[0]["text"]
         texts = [(i, window["text"]) for i, window in enumerate(row["windows"])]
-        assert row["text"] == ssm.join_texts(texts, 1 - STEP / WINDOW)
+        assert row["text"] == join_texts(texts, 1 - STEP / WINDOW)
 
 
 def test_samples_in_memory(integrated, processor, long_file):
-    from_file = ssm.answer_per_talker(integrated, processor, long_file, max_new_tokens=2)
+    from_file = answer_per_talker(integrated, processor, long_file, max_new_tokens=2)
     for audio in (LONG, torch.from_numpy(LONG)):
-        assert ssm.answer_per_talker(integrated, processor, audio, max_new_tokens=2) == from_file
+        assert answer_per_talker(integrated, processor, audio, max_new_tokens=2) == from_file
     twice = soxr.resample(LONG, RATE, 2 * RATE)
-    rows = ssm.answer_per_talker(
-        integrated, processor, twice, sampling_rate=2 * RATE, max_new_tokens=2)  # fmt: skip
+    changing_streams(integrated)
+    rows = answer_per_talker(
+        integrated, processor, twice, sampling_rate=2 * RATE, max_new_tokens=2)
     assert rows[0]["windows"][-1]["end"] == pytest.approx(len(LONG) / RATE, abs=1e-3)
 
 
 def test_known_count_of_a_long_recording(integrated, processor):
     model = changing_streams(integrated)
-    rows = ssm.answer_per_talker(model, processor, LONG, num_speakers=2, max_new_tokens=2)
+    rows = answer_per_talker(model, processor, LONG, num_speakers=2, max_new_tokens=2)
     assert [row["speaker"] for row in rows] == [1, 2]
     with pytest.raises(ValueError, match="0 to 3"):
-        ssm.answer_per_talker(integrated, processor, LONG, num_speakers=4)
+        answer_per_talker(integrated, processor, LONG, num_speakers=4)
+
+
+def test_a_window_may_lack_a_known_talker(integrated, processor):
+    """A count is of the whole recording: below the threshold nobody is made up in a window."""
+    model = changing_streams(integrated)
+    model._speaker_integration.threshold = 0.85
+    rows = answer_per_talker(model, processor, LONG, num_speakers=2, max_new_tokens=2)
+    assert [row["speaker"] for row in rows] == [1]
+    rows = answer_per_talker(model, processor, LONG[:WINDOW], num_speakers=2, max_new_tokens=2)
+    assert [row["speaker"] for row in rows] == [1, 2]
 
 
 def test_joint_answers_of_a_long_recording(integrated, processor):
-    (row,) = ssm.answer_per_talker(
-        changing_streams(integrated), processor, LONG, mode="joint", max_new_tokens=2)  # fmt: skip
+    (row,) = answer_per_talker(
+        changing_streams(integrated), processor, LONG, mode="joint", max_new_tokens=2)
     assert row["speakers"] == [1, 2, 3]
+    assert len(row["windows"]) == COUNT
     assert all(window["speakers"] == [1, 2, 3] for window in row["windows"])
 
 
 def test_a_model_without_a_separator(qwen, processor):
     with pytest.raises(ValueError, match="integrate_speaker_separator first"):
-        ssm.answer_per_talker(qwen, processor, LONG)
+        answer_per_talker(qwen, processor, LONG)
 
 
-def save_whisper(folder, whisper_folder, processor):
-    """The tiny Whisper with a processor: any tokenizer will do."""
-    from transformers import WhisperForConditionalGeneration, WhisperProcessor
-
-    model = WhisperForConditionalGeneration.from_pretrained(whisper_folder)
-    model.generation_config.max_length = 8
-    model.save_pretrained(folder)
-    WhisperProcessor(tiny_extractor(), processor.tokenizer).save_pretrained(folder)
-    return folder
+# --------------------------------------------------------------------------------------------------
+# Answers of Whisper
 
 
-def integrate_flags(model, checkpoint, audio, *more):
-    return ["integrate", f"--model={model}", f"--checkpoint={checkpoint}", f"--audio={audio}",
-            *CPU_FLAGS, "--threshold=0", *map(str, more)]  # fmt: skip
+@pytest.fixture
+def listener(whisper_folder):
+    """A tiny Whisper that knows timestamps, and a processor with a word for each token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, WhisperProcessor
+
+    words = {f"t{i}": i for i in range(100)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t99"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="t0", bos_token="t1", eos_token="t2",
+        additional_special_tokens=[f"t{i}" for i in range(90, 100)])
+    return timed_whisper(whisper_folder), WhisperProcessor(tiny_extractor(), tokenizer)
 
 
-def test_the_command_with_whisper(
-    whisper_folder, qwen_checkpoint, processor, long_file, tmp_path, capsys
-):
-    folder = save_whisper(tmp_path / "whisper", whisper_folder, processor)
-    argv = integrate_flags(folder, qwen_checkpoint, long_file, f"--json={tmp_path / 'a.json'}")
+SAY = {**TIMES, "logits_processor": [ends_a_segment]}
+
+
+def test_whisper_decodes_each_talkers_spectrogram(listener, long_file, short_windows, tmp_path):
+    """Its own long-form algorithm on the stitched streams, as on any recording."""
+    model, processor = listener
+    separator = changing_gains(make_separator("spectrogram"))
+    recording = separate_recording(
+        ssm.window_separator(separator, 0.5, None), LONG, num_bins=16)
+    expected = [
+        model.generate(recording.stream(t).T[None], **SAY, return_segments=True)["segments"][0]
+        for t in recording.talkers]
+    changing_gains(separator)
+    ssm.integrate_speaker_separator(model, None, separator, threshold=0.5)
+    rows = answer_per_talker(model, processor, long_file, **SAY)
+    assert [(row["speaker"], row["probability"]) for row in rows] == [
+        (1, 0.9), (2, 0.8), (3, 0.7)]
+    for row, parts in zip(rows, expected, strict=True):
+        texts = [" ".join(f"t{i}" for i in part["tokens"].tolist() if 2 < i < 90)
+                 for part in parts]
+        assert [part["text"] for part in row["windows"]] == texts
+        assert row["text"] == " ".join(texts)
+        starts = [part["start"] for part in row["windows"]]
+        assert starts == pytest.approx([0.4 * i for i in range(10)], abs=0.011)  # to 3.85 s
+        assert all(part["end"] == pytest.approx(part["start"] + 0.4) for part in row["windows"])
+        assert {part["probability"] for part in row["windows"]} == {row["probability"]}
+    assert len({row["text"] for row in rows}) > 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_whisper_of_one_window(dtype, listener):
+    """Of one talker who is the whole recording Whisper reads what its own processor makes.
+
+    It is loud to the end, so that what stands after the end matters; there the processor's last
+    frames reach into the silence, and those of windows do not.
+    """
+    model, processor = listener
+    noise, heard = np.random.default_rng(0).normal(0, 0.1, 8000).astype(np.float32), []
+    untouched = model.to(dtype).generate
+    model.generate = lambda **inputs: heard.append(inputs) or untouched(**inputs)
+    separator = make_separator("spectrogram")
+    separator.gains = lambda features, mask=None: (
+        features.new_zeros(1, 3, *features.shape[1:]), torch.tensor([[1.0, 0.0, 0.0]]))
+    ssm.integrate_speaker_separator(model, None, separator, threshold=0.5)
+    options = {"max_new_tokens": 8, "language": "en", "suppress_tokens": list(range(100, 160))}
+    (row,) = answer_per_talker(model, processor, noise, **options)
+    got = heard[0]["input_features"]
+    own = processor.feature_extractor(noise, sampling_rate=RATE, return_tensors="pt")
+    for part in (slice(0, 48), slice(52, 100)):
+        expected = own["input_features"][..., part].to(dtype)
+        torch.testing.assert_close(got[..., part], expected, atol=2e-3, rtol=0)
+    assert heard[0]["attention_mask"].sum() == 50
+    said = [f"t{i}" for i in untouched(got, **options)[0].tolist() if 2 < i < 90]
+    assert row["text"] == " ".join(said) != ""
+    assert [(part["start"], part["end"]) for part in row["windows"]] == [(0.0, 0.5)]
+    separator.gains = lambda features, mask=None: (
+        features.new_zeros(1, 3, *features.shape[1:]), torch.zeros(1, 3))
+    assert answer_per_talker(model, processor, noise, **options) == []
+
+
+def test_whisper_with_hidden_features_answers_window_by_window(listener):
+    model, processor = listener
+    ssm.integrate_speaker_separator(model, None, make_separator(1), layer=1, threshold=0.5)
+    rows = answer_per_talker(changing_streams(model), processor, LONG, max_new_tokens=3)
+    assert [row["speaker"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert [part["start"] for part in row["windows"]] == [i * STEP / RATE for i in range(COUNT)]
+        texts = [(i, part["text"]) for i, part in enumerate(row["windows"])]
+        assert row["text"] == join_texts(texts, 1 - STEP / WINDOW)
+
+
+@pytest.mark.parametrize("options", [{"prompt": "Who?"}, {"mode": "joint"}])
+def test_whisper_takes_no_prompt(options, listener):
+    model, processor = listener
+    ssm.integrate_speaker_separator(model, None, make_separator("spectrogram"))
+    with pytest.raises(ValueError, match="no prompt and no joint mode"):
+        answer_per_talker(model, processor, LONG, **options)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture
+def whisper_path(listener, tmp_path):
+    """The tiny Whisper on disk, in half precision as many are."""
+    model, processor = listener
+    model.generation_config.max_length = 12
+    model.generation_config.language = "en"
+    model.half().save_pretrained(tmp_path / "whisper")
+    processor.save_pretrained(tmp_path / "whisper")
+    return tmp_path / "whisper"
+
+
+@pytest.fixture
+def checkpoint(request, tmp_path, qwen_checkpoint, spectrogram_checkpoint):
+    return {1: qwen_checkpoint, "spectrogram": spectrogram_checkpoint}[request.param]
+
+
+either = pytest.mark.parametrize("checkpoint", ["spectrogram", 1], indirect=True)
+
+
+def integrate_flags(model, checkpoint, *audio, more=()):
+    return ["integrate", f"--model={model}", f"--checkpoint={checkpoint}", *CPU_FLAGS,
+            "--threshold=0", *map(str, more), "--audio", *map(str, audio)]  # fmt: skip
+
+
+@either
+def test_the_command_with_whisper(checkpoint, whisper_path, long_file, tmp_path, capsys):
+    """A line per talker and recording, in the precision of the model's file."""
+    second = tmp_path / "b.wav"
+    soundfile.write(second, LONG[:9000], RATE)
+    argv = integrate_flags(whisper_path, checkpoint, long_file, second,
+                           more=[f"--json={tmp_path / 'a.json'}", "--max_new_tokens=6"])
     assert ssm.main(argv) == 0
     printed = capsys.readouterr().out
-    rows = json.loads((tmp_path / "a.json").read_text())[str(long_file)]
-    assert {len(row["windows"]) for row in rows} == {5}
-    assert printed.count("Speaker ") == len(rows) == 3
+    answers = json.loads((tmp_path / "a.json").read_text())
+    assert list(answers) == [str(long_file), str(second)]
+    assert all(len(rows) == 3 for rows in answers.values())
+    for rows in answers.values():
+        for row in rows:
+            assert f"Speaker {row['speaker']} ({row['probability']:.2f}): {row['text']}" in printed
+    assert str(checkpoint) in printed
     for flag in ("--prompt=Who speaks?", "--mode=joint"):
         assert_fails(capsys, [*argv, flag], "Qwen2-Audio", "Whisper")
 
 
-def test_the_command_in_joint_mode(qwen_folder, qwen_checkpoint, long_file, tmp_path, capsys):
-    flags = ["--mode=joint", "--max_new_tokens=2", f"--json={tmp_path / 'a.json'}"]
-    assert ssm.main(integrate_flags(qwen_folder, qwen_checkpoint, long_file, *flags)) == 0
+@either
+def test_the_command_with_qwen(checkpoint, qwen_folder, long_file, tmp_path, capsys):
+    more = ["--max_new_tokens=2", f"--json={tmp_path / 'a.json'}", "--num_speakers=2"]
+    assert ssm.main(integrate_flags(qwen_folder, checkpoint, long_file, more=more)) == 0
+    rows = json.loads((tmp_path / "a.json").read_text())[str(long_file)]
+    assert [row["speaker"] for row in rows] == [1, 2]
+    assert max(len(row["windows"]) for row in rows) == COUNT
+    assert capsys.readouterr().out.count("Speaker ") == 2
+    argv = integrate_flags(qwen_folder, checkpoint, long_file, more=["--mode=joint", *more])
+    assert ssm.main(argv) == 0
     (row,) = json.loads((tmp_path / "a.json").read_text())[str(long_file)]
-    assert capsys.readouterr().out.startswith(f"Speakers {', '.join(map(str, row['speakers']))} (")
+    numbers = ", ".join(map(str, row["speakers"]))
+    assert f"Speakers {numbers} ({row['probability']:.2f}): " in capsys.readouterr().out
+
+
+def test_the_command_finds_nobody(qwen_folder, spectrogram_checkpoint, long_file, capsys):
+    argv = integrate_flags(qwen_folder, spectrogram_checkpoint, long_file)
+    assert ssm.main([*argv, "--threshold=1"]) == 0
+    assert "no talker found" in capsys.readouterr().out
+
+
+def damaged_audio(kind, folder):
+    path = folder / f"{kind}.wav"
+    if kind == "nan":  # found before any answer is given
+        samples = np.r_[np.zeros(20 * RATE), np.nan].astype(np.float32)
+        soundfile.write(path, samples, RATE, subtype="FLOAT")
+    elif kind == "short":
+        soundfile.write(path, np.zeros(600, np.float32), RATE)
+    elif kind == "empty":
+        soundfile.write(path, np.zeros(0, np.float32), RATE)
+    elif kind == "text":
+        path.write_text("no audio")
+    elif kind == "truncated":
+        path = path.with_suffix(".flac")
+        noise = np.random.default_rng(0).normal(0, 0.1, 5 * RATE)
+        soundfile.write(path, noise, RATE)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("nan", "NaN"), ("short", "38 ms"), ("empty", "no samples"), ("text", "cannot read"),
+     ("truncated", "cannot read"), ("missing", "no such audio file")],
+)  # fmt: skip
+def test_bad_audio(kind, words, qwen_folder, spectrogram_checkpoint, long_file, tmp_path, capsys):
+    """Named in one line, before the first recording is answered."""
+    path = damaged_audio(kind, tmp_path)
+    argv = integrate_flags(qwen_folder, spectrogram_checkpoint, long_file, path)
+    assert_fails(capsys, argv, words, path.name)
+    assert "Speaker" not in capsys.readouterr().out
+    argv = ["infer", f"--input={path}", f"--checkpoint={spectrogram_checkpoint}", *CPU_FLAGS]
+    assert_fails(capsys, argv, words, path.name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--prompt=What does <|AUDIO|> say?"], ["<|AUDIO|>"]),
+        (["--num_speakers=4"], ["num_speakers", "0 to 3"]),
+        (["--json=gone/a.json"], ["gone/a.json"]),
+        (["--layer=1"], ["layer", "spectrogram"]),
+        (["--checkpoint=gone.pt"], ["gone.pt"]),
+        (["--model=no/such_model"], ["no/such_model"]),
+        (["--device=abacus"], ["abacus"]),
+        (["--threshold=1.5"], ["1.5"]),
+    ],
+    ids=str,
+)
+def test_bad_flags(flags, words, qwen_folder, spectrogram_checkpoint, long_file, capsys):
+    argv = integrate_flags(qwen_folder, spectrogram_checkpoint, long_file)
+    assert_fails(capsys, [*argv, *flags], *words)
+
+
+def test_separator_of_another_model(qwen_folder, long_file, tmp_path, capsys):
+    path = save_tiny_checkpoint(tmp_path / "wide.pt", tiny_separator(3, feature_dim=64))
+    argv = integrate_flags(qwen_folder, path, long_file)
+    assert_fails(capsys, argv, "64 wide", "32", "spectrogram separator")
+    path = save_tiny_checkpoint(tmp_path / "s.pt", tiny_separator(3))
+    argv = integrate_flags(qwen_folder, path, long_file, more=["--layer=3"])
+    assert_fails(capsys, argv, "0 to 2")
 
 
 # --------------------------------------------------------------------------------------------------
-# Streams
+# Memory
+
+MEASURE = """
+import resource, sys
+import numpy as np, soundfile
+sys.path.insert(0, {root!r})
+import long_recordings, speaker_separator_module as ssm
+from audio import load_model
+long_recordings.WINDOW_SECONDS = 8
+model, processor = load_model({model!r})
+ssm.integrate_speaker_separator(model, None, {hidden!r}, threshold=1.0)
+spectrograms = ssm.window_separator(ssm.load_separator({spectrogram!r}), 0.0, None)
+rng = np.random.default_rng(0)
+for seconds in (60, 480):
+    with soundfile.SoundFile("a.wav", "w", 16000, 1) as file:
+        for _ in range(seconds):
+            file.write(0.1 * rng.normal(size=16000))
+    assert long_recordings.answer_per_talker(model, processor, "a.wav") == []
+    found = long_recordings.separate_recording(spectrograms, "a.wav", num_bins=16)
+    assert len(found.mixture) == 100 * seconds
+    streams = sum(t.values.nbytes for t in found.talkers) + found.mixture.nbytes
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, streams)
+    del found
+"""
 
 
-def test_infer_a_long_recording(qwen_folder, long_file, tmp_path, capsys):
-    """Files are as long as the recording and hold the talker's stream of every window."""
-    source = {"encoder": str(qwen_folder), "layer": 1, "frame_rate": 50.0}
-    separator = tiny_separator(3, seed=4, feature_source=source)
-    path = save_tiny_checkpoint(tmp_path / "s.pt", separator)
-    argv = ["infer", f"--checkpoint={path}", f"--input={long_file}", "--threshold=0", *CPU_FLAGS,
-            f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
-    assert ssm.main(argv) == 0
-    assert "3 talkers (5 windows" in capsys.readouterr().out
-    result = json.loads((tmp_path / "out/separation.json").read_text())
-    assert result["num_frames"] == 193
-    assert result["windows"][-1]["end"] == 193  # 3.85 s at 50 frames a second
-    encoder = ssm.load_audio_encoder(str(qwen_folder))
-    windows = list(ssm.separate_recording(separator, LONG, encoder, 1, threshold=0.0))
-    for number in (1, 2, 3):
-        saved = np.load(tmp_path / f"out/speaker_{number}.npy")
-        assert saved.shape == (193, WIDTH)
-        for index, window in enumerate(windows):
-            assert window.start == index * 36
-            stream = {t: s for s, t in window.talkers.items()}[number - 1]
-            start = 7 * (index > 0)  # the first half of what is shared is the window's before
-            end = len(window.features) - 7 * (index + 1 < len(windows))
-            np.testing.assert_allclose(
-                saved[window.start + start : window.start + end],
-                window.separation.streams[stream][start:end].numpy(), atol=1e-5)  # fmt: skip
+def test_memory_does_not_grow(qwen_folder, qwen_checkpoint, spectrogram_checkpoint, tmp_path):
+    """A recording eight times as long takes no more than its streams do.
 
-
-def test_memory_does_not_grow(qwen_folder, tmp_path):
-    """A recording three times and one twenty times as long, in processes of their own."""
-    separator = save_tiny_checkpoint(tmp_path / "s.pt", tiny_separator(3, seed=4, threshold=0.0))
-    short, long = (
-        long_recording.peak_memory(str(qwen_folder), seconds, str(separator))
-        for seconds in (30, 95)
-    )
-    assert long < 1.1 * short
-    assert Path(separator).is_file()
+    Its samples alone would take 31 MB.
+    """
+    script = MEASURE.format(root=str(ROOT), model=str(qwen_folder), hidden=str(qwen_checkpoint),
+                            spectrogram=str(spectrogram_checkpoint))  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (short, _), (long, streams) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert long - short < streams + 20e6

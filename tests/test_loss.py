@@ -156,6 +156,19 @@ def test_silence_is_finite(silent, probability):
         assert loss.separation.item() == 0
 
 
+def test_an_assignment_of_many_streams():
+    """Seven streams have 5,040 assignments; the cost has one with no error at all."""
+    order = [4, 2, 6, 0, 1, 5, 3]
+    cost = torch.rand(2, 7, 7, generator=torch.Generator().manual_seed(0)) + 1
+    for talker, stream in enumerate(order):
+        cost[0, stream, talker] = 0
+    assignment = ssm.best_assignment(cost, torch.ones(2, 7))
+    assert assignment[0].tolist() == order
+    assert sorted(assignment[1].tolist()) == list(range(7))
+    streams = torch.arange(14.0).reshape(2, 7, 1)
+    assert ssm.reorder(streams, assignment)[0].flatten().tolist() == order
+
+
 def test_gradient_reaches_streams_and_probabilities():
     batch = random_batch()
     leaves = [batch[name].requires_grad_() for name in ("separated", "speaker_probs")]
@@ -186,25 +199,19 @@ def test_wrong_shape_raises(name, shape):
 @pytest.mark.parametrize(("gain", "noise"), [(1.0, 1.0), (1.0, 0.1), (3.0, 0.3), (0.5, 5.0)])
 def test_si_sdr(gain, noise):
     """Target and noise are orthogonal and equally strong, so the ratio is gain to noise."""
-    target, disturbance = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
-    target[0, 0], disturbance[0, 1] = torch.tensor([1.0, -1, 2, 0]), torch.tensor([2.0, 1, 0, 1])
-    estimate = gain * target + noise * disturbance
-    ratio = ssm.si_sdr(estimate, target, torch.ones(1, 2, dtype=torch.bool))
-    assert ratio.item() == pytest.approx(20 * math.log10(gain / noise), abs=1e-3)
-
-
-def test_si_sdr_of_valid_frames_only():
-    target, estimate = torch.ones(1, 3, 4), torch.ones(1, 3, 4)
-    estimate[0, 0] += torch.tensor([1.0, -1, 1, -1])  # orthogonal to the target
-    estimate[0, 2] = 1e3
-    ratio = ssm.si_sdr(estimate, target, torch.tensor([[True, True, False]]))
-    assert ratio.item() == pytest.approx(10 * math.log10(8 / 4), abs=1e-4)
+    target = torch.tensor([1.0, -1, 2, 0, 0, 0, 0, 0])
+    disturbance = torch.tensor([0.0, 0, 0, 0, 2, 1, 0, 1])
+    estimates = torch.stack([gain * target + noise * disturbance, -2 * target + 0.2 * disturbance])
+    ratio = ssm.si_sdr(estimates, target.expand(2, -1))
+    expected = [20 * math.log10(gain / noise), 20.0]  # a turned phase is no distortion
+    assert ratio.tolist() == pytest.approx(expected, abs=1e-3)
 
 
 def test_si_sdr_of_silence_is_finite():
-    silence, frames = torch.zeros(1, 3, 4), torch.ones(1, 3, dtype=torch.bool)
-    assert ssm.si_sdr(silence, silence, frames).isfinite().all()
-    assert ssm.si_sdr(torch.ones(1, 3, 4), silence, frames).isfinite().all()
+    silence = torch.zeros(2, 3, 12)
+    assert ssm.si_sdr(silence, silence).isfinite().all()
+    assert ssm.si_sdr(torch.ones(2, 3, 12), silence).isfinite().all()
+    assert ssm.si_sdr(torch.ones(2, 3, 12), silence).shape == (2, 3)
 
 
 def test_trivial_outputs():
@@ -217,6 +224,18 @@ def test_trivial_outputs():
     assert outputs["mixture / count"].tolist() == [[[2, -1]], [[0.5, 2]], [[5, 5]]]
 
 
+def test_trivial_outputs_of_log_mel_spectrograms():
+    """In Whisper's units 80 dB are 2, and half the amplitude (6 dB) is 0.15."""
+    mixture = torch.tensor([[[0.5, -1.0], [1.25, 0.0]], [[0.0, -0.5], [0.25, 0.5]]])
+    outputs = ssm.trivial_outputs(mixture, torch.tensor([[True, True], [True, False]]), True)
+    assert list(outputs) == ["zeros", "mixture", "mixture / count"]
+    assert outputs["zeros"].tolist() == [[[-0.75] * 2] * 2, [[-1.5] * 2] * 2]
+    assert outputs["mixture"].tolist() == mixture.tolist()
+    shared = mixture - outputs["mixture / count"]
+    torch.testing.assert_close(shared[0], torch.full((2, 2), 20 * math.log10(2) / 40))
+    assert (shared[1] == 0).all()
+
+
 def test_calibrate_threshold():
     one = torch.tensor([[True, False], [True, False]])
     clear = torch.tensor([[0.9, 0.3], [0.8, 0.2]])
@@ -227,6 +246,19 @@ def test_calibrate_threshold():
     assert 0.17 < ssm.calibrate_threshold(low, one) <= 0.21
     nobody = torch.tensor([[False, False], [False, False]])
     assert ssm.calibrate_threshold(clear, nobody) > 0.9
+
+
+def test_count_scores():
+    """Three mixtures: one counted right, one with a talker too many, one with a talker missed."""
+    probs = torch.tensor([[0.9, 0.2], [0.8, 0.7], [0.9, 0.4]])
+    truth = torch.tensor([[True, False], [True, False], [True, True]])
+    scores = ssm.count_scores(probs, truth, 0.5)
+    assert scores == pytest.approx({"threshold": 0.5, "count_accuracy": 1 / 3,
+                                    "majority_count_accuracy": 2 / 3, "precision": 3 / 4,
+                                    "recall": 3 / 4})  # fmt: skip
+    known = ssm.count_scores(probs, truth, 0.5, num_speakers=2)
+    assert known["count_accuracy"] == pytest.approx(1 / 3)
+    assert (known["precision"], known["recall"]) == pytest.approx((4 / 6, 1))
 
 
 def test_active_streams():

@@ -1,14 +1,14 @@
-"""The separator itself: size, shapes, padding, gradients, saving."""
+"""Both separators: size, shapes, padding, position and level, gradients, saving."""
+
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import WIDTH, tiny_separator
+from conftest import RATE, WIDTH, sine, tiny_separator, tiny_spectrogram_separator
 
+import audio
 import speaker_separator_module as ssm
 
-MASKS = ["shares", "gains"]
-KINDS = [("shares", "queries"), ("gains", "queries"), ("gains", "frames"),
-         ("residual", "frames"), ("residual", "queries")]
 MODES = ["train", "eval", "inference"]  # torch takes another path through a block without gradients
 
 
@@ -47,9 +47,8 @@ def test_streams_differ():
         assert probs[0, a] != probs[0, b]
 
 
-@pytest.mark.parametrize(("mask", "trunk"), KINDS)
-def test_gradient_reaches_every_parameter(mask, trunk):
-    separator = tiny_separator(3, dropout=0.0, mask=mask, trunk=trunk).train()
+def test_gradient_reaches_every_parameter():
+    separator = tiny_separator(3, dropout=0.0).train()
     mixture, frame_mask = padded_batch()
     separated, probs = separator(mixture, frame_mask)
     torch.manual_seed(2)
@@ -62,10 +61,9 @@ def test_gradient_reaches_every_parameter(mask, trunk):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("mask", "trunk"), KINDS)
 @pytest.mark.parametrize("garbage", [7.0, 1e30, float("inf"), float("nan")])
-def test_padding_changes_nothing(garbage, mask, trunk, mode):
-    separator = tiny_separator(3, dropout=0.0, mask=mask, trunk=trunk).train(mode == "train")
+def test_padding_changes_nothing(garbage, mode):
+    separator = tiny_separator(3, dropout=0.0).train(mode == "train")
     with torch.inference_mode(mode == "inference"):
         clean, probs = separator(*padded_batch())
         dirty, dirty_probs = separator(*padded_batch(garbage))
@@ -75,9 +73,8 @@ def test_padding_changes_nothing(garbage, mask, trunk, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("mask", "trunk"), KINDS)
-def test_padded_equals_alone(mask, trunk, mode):
-    separator = tiny_separator(3, dropout=0.0, mask=mask, trunk=trunk).train(mode == "train")
+def test_padded_equals_alone(mode):
+    separator = tiny_separator(3, dropout=0.0).train(mode == "train")
     mixture, frame_mask = padded_batch(garbage=1e4)
     with torch.inference_mode(mode == "inference"):
         separated, probs = separator(mixture, frame_mask)
@@ -96,30 +93,25 @@ def test_evaluation_is_deterministic_and_dropout_works():
     assert not torch.equal(separator(mixture)[0], separator(mixture)[0])
 
 
-@pytest.mark.parametrize(("mask", "trunk"), KINDS)
-def test_loudness_passes_through(mask, trunk):
-    separator, mixture = tiny_separator(3, mask=mask, trunk=trunk), torch.randn(2, 8, WIDTH)
+def test_loudness_passes_through():
+    separator, mixture = tiny_separator(3), torch.randn(2, 8, WIDTH)
     separated, probs = separator(mixture)
     louder, louder_probs = separator(10 * mixture)
     torch.testing.assert_close(louder, 10 * separated, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(louder_probs, probs, rtol=1e-4, atol=1e-5)
 
 
-def test_masks():
-    """Shares add up to the mixture; gains multiply it by 0 to 2, each stream for itself."""
+def test_streams_are_shares_of_the_mixture():
     mixture = torch.randn(2, 7, WIDTH)
-    shares, gains = (tiny_separator(3, mask=mask)(mixture)[0] for mask in MASKS)
-    torch.testing.assert_close(shares.sum(1), mixture)
-    assert (shares.abs() <= mixture[:, None].abs()).all()
-    ratio = gains / mixture[:, None]
-    assert (ratio >= 0).all() and (ratio <= 2.0001).all()
-    assert not torch.allclose(gains.sum(1), mixture, atol=0.1)
+    separated = tiny_separator(3)(mixture)[0]
+    torch.testing.assert_close(separated.sum(1), mixture)
+    assert (separated.abs() <= mixture[:, None].abs()).all()
+    assert (separated * mixture[:, None] >= 0).all()
 
 
-@pytest.mark.parametrize(("mask", "trunk"), KINDS)
 @pytest.mark.parametrize("nothing_valid", [False, True])
-def test_silence_is_finite(nothing_valid, mask, trunk):
-    separator = tiny_separator(3, dropout=0.0, mask=mask, trunk=trunk).train()
+def test_silence_is_finite(nothing_valid):
+    separator = tiny_separator(3, dropout=0.0).train()
     mixture = torch.zeros(2, 6, WIDTH, requires_grad=True)
     frame_mask = torch.ones(2, 6, dtype=torch.bool)
     frame_mask[1] = not nothing_valid
@@ -148,50 +140,15 @@ def test_wrong_shape_is_named(features, frame_mask, named):
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", [{"num_heads": 3}, {"num_heads": 10}, {"num_heads": 1},
-                                   {"mask": "softmax"},
-                                   {"kernel_size": 4}, {"kernel_size": 0}])  # fmt: skip
-def test_wrong_options(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        tiny_separator(2, **wrong)
-
-
-def test_convolution_hears_its_neighbours_only():
-    torch.manual_seed(0)
-    convolution, frames = ssm.Convolution(WIDTH, 5), torch.randn(1, 12, WIDTH)
-    nowhere, changed = torch.zeros(1, 12, dtype=torch.bool), frames.clone()
-    changed[0, 3, 0] += 3
-    difference = (convolution(changed, nowhere) - convolution(frames, nowhere)).abs().amax(-1)[0]
-    assert [frame for frame in range(12) if difference[frame] > 1e-6] == [1, 2, 3, 4, 5]
-    padding = nowhere.clone()
-    padding[0, 3] = True  # padding is silence to the others
-    difference = (convolution(changed, padding) - convolution(frames, padding)).abs().amax(-1)[0]
-    assert [frame for frame in range(12) if difference[frame] > 1e-6] == [3]
-
-
-def test_streams_exchange_frame_by_frame_whatever_their_order():
-    torch.manual_seed(0)
-    exchange, streams = ssm.Exchange(WIDTH, 2), torch.randn(2, 3, 7, WIDTH)
-    changed = streams.clone()
-    changed[0, 1, 4] += 1
-    difference = (exchange(changed) - exchange(streams)).abs().amax(-1)
-    assert difference.nonzero().tolist() == [[0, 0, 4], [0, 1, 4], [0, 2, 4]]
-    torch.testing.assert_close(exchange(streams[:, [2, 0, 1]]), exchange(streams)[:, [2, 0, 1]])
-
-
-def test_kernel_size_is_kept(tmp_path):
-    separator = tiny_separator(2, trunk="frames", kernel_size=7)
-    separator.save_pretrained(tmp_path)
-    again = ssm.load_separator(tmp_path)
-    assert [c.depthwise.weight.shape[-1] for c in again.convolutions] == [7] * len(
-        separator.convolutions)
-    mixture = torch.randn(1, 7, WIDTH)
-    assert torch.equal(again(mixture)[0], separator(mixture)[0])
+@pytest.mark.parametrize("wrong", [3, 10, 1])
+def test_heads_that_do_not_fit(wrong):
+    with pytest.raises(ValueError, match=f"num_heads .* not {wrong} for {WIDTH}"):
+        tiny_separator(2, num_heads=wrong)
 
 
 def test_save_and_load(tmp_path):
     source = {"encoder": "some/encoder", "layer": 2, "frame_rate": 50.0}
-    separator = tiny_separator(2, threshold=0.375, feature_source=source, mask="gains")
+    separator = tiny_separator(2, threshold=0.375, feature_source=source)
     separator.save_pretrained(tmp_path)
     loaded = ssm.SpeakerSeparatorTransformer.from_pretrained(str(tmp_path)).eval()
     again = ssm.load_separator(tmp_path)
@@ -202,7 +159,6 @@ def test_save_and_load(tmp_path):
             assert torch.equal(a, b)
         assert other.threshold == 0.375
         assert other.feature_source == source
-        assert other.mask == "gains"
 
 
 def test_separate():
@@ -221,15 +177,347 @@ def test_separate():
 
 
 def test_bfloat16_weights():
-    separator = tiny_separator().eval()
-    mixture = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(3))
-    expected, probs = separator(mixture)
-    streams, halved = separator.bfloat16()(mixture.bfloat16())
-    assert streams.dtype == torch.bfloat16
-    torch.testing.assert_close(streams.float(), expected, atol=0.1, rtol=0)
-    torch.testing.assert_close(halved, probs, atol=0.02, rtol=0)
+    for separator in kinds():
+        mixture = example(separator)
+        expected, probs = separator(mixture)
+        streams, halved = separator.bfloat16()(mixture.bfloat16())
+        assert streams.dtype == torch.bfloat16
+        torch.testing.assert_close(streams.float(), expected, atol=0.1, rtol=0)
+        torch.testing.assert_close(halved, probs, atol=0.02, rtol=0)
 
 
 def test_too_many_streams_are_refused():
-    with pytest.raises(ValueError, match="max_speakers must be 1 to 7, not 12"):
-        tiny_separator(max_speakers=12)
+    for make in (tiny_separator, tiny_spectrogram_separator):
+        with pytest.raises(ValueError, match="max_speakers must be 1 to 7, not 12"):
+            make(max_speakers=12)
+
+
+# --------------------------------------------------------------------------------------------------
+# Separator of spectrograms
+
+
+def spectrogram(frames=40, bins=80, seed=1, batch=1):
+    """Random log-mel frames [B, T, D], all of them well above the floor of 80 dB."""
+    generator = torch.Generator().manual_seed(seed)
+    return 1.2 * torch.rand(batch, frames, bins, generator=generator) - 0.2
+
+
+def vivid_separator(*args, **options):
+    """An untrained separator whose gains range from 0 dB to -60 dB instead of around -0.3 dB."""
+    separator = tiny_spectrogram_separator(*args, **options)
+    with torch.no_grad():
+        separator.output[1].weight.mul_(15)
+    return separator
+
+
+def power(spectra):
+    """Mel power of log-mel spectra in Whisper's units."""
+    return 10 ** (4 * spectra.double() - 4)
+
+
+@pytest.mark.parametrize(("frames", "bins", "streams"), [
+    (40, 80, 3), (41, 128, 2), (43, 16, 1), (1, 80, 3), (6, 128, 7)])  # fmt: skip
+def test_spectrogram_shapes(frames, bins, streams):
+    separator = vivid_separator(streams)
+    separated, probs = separator(spectrogram(frames, bins, batch=2))
+    assert separated.shape == (2, streams, frames, bins)
+    assert probs.shape == (2, streams)
+    assert separated.isfinite().all()
+    assert ((probs > 0) & (probs < 1)).all()
+
+
+def test_spectrogram_default_size():
+    with torch.device("meta"):
+        separator = ssm.SpectrogramSeparator()
+    assert separator.max_speakers == 3
+    assert separator.input.weight.shape == (256, 4 * 80)
+    assert (len(separator.mixture_blocks), len(separator.stream_blocks)) == (4, 2)
+    assert separator.feature_dim is None and separator.is_spectrogram
+
+
+def test_spectrogram_streams_differ():
+    separated, probs = vivid_separator()(spectrogram())
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (separated[0, a] - separated[0, b]).abs().max() > 1e-3
+        assert probs[0, a] != probs[0, b]
+
+
+def test_resampled_constants_stay_constant():
+    for bins in (16, 80, 127, 128):
+        resampled = ssm.resample_bins(torch.full((2, 3, 80), 0.7), bins)
+        assert resampled.shape == (2, 3, bins)
+        torch.testing.assert_close(resampled, torch.full((2, 3, bins), 0.7))
+
+
+@pytest.mark.parametrize("bins", [80, 128])
+def test_bins_are_resampled_at_their_centres(bins):
+    """A spectrum that is a straight line over the mel scale is the same line in other bins."""
+    def line(n):
+        return torch.arange(1, n + 1) / (n + 1)
+
+    inner = slice(1, -1)  # past the outermost centres the nearest bin counts
+    resampled = ssm.resample_bins(line(208 - bins), bins)
+    torch.testing.assert_close(resampled[inner], line(bins)[inner], atol=1e-5, rtol=0)
+
+
+def test_resampling_there_and_back():
+    smooth = torch.sin(torch.linspace(0, 9, 80)).repeat(5, 1)
+    there = ssm.resample_bins(smooth, 128)
+    back = ssm.resample_bins(there, 80)
+    assert (back - smooth)[:, 1:-1].abs().max() < 0.005
+    assert (back - smooth).abs().max() < 0.03  # the outermost bins are cut
+    assert ssm.resample_bins(smooth, 80) is smooth
+
+
+def test_one_set_of_weights_for_any_number_of_bins():
+    """Gains for 128 bins are those for 80 bins of the same sound, resampled."""
+    separator = vivid_separator()
+    smooth = torch.sin(torch.linspace(0, 7, 80)) * torch.linspace(0.1, 0.4, 40)[None, :, None]
+    gains, probs = separator.gains(smooth)
+    finer, finer_probs = separator.gains(ssm.resample_bins(smooth, 128))
+    error = (finer - ssm.resample_bins(gains, 128)).square().mean().sqrt()
+    assert error < 0.05 * gains.std()
+    torch.testing.assert_close(finer_probs, probs, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("garbage", [-1.5, 7.0, float("inf"), float("nan")])
+def test_spectrogram_padding_changes_nothing(garbage, mode):
+    """Padding of a batch, whatever is in it, on lengths that are no multiple of a stack."""
+    separator = vivid_separator().train(mode == "train")
+    mixture, frame_mask = spectrogram(21, batch=2), torch.ones(2, 21, dtype=torch.bool)
+    frame_mask[1, 10:] = False
+    padded = mixture.clone()
+    padded[1, 10:] = garbage
+    with torch.inference_mode(mode == "inference"):
+        separated, probs = separator(padded, frame_mask)
+        alone, alone_probs = separator(mixture[1:, :10])
+    torch.testing.assert_close(separated[1, :, :10], alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probs[1], alone_probs[0], rtol=1e-4, atol=1e-5)
+    floor = alone[0].amax((1, 2)) - 2
+    expected = floor[:, None, None].expand(-1, 11, 80)
+    torch.testing.assert_close(separated[1, :, 10:], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_speech_in_a_window_is_separated_as_alone():
+    """Four seconds, and the same four in a window of 30 s that digital silence fills up."""
+    samples = torch.from_numpy(sine(4, 170) + sine(4, 310))
+    window = torch.nn.functional.pad(samples, (0, 26 * RATE))
+    speech, whole = (audio.floor_log_mel(audio.log_mel(x))[None] for x in (samples, window))
+    separator = vivid_separator()
+    alone, alone_probs = separator(speech)
+    separated, probs = separator(whole)
+    assert separated.shape[2] == 3000 and alone.shape[2] == 400
+    for s in range(3):
+        expected = power(alone[0, s])
+        difference = (power(separated[0, s, :400]) - expected).abs().sum()
+        assert difference < 0.01 * expected.sum()
+    torch.testing.assert_close(probs, alone_probs, atol=1e-3, rtol=0)
+    assert (separated[0, :, 410:] == separated[0].amin((1, 2))[:, None, None]).all()
+
+
+@pytest.mark.parametrize("stacks", [1, 50])
+def test_the_position_in_the_window_changes_nothing(stacks):
+    mixture, lead = spectrogram(40), stacks * ssm.SpectrogramSeparator.STACK
+    floor = mixture.amax() - 2
+    shifted = torch.nn.functional.pad(mixture, (0, 0, lead, 3), value=floor.item())
+    separator = vivid_separator()
+    expected, expected_probs = separator(mixture)
+    separated, probs = separator(shifted)
+    torch.testing.assert_close(
+        separated[:, :, lead : lead + 40], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(probs, expected_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_frames_is_heard():
+    """Attention has no positions; the convolutions must tell what came first."""
+    separator, mixture = vivid_separator(), spectrogram(40)
+    separated, reverse = separator(mixture)[0], separator(mixture.flip(1))[0]
+    assert (reverse.flip(2) - separated).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("gain", [-0.5, 0.75])
+def test_the_gain_of_the_recording_passes_through(gain):
+    separator, mixture = vivid_separator(), spectrogram() + 0.5
+    separated, probs = separator(mixture)
+    louder, louder_probs = separator(mixture + gain)
+    torch.testing.assert_close(louder, separated + gain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(louder_probs, probs, rtol=1e-4, atol=1e-5)
+
+
+def test_streams_lie_between_their_floor_and_the_mixture():
+    separator = vivid_separator()
+    separator.output[1].bias.data[::3] = -30  # gains beyond the floor in a third of the bins
+    mixture = spectrogram(40)
+    separated = separator(mixture)[0]
+    assert (separated <= mixture[:, None]).all()
+    for stream in separated[0]:
+        assert stream.amin().item() == pytest.approx(stream.amax().item() - 2, abs=1e-5)
+    gains = separator.gains(mixture)[0]
+    assert (gains <= 0).all() and gains.min() < -2
+
+
+@pytest.mark.parametrize("case", ["all silent", "one of two silent", "nothing valid"])
+def test_digital_silence_is_finite(case):
+    separator = vivid_separator().train()
+    mixture, frame_mask = spectrogram(20, batch=2), torch.ones(2, 20, dtype=torch.bool)
+    mixture[0 if case != "all silent" else slice(None)] = ssm.DIGITAL_SILENCE
+    frame_mask[0] = case != "nothing valid"
+    mixture.requires_grad_()
+    separated, probs = separator(mixture, frame_mask)
+    (separated.square().sum() + probs.sum()).backward()
+    with torch.inference_mode():
+        quick, quick_probs = separator.eval()(mixture, frame_mask)
+    for output in (separated, probs, quick, quick_probs, mixture.grad):
+        assert output.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in separator.parameters())
+    assert (separated[0] == ssm.DIGITAL_SILENCE).all()  # nothing to separate, nothing changed
+
+
+def test_spectrogram_gradient_reaches_every_parameter():
+    separator = vivid_separator().train()
+    mixture, targets = spectrogram(20, batch=2), torch.rand(2, 3, 20, 80)
+    speaker_mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    separated, probs = separator(mixture)
+    ssm.separator_loss(separated, probs, targets, speaker_mask, mixture).total.backward()
+    for name, parameter in separator.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        if name != "attention_pool.bias":  # a softmax is indifferent to a constant
+            assert parameter.grad.abs().max() > 1e-8, name
+
+
+def test_convolution_reads_its_neighbours_only():
+    torch.manual_seed(0)
+    convolution, frames = ssm.Convolution(16, 5), torch.randn(1, 12, 16)
+    everywhere, changed = torch.ones(1, 12, dtype=torch.bool), frames.clone()
+    changed[0, 3, 0] += 3
+    difference = convolution(changed, everywhere) - convolution(frames, everywhere)
+    assert difference.abs().amax(-1)[0].gt(1e-6).nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
+    silent = everywhere.clone()
+    silent[0, 3] = False  # nothing is read from it
+    difference = convolution(changed, silent) - convolution(frames, silent)
+    assert difference.abs().amax(-1)[0].gt(1e-6).nonzero().flatten().tolist() == [3]
+
+
+def test_streams_exchange_frame_by_frame_whatever_their_order():
+    torch.manual_seed(0)
+    exchange, streams = ssm.Exchange(16), torch.randn(2, 3, 7, 16)
+    changed = streams.clone()
+    changed[0, 1, 4] += torch.randn(16)
+    difference = (exchange(changed) - exchange(streams)).abs().amax(-1)
+    assert difference.gt(1e-6).nonzero().tolist() == [[0, 0, 4], [0, 1, 4], [0, 2, 4]]
+    torch.testing.assert_close(exchange(streams[:, [2, 0, 1]]), exchange(streams)[:, [2, 0, 1]])
+
+
+def test_streams_trade_places_with_their_queries():
+    separator, mixture = vivid_separator(), spectrogram()
+    separated, probs = separator(mixture)
+    with torch.no_grad():
+        separator.speaker_queries.copy_(separator.speaker_queries[[2, 0, 1]])
+    moved, moved_probs = separator(mixture)
+    torch.testing.assert_close(moved, separated[:, [2, 0, 1]], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(moved_probs, probs[:, [2, 0, 1]], rtol=1e-4, atol=1e-5)
+
+
+def test_speaking_frames():
+    """Above 80 dB below the recording's own loudest bin, and above digital silence."""
+    recordings = torch.full((4, 5, 80), -1.5)
+    recordings[0, :, 7] = torch.tensor([0.9, -1.05, -1.1, -1.5, -0.5])  # floor at -1.1
+    recordings[1, :, 3] = torch.tensor([-1.4, -1.5, -1.0, -1.5, -1.5])  # soft, floor at -1.5
+    recordings[3, :, 0] = torch.tensor([1.5, 1.5, 0.0, -0.4, -1.0])
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[3, :2] = False  # the loudest frames do not count
+    expected = [[1, 1, 0, 0, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1]]
+    assert ssm.speaking_frames(recordings, mask).int().tolist() == expected
+    assert ssm.speaking_frames(recordings)[3].int().tolist() == [1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("spectra", "frame_mask", "named"),
+    [
+        (torch.zeros(5, 80), None, "[5, 80]"),
+        (torch.zeros(1, 0, 80), None, "[1, 0, 80]"),
+        (torch.zeros(1, 5, 0), None, "[1, 5, 0]"),
+        (torch.zeros(2, 5, 80), torch.ones(2, 4), "[2, 4]"),
+    ],
+)
+def test_wrong_spectrogram_is_named(spectra, frame_mask, named):
+    with pytest.raises(ValueError, match="must be") as error:
+        vivid_separator()(spectra, frame_mask)
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [{"num_heads": 3}, {"num_heads": 1}, {"max_speakers": 0}])
+def test_wrong_spectrogram_sizes(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        vivid_separator(**wrong)
+
+
+# --------------------------------------------------------------------------------------------------
+# Exported weights
+
+
+def example(separator):
+    return spectrogram(20) if separator.is_spectrogram else torch.randn(1, 7, WIDTH)
+
+
+def kinds(**options):
+    return [tiny_separator(2, **options), tiny_spectrogram_separator(2, **options)]
+
+
+def test_export_in_float32():
+    for number, separator in enumerate(kinds(threshold=0.375)):
+        folder, features = f"exported{number}", example(separator)
+        ssm.export_separator(separator, folder)
+        for other in (ssm.load_separator(folder), type(separator).from_pretrained(folder).eval()):
+            assert type(other) is type(separator)
+            assert other.threshold == 0.375
+            assert other.config == separator.config
+            for a, b in zip(other(features), separator(features), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_export_in_bfloat16():
+    """Half the size on disk, read back as float32, and close."""
+    for number, separator in enumerate(kinds()):
+        features = example(separator)
+        sizes = []
+        for dtype in (torch.float32, torch.bfloat16):
+            folder = Path(f"exported{number}_{dtype}")
+            ssm.export_separator(separator, folder, dtype)
+            sizes.append((folder / "model.safetensors").stat().st_size)
+        assert sizes[1] < 0.7 * sizes[0]
+        loaded = ssm.load_separator(folder)
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+        assert {p.dtype for p in separator.parameters()} == {torch.float32}  # as it was
+        for weight, kept in zip(separator.parameters(), loaded.parameters(), strict=True):
+            assert torch.equal(weight.bfloat16().float(), kept)
+        torch.testing.assert_close(
+            loaded(features)[0], separator(features)[0], atol=0.1, rtol=0)
+
+
+def test_export_holds_no_local_path(tmp_path):
+    """An encoder on this disk is named by its folder alone, a hub id stays whole."""
+    (tmp_path / "encoder").mkdir()
+    for encoder, exported in ((str(tmp_path / "encoder"), "encoder"),
+                              ("openai/whisper-tiny.en", "openai/whisper-tiny.en")):
+        source = {"encoder": encoder, "layer": 2, "frame_rate": 50.0}
+        separator = tiny_separator(2, feature_source=source)
+        ssm.export_separator(separator, tmp_path / "weights")
+        loaded = ssm.load_separator(tmp_path / "weights")
+        assert loaded.feature_source == {**source, "encoder": exported}
+        assert separator.feature_source == source
+        for path in (tmp_path / "weights").iterdir():
+            assert str(tmp_path).encode() not in path.read_bytes(), path
+
+
+def test_folder_without_a_separator(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no separator at .*gone"):
+        ssm.load_separator(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        ssm.load_separator(tmp_path)
+    for content in ("[]", "{", '{"d_model": 32}'):
+        ssm.export_separator(tiny_separator(2), tmp_path / "weights")
+        (tmp_path / "weights/config.json").write_text(content)
+        with pytest.raises(ValueError, match="weights"):
+            ssm.load_separator(tmp_path / "weights")

@@ -13,26 +13,23 @@ from conftest import RATE, assert_fails, edit_json, sine
 from conftest import write_wav as wav
 
 import generate_multi_speaker_dataset as generator
-from generate_multi_speaker_dataset import MixingOptions, PlannedTalker, Utterance
-
-SECONDS = (0.11, 0.17, 0.26)  # of each speaker's recordings
-
-
-@pytest.fixture(scope="module")
-def speech_dir(tmp_path_factory):
-    """Five speakers with ten recordings each; a text names its speaker and take."""
-    folder = tmp_path_factory.mktemp("speech")
-    for speaker in range(5):
-        for take in range(10):
-            samples = sine(SECONDS[take % 3] + 0.01 * speaker, 150 + 40 * speaker + 3 * take)
-            path = wav(folder / f"s{speaker}" / f"{take}.wav", samples + np.float32(1e-4))
-            path.with_suffix(".txt").write_text(f"s{speaker}-{take}")
-    return folder
+import mixing
+from mixing import (
+    ROOMS,
+    MixingOptions,
+    PlannedMixture,
+    PlannedTalker,
+    SpeechSource,
+    Utterance,
+    recording_seconds,
+    render_mixture,
+    render_talker,
+)
 
 
 @pytest.fixture(scope="module")
 def by_speaker(speech_dir):
-    return generator.group_by_speaker(generator.read_speech(speech_dir))
+    return mixing.group_by_speaker(generator.read_speech(speech_dir))
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +41,21 @@ def noise_dir(tmp_path_factory):
     return folder
 
 
-def plans(by_speaker, count, noises=(), talkers=None, **options):
-    rng, options = np.random.default_rng(1), MixingOptions(**options)
-    return [generator.plan_mixture(rng, options, by_speaker, noises, talkers)
-            for _ in range(count)]  # fmt: skip
+def plans(by_speaker, count, noises=(), talkers=None, split="train", **options):
+    source = SpeechSource(MixingOptions(**options), by_speaker, noises, split)
+    rng = np.random.default_rng(1)
+    return [source.draw(rng, talkers) for _ in range(count)]
 
 
 def one_talker(audio, **more):
     utterance = Utterance(audio, "someone", "word")
-    seconds = generator.recording_seconds(audio)
-    return PlannedTalker((utterance,), (1.0,), (0.0,), seconds, 0.0, 0.0)._replace(**more)
+    seconds = recording_seconds(audio)
+    return PlannedTalker((utterance,), 1.0, (0.0,), seconds, 0.0, 0.0)._replace(**more)
 
 
-def flags_for(speech, encoder, output, *more):
-    return [f"--speech_dir={speech}", f"--encoder={encoder}", f"--output_dir={output}",
-            "--train_samples=3", "--val_samples=2", "--max_speakers=2", "--device=cpu",
-            "--split_by=utterance", *map(str, more)]  # fmt: skip
+def flags_for(speech, output, *more):
+    return [f"--speech_dir={speech}", f"--output_dir={output}", "--train_samples=3",
+            "--val_samples=2", "--max_speakers=2", "--split_by=utterance", *map(str, more)]
 
 
 def contents(folder):
@@ -69,6 +65,10 @@ def contents(folder):
 
 def metadata(folder, split):
     return json.loads((folder / split / "metadata.json").read_text())
+
+
+def mixing_of(folder):
+    return json.loads((folder / "dataset.json").read_text())["mixing"]
 
 
 def decibels(of, to):
@@ -107,14 +107,14 @@ def test_only_utterance_of_a_speaker_is_for_training(by_speaker):
 
 
 def test_plan_is_a_function_of_the_seed(by_speaker):
-    options = {"overlap": (0, 1), "speed": (0.9, 1.1), "reverb": True, "join": (1, 3)}
+    options = {"overlap": (0, 1), "speed": (0.9, 1.1), "reverb": 1.0, "join": (1, 3)}
     assert plans(by_speaker, 5, **options) == plans(by_speaker, 5, **options)
     assert len(set(plans(by_speaker, 5, **options))) == 5
 
 
 def test_plan_decodes_nothing(by_speaker, monkeypatch):
-    monkeypatch.setattr(generator, "read_audio", None)
-    plans(by_speaker, 5, overlap=(0, 1), reverb=True)
+    monkeypatch.setattr(mixing, "read_audio", None)
+    plans(by_speaker, 5, overlap=(0, 1), reverb=1.0)
 
 
 def test_one_to_max_speakers_talkers(by_speaker):
@@ -138,7 +138,7 @@ def test_one_to_max_speakers_talkers(by_speaker):
     ],
 )
 def test_overlap_ratio(spans, ratio):
-    assert generator.overlap_ratio(*np.array(spans, float).T) == pytest.approx(ratio)
+    assert mixing.overlap_ratio(*np.array(spans, float).T) == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize("target", [0.0, 0.3, 0.5])
@@ -149,7 +149,7 @@ def test_overlap_ratio_is_as_asked(target, talkers, by_speaker):
     for plan in plans(by_speaker, 15, max_speakers=talkers, **options):
         assert plan.overlap == pytest.approx(target, abs=0.011)
         assert min(t.onset for t in plan.talkers) <= 0.4
-        sources, _ = generator.render_mixture(plan, RATE)
+        sources, _ = render_mixture(plan)
         first, last = zip(*(np.flatnonzero(source)[[0, -1]] for source in sources), strict=True)
         talking = np.zeros(sources.shape[1], int)
         for start, end in zip(first, last, strict=True):  # pauses inside count as speech
@@ -161,7 +161,7 @@ def test_overlap_ratio_is_as_asked(target, talkers, by_speaker):
 def test_talkers_say_something_else_where_lengths_do_not_fit(tmp_path):
     """Of a word of a second and one of 0.2 s each, two of like length overlap."""
     group = {name: [Utterance(wav(tmp_path / f"{name}{s}.wav", sine(s, 200)), name, name)
-                    for s in (1.0, 0.2)] for name in ("a", "b")}  # fmt: skip
+                    for s in (1.0, 0.2)] for name in ("a", "b")}
     found = plans(group, 20, max_speakers=2, overlap=(0.9, 1))
     assert all(plan.overlap == pytest.approx(plan.overlap_target, abs=0.011) for plan in found)
 
@@ -169,25 +169,25 @@ def test_talkers_say_something_else_where_lengths_do_not_fit(tmp_path):
 def test_overlap_out_of_reach_is_as_near_as_lengths_allow(tmp_path):
     """A second beside 0.2 s cannot overlap by more than 0.2; beside one another word, by 0.4."""
     group = {name: [Utterance(wav(tmp_path / f"{name}.wav", sine(s, 200)), name, name)]
-             for name, s in (("long", 1.0), ("short", 0.2))}  # fmt: skip
+             for name, s in (("long", 1.0), ("short", 0.2))}
     for plan in plans(group, 5, max_speakers=2, overlap=(1, 1)):
         assert plan.overlap == pytest.approx(0.2)
         assert plan.overlap_target == 1
     several = plans(group, 20, max_speakers=2, overlap=(1, 1), join=(1, 2), max_gap=0)
     assert max(plan.overlap for plan in several) == pytest.approx(0.4)
     assert all(len(t.utterances) == 1 for p in several for t in p.talkers
-               if t.utterances[0].speaker == "long")  # fmt: skip
+               if t.utterances[0].speaker == "long")
 
 
 def test_utterances_that_do_not_fit_are_not_planned(by_speaker):
     window = 0.7
     for overlap in (None, (0, 0.5)):
         for plan in plans(by_speaker, 20, join=(1, 6), max_seconds=window, overlap=overlap):
-            sources, _ = generator.render_mixture(plan, RATE)
+            sources, _ = render_mixture(plan)
             assert sources.shape[1] <= window * RATE
             for talker, source in zip(plan.talkers, sources, strict=True):
                 spoken = sum(round(soundfile.info(u.audio).duration * RATE)
-                             for u in talker.utterances)  # fmt: skip
+                             for u in talker.utterances)
                 assert np.count_nonzero(source) > 0.99 * spoken
                 assert talker.text.split() == [u.text for u in talker.utterances]
 
@@ -205,37 +205,66 @@ def test_speaker_with_recordings_that_fit_says_those(by_speaker):
     assert {t.utterances[0].audio.stem for p in plan for t in p.talkers} == set("0369")
 
 
-def test_recording_longer_than_the_window_is_cut_and_said_once(
-    tmp_path, qwen_folder, capsys
+def test_speakers_are_drawn_by_how_many_utterances_they_have(by_speaker):
+    """One with ten times as many as each of the others talks in nearly every mixture of two."""
+    groups = {name: group[: 10 if name == "s0" else 1] for name, group in by_speaker.items()}
+    drawn = [{t.utterances[0].speaker for t in p.talkers}
+             for p in plans(groups, 100, max_speakers=2)]
+    assert sum("s0" in speakers for speakers in drawn) > 80
+    assert set().union(*drawn) == set(groups)
+
+
+@pytest.mark.parametrize(
+    ("flags", "seconds"),
+    [(["--max_seconds=0.5"], 0.5), (["--encoder"], 1.0), (["--encoder", "--max_seconds=0.5"], 0.5),
+     (["--encoder", "--max_seconds=5"], 1.0)],
+)
+def test_recording_longer_than_the_limit_is_cut_and_said_once(
+    flags, seconds, tmp_path, qwen_folder, capsys
 ):
+    """An encoder's window is a limit too, and the smaller one counts."""
     for speaker in range(2):
         for take in range(2):
             path = wav(tmp_path / f"speech/s{speaker}/{take}.wav", sine(1.5, 200))
             path.with_suffix(".txt").write_text("a long story")
-    argv = flags_for(tmp_path / "speech", qwen_folder, tmp_path / "data")
+    flags = [f"{flag}={qwen_folder}" if flag == "--encoder" else flag for flag in flags]
+    argv = flags_for(tmp_path / "speech", tmp_path / "data", "--device=cpu", *flags)
     assert generator.main(argv) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert sum("cut" in line and "1 s" in line for line in printed) == 1
+    assert [line for line in printed if "cut" in line] == [
+        f"cut to {seconds:g} s, with the whole text: 4 recordings"]
     entry = metadata(tmp_path / "data", "train")[0]
     mixed, _ = soundfile.read(tmp_path / "data/train" / entry["mixed_wav"])
-    assert len(mixed) == RATE
+    assert len(mixed) / RATE == entry["seconds"] == pytest.approx(seconds, abs=0.0011)
     assert entry["overlap"] > 0.5
+    assert mixing_of(tmp_path / "data")["max_seconds"] == pytest.approx(seconds, abs=0.0011)
+
+
+def test_no_mixture_exceeds_max_seconds(speech_dir, tmp_path):
+    """Those of the same seed without the option do."""
+    lengths = []
+    for name, flags in (("free", []), ("short", ["--max_seconds=0.6"])):
+        argv = flags_for(speech_dir, tmp_path / name, "--join", 2, 3, "--reverb", *flags)
+        assert generator.main(argv) == 0
+        lengths.append([entry["seconds"] for entry in metadata(tmp_path / name, "train")])
+    assert max(lengths[0]) > 0.8
+    assert max(lengths[1]) <= 0.6
 
 
 def test_silence(by_speaker, noise_dir):
     (quiet,) = plans(by_speaker, 1, talkers=0)
-    sources, mixture = generator.render_mixture(quiet, RATE)
+    sources, mixture = render_mixture(quiet)
     assert (len(sources), quiet.overlap, quiet.talkers) == (0, 0, ())
     assert len(mixture) == round(quiet.seconds * RATE) > 0
     assert not mixture.any()
-    options = {"snr_db": (20, 20), "reverb": True}
-    (noisy,) = plans(by_speaker, 1, generator.list_noises(noise_dir), talkers=0, **options)
-    _, mixture = generator.render_mixture(noisy, RATE)
-    assert np.sqrt(np.mean(mixture**2)) == pytest.approx(generator.SPEECH_RMS / 10, rel=0.01)
+    options = {"snr_db": (20, 20), "reverb": 1.0}
+    (noisy,) = plans(by_speaker, 1, mixing.list_noises(noise_dir), talkers=0, **options)
+    _, mixture = render_mixture(noisy)
+    assert np.sqrt(np.mean(mixture**2)) == pytest.approx(mixing.SPEECH_RMS / 10, rel=0.01)
 
 
 def test_more_talkers_than_speakers(by_speaker):
-    with pytest.raises(generator.InputError, match="6 talkers .* 5 speakers"):
+    with pytest.raises(ValueError, match="6 talkers .* 5 speakers"):
         plans(by_speaker, 1, talkers=6)
 
 
@@ -246,7 +275,7 @@ def test_more_talkers_than_speakers(by_speaker):
 def test_no_sample_is_lost(by_speaker):
     """The mixture is as long as its longest talker and is the sum of all of them."""
     for plan in plans(by_speaker, 10, join=(1, 3), max_onset=0.1):
-        sources, mixture = generator.render_mixture(plan, RATE)
+        sources, mixture = render_mixture(plan)
         assert mixture.dtype == sources.dtype == np.float32
         np.testing.assert_allclose(sources.sum(0), mixture, atol=1e-6)
         ends = [round((t.onset + t.seconds) * RATE) for t in plan.talkers]
@@ -259,12 +288,12 @@ def test_no_sample_is_lost(by_speaker):
 def test_utterances_are_said_in_order_with_pauses(by_speaker):
     for plan in plans(by_speaker, 10, join=(3, 3), max_gap=0.1):
         for talker in plan.talkers:
-            lengths = [generator.recording_seconds(u.audio) for u in talker.utterances]
+            lengths = [recording_seconds(u.audio) for u in talker.utterances]
             ends = [s + n for s, n in zip(talker.starts, lengths, strict=True)]
             pauses = [b - a for a, b in zip(ends, talker.starts[1:], strict=False)]
             assert all(0 <= pause <= 0.1 for pause in pauses)
             assert talker.seconds == pytest.approx(ends[-1])
-            waveform = generator.render_talker(talker, RATE)
+            waveform = render_talker(talker)
             for u, start, n in zip(talker.utterances, talker.starts, lengths, strict=True):
                 begin = round((talker.onset + start) * RATE)
                 part = waveform[begin : begin + round(n * RATE)]
@@ -275,7 +304,7 @@ def test_utterances_are_said_in_order_with_pauses(by_speaker):
 def test_level_difference(by_speaker):
     differences = []
     for plan in plans(by_speaker, 40, level_difference=12.0, max_speakers=2, max_onset=0):
-        one, other = generator.render_mixture(plan, RATE)[0]
+        one, other = render_mixture(plan)[0]
         levels = [decibels(s[s != 0], np.array([0.05])) for s in (one, other)]
         assert levels == pytest.approx([t.gain_db for t in plan.talkers], abs=0.05)
         differences.append(abs(levels[0] - levels[1]))
@@ -289,20 +318,20 @@ def test_peaks_fit_into_a_wav(tmp_path):
     click[100] = 1
     audio = wav(tmp_path / "click.wav", click)
     talkers = (one_talker(audio, gain_db=10.0), one_talker(audio, gain_db=4.0))
-    plan = generator.PlannedMixture(talkers, 0.25, 1.0)
-    sources, mixture = generator.render_mixture(plan, RATE)
+    plan = PlannedMixture(talkers, 0.25, 1.0)
+    sources, mixture = render_mixture(plan)
     assert np.abs(mixture).max() == pytest.approx(1)
     assert decibels(sources[0], sources[1]) == pytest.approx(6, abs=0.01)
 
 
 @pytest.mark.parametrize("snr_db", [-5.0, 0.0, 15.0])
 def test_noise_is_in_the_mixture_alone_at_the_ratio_asked_for(snr_db, by_speaker, noise_dir):
-    noises, used = generator.list_noises(noise_dir), set()
+    noises, used = mixing.list_noises(noise_dir), set()
     for plan in plans(by_speaker, 8, noises, snr_db=(snr_db, snr_db)):
-        sources, mixture = generator.render_mixture(plan, RATE)
+        sources, mixture = render_mixture(plan)
         noise = mixture - sources.sum(0)
         assert decibels(sources.sum(0), noise) == pytest.approx(snr_db, abs=0.05)
-        quiet, _ = generator.render_mixture(plan._replace(noise=None), RATE)
+        quiet, _ = render_mixture(plan._replace(noise=None))
         scale = np.abs(quiet).max() / np.abs(sources).max()  # noise may lift the peak
         np.testing.assert_allclose(scale * sources, quiet, atol=1e-5)
         assert noise[-100:].any()  # looped to the end
@@ -314,23 +343,22 @@ def test_speed_changes_durations_alone(by_speaker):
     for speed in (0.8, 1.25):
         for plan in plans(by_speaker, 5, speed=(speed, speed), join=(2, 2), max_gap=0.1):
             for talker in plan.talkers:
-                spoken = sum(generator.recording_seconds(u.audio) for u in talker.utterances)
+                spoken = sum(recording_seconds(u.audio) for u in talker.utterances)
                 end = talker.onset + talker.seconds
-                waveform = generator.render_talker(talker, RATE)
+                waveform = render_talker(talker)
                 assert np.count_nonzero(waveform) / RATE == pytest.approx(spoken / speed, rel=0.01)
                 assert len(waveform) / RATE == pytest.approx(end, abs=1e-3)
     drawn = plans(by_speaker, 5, speed=(0.9, 1.1), join=(1, 3))
-    assert all(len(set(talker.speeds)) == 1 for plan in drawn for talker in plan.talkers)
-    speeds = {speed for plan in drawn for talker in plan.talkers for speed in talker.speeds}
+    speeds = {talker.speed for plan in drawn for talker in plan.talkers}
     assert len(speeds) > 5
     assert all(0.9 <= s <= 1.1 for s in speeds)
 
 
 def test_reverb_lengthens_and_keeps_onset_level_and_sum(by_speaker):
-    for plan in plans(by_speaker, 4, reverb=True):
-        wet, mixture = generator.render_mixture(plan, RATE)
-        dry, _ = generator.render_mixture(plan._replace(room=None), RATE)
-        again, _ = generator.render_mixture(plan, RATE)
+    for plan in plans(by_speaker, 4, reverb=1.0):
+        wet, mixture = render_mixture(plan)
+        dry, _ = render_mixture(plan._replace(room=None))
+        again, _ = render_mixture(plan)
         assert np.array_equal(wet, again)
         np.testing.assert_allclose(wet.sum(0), mixture, atol=1e-6)
         assert 0.1 * RATE < wet.shape[1] - dry.shape[1] <= 0.4 * RATE
@@ -344,47 +372,71 @@ def test_reverb_lengthens_and_keeps_onset_level_and_sum(by_speaker):
 
 
 def test_direct_sound_stays_at_the_onset(by_speaker):
-    plan = plans(by_speaker, 1, reverb=True)[0]
-    for response, direct in generator.room_responses(plan, RATE):
+    responses = [pair for room in range(5) for pair in mixing.room_responses(room)]
+    assert len(responses) == 5 * mixing.MOUTHS
+    for response, direct in responses:
         assert abs(int(np.argmax(np.abs(response[: direct + 20]))) - direct) <= 1
-        assert len(response) <= direct + round(plan.room.rt60 * RATE)
+        assert len(response) <= direct + 0.4 * RATE + 1
+    firsts = {response.tobytes() for response, _ in responses}
+    assert len(firsts) == len(responses)  # no two places sound the same
+
+
+def test_share_of_mixtures_in_rooms_and_no_room_in_both_splits(by_speaker):
+    rooms = {split: [p.room for p in plans(by_speaker, 200, split=split, reverb=0.4)]
+             for split in ("train", "val")}
+    for split, first in (("train", 0), ("val", ROOMS)):
+        inside = [room for room in rooms[split] if room is not None]
+        assert 60 <= len(inside) <= 100
+        assert first <= min(inside) < max(inside) < first + ROOMS
+        assert len(set(inside)) > 40
+    assert all(plan.room is None for plan in plans(by_speaker, 20, reverb=0.0))
+    assert all(plan.room is not None for plan in plans(by_speaker, 20, reverb=1.0))
+
+
+def test_max_seconds_cuts_talkers_and_mixture_alike(by_speaker):
+    (plan,) = plans(by_speaker, 1, join=(3, 3), reverb=1.0)
+    sources, mixture = render_mixture(plan)
+    cut_sources, cut = render_mixture(plan, 0.3)
+    assert (cut_sources.shape, cut.shape) == ((len(sources), 4800), (4800,))
+    np.testing.assert_allclose(cut_sources, sources[:, :4800], atol=1e-7)
+    np.testing.assert_allclose(cut, mixture[:4800], atol=1e-7)
 
 
 def test_long_recordings_are_not_kept(tmp_path):
-    path = wav(tmp_path / "long.wav", sine(generator.CACHED_SECONDS + 0.1, 200))
-    generator.render_talker(one_talker(path), RATE)
-    before = generator._cached_audio.cache_info()
-    generator.render_talker(one_talker(path), RATE)
-    assert generator._cached_audio.cache_info() == before
+    path = wav(tmp_path / "long.wav", sine(mixing.CACHED_SECONDS + 0.1, 200))
+    render_talker(one_talker(path))
+    before = mixing._decoded.cache_info()
+    render_talker(one_talker(path))
+    assert mixing._decoded.cache_info() == before
 
 
 # --------------------------------------------------------------------------------------------------
 # The command
 
 
-EVERYTHING = ("--join", 1, 3, "--overlap", 0.2, 0.8, "--speed", 0.9, 1.1, "--reverb",
-              "--snr_db", 0, 10)  # fmt: skip
+EVERYTHING = ("--join", 1, 3, "--overlap", 0.2, 0.8, "--speed", 0.9, 1.1, "--reverb", 0.8,
+              "--snr_db", 0, 10)
 
 
 @pytest.fixture(scope="module")
-def everything(speech_dir, noise_dir, qwen_folder, tmp_path_factory):
+def everything(speech_dir, noise_dir, tmp_path_factory):
     """A dataset with all options on; not to be written to."""
     folder = tmp_path_factory.mktemp("everything") / "data"
-    argv = flags_for(speech_dir, qwen_folder, folder, *EVERYTHING, f"--noise_dir={noise_dir}")
+    argv = flags_for(speech_dir, folder, *EVERYTHING, f"--noise_dir={noise_dir}")
     assert generator.main(argv) == 0
     return folder
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_same_bytes_from_any_number_of_workers(
-    workers, everything, speech_dir, noise_dir, qwen_folder, tmp_path
+    workers, everything, speech_dir, noise_dir, tmp_path
 ):
     """As a script: its rendering processes import it under another name than it has."""
-    argv = flags_for(speech_dir, qwen_folder, tmp_path / "data", *EVERYTHING,
-                     f"--noise_dir={noise_dir}", f"--workers={workers}")  # fmt: skip
+    argv = flags_for(speech_dir, tmp_path / "data", *EVERYTHING, f"--noise_dir={noise_dir}",
+                     f"--workers={workers}")
     if workers:
         done = subprocess.run([sys.executable, generator.__file__, *argv],
-                              capture_output=True, text=True, timeout=300)  # fmt: skip
+                              capture_output=True, text=True, timeout=300)
         assert (done.returncode, done.stderr) == (0, "")
     else:
         assert generator.main(argv) == 0
@@ -392,63 +444,74 @@ def test_same_bytes_from_any_number_of_workers(
 
 
 def test_metadata(everything):
+    rooms = []
     for split in ("train", "val"):
         for entry in metadata(everything, split):
             assert 0 <= entry["overlap"] <= 1
             assert 0.2 <= entry["overlap_target"] <= 0.8
             assert 0 <= entry["snr_db"] <= 10
-            assert 0.15 <= entry["rt60"] <= 0.4
+            rooms.append(entry.get("room"))
             for speaker in entry["speakers"]:
                 takes = [word.split("-") for word in speaker["text"].split()]
                 assert {name for name, _ in takes} == {speaker["speaker_id"]}
                 assert (everything / split / speaker["wav_file"]).is_file()
+    assert any(room is not None and room < ROOMS for room in rooms[:3])
+    assert any(room is not None and room >= ROOMS for room in rooms[3:])
 
 
-def test_transcripts_are_in_order(everything, by_speaker):
+def test_transcripts_are_in_order(everything):
     """The text names the recordings that are heard, one after the other."""
-    options, groups, noises = generator.load_mixing(everything, "train")
-    rng = np.random.default_rng([42, 0])
-    for entry in metadata(everything, "train"):
-        plan = generator.plan_mixture(rng, options, groups, noises)
+    source = generator.load_source(everything, "train")
+    planned = mixing.plan_split(source, seed=42, samples=3)
+    for entry, plan in zip(metadata(everything, "train"), planned, strict=True):
         assert [t.text for t in plan.talkers] == [s["text"] for s in entry["speakers"]]
+        assert entry.get("room") == plan.room
         for talker in plan.talkers:
             assert [u.audio.stem for u in talker.utterances] == [
-                word.split("-")[1] for word in talker.text.split()]  # fmt: skip
+                word.split("-")[1] for word in talker.text.split()]
             assert all(a < b for a, b in pairwise(talker.starts))
 
 
-def test_load_mixing(everything, noise_dir):
-    options, train, noises = generator.load_mixing(everything, "train")
-    assert options == MixingOptions(
-        max_speakers=2, join=(1, 3), overlap=(0.2, 0.8), speed=(0.9, 1.1), reverb=True,
-        noise_dir=str(noise_dir), snr_db=(0, 10), max_seconds=1.0)  # fmt: skip
-    _, val, _ = generator.load_mixing(everything, "val")
-    assert len(noises) == 2
-    assert train.keys() == val.keys()
-    paths = [{u.audio for group in g.values() for u in group} for g in (train, val)]
+def test_load_source(everything, noise_dir):
+    train, val = (generator.load_source(everything, split) for split in ("train", "val"))
+    assert train.options == val.options == MixingOptions(
+        max_speakers=2, join=(1, 3), overlap=(0.2, 0.8), speed=(0.9, 1.1), reverb=0.8,
+        noise_dir=str(noise_dir), snr_db=(0, 10))
+    assert (train.split, val.split) == ("train", "val")
+    assert len(train.noises) == 2
+    assert train.by_speaker.keys() == val.by_speaker.keys()
+    paths = [{u.audio for group in source.by_speaker.values() for u in group}
+             for source in (train, val)]
     assert not paths[0] & paths[1]
     assert all(path.is_absolute() for path in paths[0])
 
 
-def test_load_mixing_says_what_is_gone(everything, dataset, tmp_path):
+def test_reverb_without_a_number_is_for_all(speech_dir, tmp_path):
+    argv = flags_for(speech_dir, tmp_path / "data", "--reverb", "--train_samples=1")
+    assert generator.main(argv) == 0
+    assert mixing_of(tmp_path / "data")["reverb"] == 1
+    assert all("room" in entry for entry in metadata(tmp_path / "data", "val"))
+
+
+def test_load_source_says_what_is_gone(everything, dataset, tmp_path):
     with pytest.raises(FileNotFoundError, match="--speech_dir"):
-        generator.load_mixing(dataset, "train")
+        generator.load_source(dataset, "train")
     damaged = shutil.copytree(everything, tmp_path / "copy")
     edit_json(damaged / "train/utterances.json", lambda rows: rows[3].update(audio="/gone.wav"))
     with pytest.raises(FileNotFoundError, match="/gone.wav"):
-        generator.load_mixing(damaged, "train")
+        generator.load_source(damaged, "train")
     edit_json(damaged / "dataset.json", lambda about: about["mixing"].update(noise_dir="/gone"))
     with pytest.raises(FileNotFoundError, match="/gone"):
-        generator.load_mixing(damaged, "val")
+        generator.load_source(damaged, "val")
     edit_json(damaged / "dataset.json", lambda about: about["mixing"].update(colour="red"))
-    with pytest.raises(generator.InputError, match="colour"):
-        generator.load_mixing(damaged, "val")
+    with pytest.raises(ValueError, match="colour"):
+        generator.load_source(damaged, "val")
     edit_json(damaged / "dataset.json", lambda about: about.pop("mixing") and about)
-    with pytest.raises(generator.InputError, match="mixing"):
-        generator.load_mixing(damaged, "val")
+    with pytest.raises(ValueError, match="mixing"):
+        generator.load_source(damaged, "val")
     (damaged / "val/utterances.json").write_text("{")
-    with pytest.raises(generator.InputError, match=r"utterances\.json"):
-        generator.load_mixing(damaged, "val")
+    with pytest.raises(ValueError, match=r"utterances\.json"):
+        generator.load_source(damaged, "val")
 
 
 @pytest.mark.parametrize(
@@ -464,42 +527,58 @@ def test_load_mixing_says_what_is_gone(everything, dataset, tmp_path):
         (["--snr_db", "10", "inf"], "--snr_db"),
         (["--speed", "1.1", "0.9"], "--speed"),
         (["--speed", "0", "1"], "--speed"),
+        (["--reverb", "1.5"], "--reverb must be 0 to 1"),
+        (["--reverb", "nan"], "--reverb must be 0 to 1"),
+        (["--max_seconds", "0"], "--max_seconds must be more than 0"),
+        (["--max_seconds", "nan"], "--max_seconds must be more than 0"),
         (["--workers", "-1"], "--workers"),
+        (["--layer", "1"], "--layer needs --encoder"),
         (["--split_by", "colour"], "--split_by"),
         (["--noise_dir", "/no/such/folder"], "/no/such/folder"),
         (["--noise_dir", "."], "no recordings of noise"),
-        (["--max_speakers", "6"], "--max_speakers"),
+        (["--max_speakers", "6"], "the train split has 5 speakers"),
+        (["--max_speakers", "8"], "--max_speakers can be 7 at most"),
     ],
 )
-def test_bad_arguments(flags, words, speech_dir, qwen_folder, tmp_path, capsys):
-    argv = flags_for(speech_dir, qwen_folder, tmp_path / "data", *flags)
+def test_bad_arguments(flags, words, speech_dir, tmp_path, capsys):
+    argv = flags_for(speech_dir, tmp_path / "data", *flags)
     assert_fails(capsys, argv, words, main=generator.main)
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("flag", ["--reverb", "--noise_dir=.", "--overlap"])
-def test_simulated_talkers_are_not_mixed_like_recordings(flag, tmp_path, capsys):
-    argv = [flag, *(["0", "1"] if flag == "--overlap" else []), f"--output_dir={tmp_path / 'data'}"]
-    assert_fails(capsys, argv, flag.partition("=")[0], "--speech_dir", main=generator.main)
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [(["--reverb"], "--speech_dir"), (["--noise_dir=."], "--speech_dir"),
+     (["--overlap", "0", "1"], "--speech_dir"), (["--max_seconds=3"], "--speech_dir"),
+     (["--encoder=model"], "--speech_dir"), (["--layer=1"], "--encoder")],
+)
+def test_simulated_talkers_are_not_mixed_like_recordings(flags, word, tmp_path, capsys):
+    argv = [*flags, f"--output_dir={tmp_path / 'data'}"]
+    assert_fails(capsys, argv, flags[0].partition("=")[0], word, main=generator.main)
+    assert not (tmp_path / "data").exists()
 
 
-def test_bad_noise(speech_dir, qwen_folder, tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_noise(workers, speech_dir, tmp_path, capsys):
+    """Also where another process renders: its error is told in one line as well."""
     bad = tmp_path / "noise/bad.wav"
     bad.parent.mkdir()
     bad.write_bytes(b"no audio at all")
-    argv = flags_for(speech_dir, qwen_folder, tmp_path / "data", f"--noise_dir={bad.parent}")
+    argv = flags_for(speech_dir, tmp_path / "data", f"--noise_dir={bad.parent}",
+                     f"--workers={workers}")
     assert_fails(capsys, argv, bad, "cannot read audio", main=generator.main)
     soundfile.write(bad, np.full(2000, np.nan), RATE, subtype="FLOAT")
     assert_fails(capsys, argv, bad, "NaN", main=generator.main)
+    assert not list((tmp_path / "data").iterdir())
 
 
-def test_bad_recording(qwen_folder, tmp_path, capsys):
+def test_bad_recording(tmp_path, capsys):
     for speaker in range(2):
         for take in range(2):
             samples = np.full(2000, np.nan, np.float32)
             path = tmp_path / f"speech/s{speaker}/{take}.wav"
             path.parent.mkdir(parents=True, exist_ok=True)
             soundfile.write(path, samples, RATE, subtype="FLOAT")
-    argv = flags_for(tmp_path / "speech", qwen_folder, tmp_path / "data")
+    argv = flags_for(tmp_path / "speech", tmp_path / "data")
     assert_fails(capsys, argv, "NaN", main=generator.main)
     assert not (tmp_path / "data/train").exists()

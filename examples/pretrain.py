@@ -1,0 +1,92 @@
+"""Train the shipped spectrogram separator from nothing: manifest, dataset, training, export.
+
+    python examples/pretrain.py --speech path/to/speech --fsdd path/to/fsdd --output_dir pretrained
+
+``--speech`` is a folder with ``manifest.jsonl`` (audio, speaker, text, split) and, in ``noise/``,
+recordings of noise; ``--fsdd`` is the Free Spoken Digit Dataset. Every step is a command of this
+project, printed as it would be typed. Run again, it goes on where it stopped.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import digits_manifest  # noqa: E402
+import torch  # noqa: E402
+
+import generate_multi_speaker_dataset as generator  # noqa: E402
+import speaker_separator_module as ssm  # noqa: E402
+
+SIZES = ["--dim=240", "--num_heads=4", "--ff_dim=640"]  # 5.9 million weights, 12 MB in bfloat16
+
+
+def run(module, *words) -> None:
+    """Run one command of the project, printed as it would be typed."""
+    words = [str(word) for word in words]
+    print(f"$ python {Path(module.__file__).name} {' '.join(words)}", flush=True)
+    if status := module.main(words):
+        sys.exit(status)
+
+
+def write_manifest(args) -> Path:
+    """Write one manifest of the speech and the digits, with absolute paths."""
+    manifest, digits = args.work_dir / "speech.jsonl", args.work_dir / "digits.jsonl"
+    if digits_manifest.main(args.fsdd, digits):
+        sys.exit(2)
+    with open(manifest, "w", encoding="utf-8") as lines:
+        for listing in (Path(args.speech) / "manifest.jsonl", digits):
+            for line in listing.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                row["audio"] = str((listing.parent / row["audio"]).resolve())
+                lines.write(json.dumps(row) + "\n")
+    return manifest
+
+
+def make_data(args) -> Path:
+    """Make the dataset whose recordings are mixed anew in training, unless it is there."""
+    data = args.work_dir / "data"
+    if not (data / "dataset.json").is_file():
+        run(generator, f"--speech_dir={write_manifest(args)}", f"--output_dir={data}",
+            "--train_samples=10", "--val_samples=120", "--min_speakers=1", "--join", 1, 4,
+            "--max_onset=2", "--level_difference=5", "--speed", 0.85, 1.2, "--max_seconds=16",
+            f"--noise_dir={Path(args.speech) / 'noise'}", "--snr_db", 5, 50, "--reverb", 0.2)
+    return data
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--speech", required=True, help="folder with manifest.jsonl and noise/")
+    add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
+    add("--output_dir", default="pretrained", help="where the weights go")
+    add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
+    add("--epochs", type=int, default=60, help="epochs of --mixtures_per_epoch")
+    add("--mixtures_per_epoch", type=int, default=2000, help="fresh mixtures in an epoch")
+    add("--crop_seconds", type=float, default=5.0, help="longest part of a mixture in training")
+    add("--workers", type=int, default=0, help="processes that mix; 0: this one")
+    add("--device", default="auto", help="where to compute: auto, cpu, cuda or mps")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run every step that is not done yet."""
+    args = build_parser().parse_args(argv)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    data, checkpoints = make_data(args), args.work_dir / "checkpoints"
+    resume = ["--resume"] if any(checkpoints.glob("*.pt")) else []
+    run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
+        f"--epochs={args.epochs}", f"--mixtures_per_epoch={args.mixtures_per_epoch}",
+        f"--crop_seconds={args.crop_seconds}", f"--workers={args.workers}", "--save_every=2",
+        f"--device={args.device}", *resume)
+    separator = ssm.load_separator(checkpoints / "best_model.pt")
+    ssm.export_separator(separator, Path(args.output_dir), torch.bfloat16)
+    print(f"exported the best weights to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""Reading and writing audio, log-mel spectrograms, gains back to audio, frozen encoders."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+from conftest import RATE, WIDTH, sine
+
+import audio
+from speaker_separator_module import audio_tower_of
+
+RECORDINGS = [sine(0.9, 150), sine(0.35, 420), sine(0.61, 260)]
+LAYERS = [None, 0, 1, 2]
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading and writing
+
+
+def test_read_audio(tmp_path):
+    """A sine stays that sine at another rate; channels are averaged."""
+    t = np.arange(8000) / 8000
+    left, right = np.sin(2 * np.pi * 440 * t), np.zeros(8000)
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), 8000, subtype="FLOAT")
+    samples = audio.read_audio(tmp_path / "a.wav")
+    expected = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+    assert samples.dtype == np.float32
+    np.testing.assert_allclose(samples[200:-200], expected[200:-200], atol=2e-3)
+    assert audio.read_audio([0.5, -0.5]).tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("rate", [16000, 8000, 44100])
+def test_blocks_are_the_whole(rate, tmp_path, monkeypatch):
+    """A file read and resampled block by block equals one resampled at once."""
+    monkeypatch.setattr(audio, "READ_BLOCK", 5000)
+    wave = sine(1.3, 300, rate)
+    soundfile.write(tmp_path / "a.wav", np.stack([wave, wave], 1), rate, subtype="FLOAT")
+    whole = soxr.resample(wave, rate, RATE)
+    for source, given in ((tmp_path / "a.wav", None), (str(tmp_path / "a.wav"), None),
+                          (wave, rate), (torch.from_numpy(wave), rate), (wave.tolist(), rate)):
+        blocks = list(audio.audio_blocks(source, given))
+        assert len(blocks) > 3
+        np.testing.assert_allclose(np.concatenate(blocks), whole, atol=1e-5)
+
+
+def test_the_rate_of_a_file_is_its_own(tmp_path):
+    soundfile.write(tmp_path / "a.wav", sine(0.5, 300, 8000), 8000)
+    assert len(audio.read_audio(tmp_path / "a.wav", given_rate=44100)) == RATE // 2
+
+
+def test_half_precision_tensor_that_asks_for_gradients():
+    wave = torch.tensor([0.5, -0.5], dtype=torch.bfloat16, requires_grad=True)
+    assert audio.read_audio(wave).tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [([], "no samples"), ([0.0, float("nan")], "NaN"), ([0.0, float("inf")], "infinite"),
+     ([[0.0, 0.0]], r"\[1, 2\]"), (0.5, r"\[\]")],
+)
+def test_bad_audio_in_memory(samples, words):
+    with pytest.raises(ValueError, match=words):
+        audio.read_audio(samples)
+
+
+@pytest.mark.parametrize("name", ["gone.wav", "folder"])
+def test_missing_file(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match=name):
+        audio.read_audio(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"", b"no audio at all", b"RIFF\x00\x00\x00\x00WAVE"])
+def test_file_that_is_no_audio(content, tmp_path):
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read audio from .*a\.wav"):
+        audio.read_audio(tmp_path / "a.wav")
+
+
+def test_file_without_samples(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(0), RATE)
+    with pytest.raises(ValueError, match=r"a\.wav has no samples"):
+        audio.read_audio(tmp_path / "a.wav")
+
+
+def test_flac_that_breaks_off(tmp_path, capfd):
+    """Its header promises 40 s: the first block is read, then there is one error and no more."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(40 * RATE)
+    soundfile.write(tmp_path / "a.flac", noise, RATE)
+    content = (tmp_path / "a.flac").read_bytes()
+    (tmp_path / "a.flac").write_bytes(content[: len(content) // 2])
+    blocks = audio.audio_blocks(tmp_path / "a.flac")
+    assert len(next(blocks)) == audio.READ_BLOCK
+    with pytest.raises(ValueError, match=r"cannot read audio from .*a\.flac") as error:
+        list(blocks)
+    assert error.value.__suppress_context__
+    assert len(str(error.value).splitlines()) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_nan_far_into_a_file(tmp_path):
+    samples = np.r_[np.zeros(20 * RATE), np.nan].astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
+    with pytest.raises(ValueError, match=r"a\.wav holds NaN"):
+        audio.recording_length(tmp_path / "a.wav")
+
+
+def test_recording_length(tmp_path):
+    soundfile.write(tmp_path / "a.wav", sine(1.5, 300, 8000), 8000)
+    assert audio.recording_length(tmp_path / "a.wav") == 1.5 * RATE
+    assert audio.recording_length(np.zeros(640)) == 640
+    with pytest.raises(ValueError, match="the recording lasts 20 ms; .* 40 ms"):
+        audio.recording_length(np.zeros(320))
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), 8000)
+    with pytest.raises(ValueError, match=r"a\.wav lasts 12 ms"):
+        audio.recording_length(tmp_path / "a.wav")
+
+
+def test_write_wav_turns_down_what_exceeds_full_scale(tmp_path):
+    samples = np.array([0.5, -2.5, 1.0, 0.0], np.float32)
+    audio.write_wav(tmp_path / "loud.wav", samples)
+    np.testing.assert_allclose(audio.read_audio(tmp_path / "loud.wav"), samples / 2.5, atol=1e-6)
+    audio.write_wav(tmp_path / "quiet.wav", samples / 5)
+    np.testing.assert_allclose(audio.read_audio(tmp_path / "quiet.wav"), samples / 5, atol=1e-6)
+    info = soundfile.info(tmp_path / "quiet.wav")
+    assert (info.samplerate, info.subtype, info.channels) == (RATE, "PCM_24", 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Spectrograms
+
+
+@pytest.mark.parametrize("bins", [80, 128])
+def test_log_mel_equals_whispers(bins):
+    """Of a batch in which one recording is far louder: each has a floor of its own."""
+    from transformers import WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor(feature_size=bins, chunk_length=2)
+    noise = np.random.default_rng(0).standard_normal(32000).astype(np.float32)
+    waves = [sine(0.7, 300), 1e-3 * noise, sine(1.9, 110) + 1e-4 * noise[:30400]]
+    expected = extractor(waves, sampling_rate=RATE, return_tensors="pt")["input_features"]
+    padded = torch.stack([torch.nn.functional.pad(torch.from_numpy(w), (0, 32000 - len(w)))
+                          for w in waves])
+    spectrograms = audio.floor_log_mel(audio.log_mel(padded, bins))
+    assert spectrograms.shape == (3, 200, bins)
+    torch.testing.assert_close(spectrograms, expected.transpose(1, 2), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        audio.floor_log_mel(audio.log_mel(padded[2], bins)), spectrograms[2])
+
+
+def test_gain_moves_log_mel_by_a_constant():
+    """20 dB are 2 in log10 of power and 0.5 in Whisper's units."""
+    wave = torch.randn(8000)
+    torch.testing.assert_close(
+        audio.log_mel(10 * wave), audio.log_mel(wave) + 0.5, rtol=0, atol=1e-4)
+
+
+def test_one_frame_per_hop():
+    for samples, frames in ((159, 0), (160, 1), (16000, 100), (16159, 100), (16160, 101)):
+        assert audio.log_mel(torch.randn(2, samples)).shape == (2, frames, 80)
+
+
+def test_floor_is_80_db_below_the_loudest_bin():
+    spectrograms = torch.tensor([[[1.0, -0.5], [-1.4, -1.0]], [[-1.0, -1.5], [-1.5, -1.5]]])
+    floored = [[[1.0, -0.5], [-1.0, -1.0]], [[-1.0, -1.5], [-1.5, -1.5]]]
+    assert audio.floor_log_mel(spectrograms).tolist() == floored
+
+
+@pytest.mark.parametrize("samples", [16000, 12345, 200])
+def test_gains_everywhere_alike(samples):
+    """No gain gives the waveform back, and -0.5 is -20 dB: a tenth of the amplitude."""
+    wave = torch.randn(samples)
+    gains = torch.tensor([0.0, -0.5, 0.25])[:, None, None].expand(3, samples // 160, 80)
+    talkers = audio.apply_gains(wave, gains)
+    expected = torch.stack([wave, 0.1 * wave, 10**0.5 * wave])
+    torch.testing.assert_close(talkers, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bins", [80, 128])
+def test_gains_take_tones_apart(bins):
+    """Bins are on the mel scale: the lower half ends at 1.8 kHz."""
+    t = torch.arange(RATE) / RATE
+    low, high = torch.sin(2 * torch.pi * 1000 * t), torch.sin(2 * torch.pi * 3000 * t)
+    gains = torch.zeros(2, 100, bins)
+    gains[0, :, bins // 2 :] = gains[1, :, : bins // 2] = -3
+    talkers = audio.apply_gains(low + high, gains)
+    torch.testing.assert_close(talkers[:, 400:-400], torch.stack([low, high])[:, 400:-400],
+                               rtol=0, atol=0.01)
+
+
+def test_gains_between_centres_of_bins_are_interpolated():
+    """1 kHz is 15 mel of 45.245, so it lies at 15 / 45.245 * 81 - 1 = 25.854 of 80 bins."""
+    tone = torch.sin(2 * torch.pi * 1000 * torch.arange(RATE) / RATE)
+    talkers = audio.apply_gains(tone, (-0.02 * torch.arange(80.0)).expand(1, 100, 80))
+    level = 20 * torch.log10(talkers[0, 800:-800].std() / tone[800:-800].std())
+    assert float(level) == pytest.approx(-40 * 0.02 * 25.854, abs=0.1)
+
+
+def test_gains_change_in_time():
+    gains = torch.zeros(1, 100, 80)
+    gains[:, 50:] = -3
+    wave = torch.randn(RATE)
+    (talker,) = audio.apply_gains(wave, gains)
+    torch.testing.assert_close(talker[:7600], wave[:7600], rtol=0, atol=1e-5)
+    assert talker[8400:].abs().max() < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------
+# Frozen models
+
+
+def tower_states(tower, inputs):
+    """What the tower itself computes: hidden states after every block, its output, both masks."""
+    states, hooks = [], []
+    hooks.append(tower.layers[0].register_forward_pre_hook(lambda m, args: states.append(args[0])))
+    for block in tower.layers:
+        keep = lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
+        hooks.append(block.register_forward_hook(keep))
+    mask = inputs["attention_mask"]
+    frames = mask.shape[1] // 2
+    lengths = (mask.sum(1) - 1) // 2 + 1
+    inside = torch.arange(frames) < lengths[:, None]
+    blocked = torch.zeros(len(mask), 1, frames, frames).masked_fill(
+        ~inside[:, None, None], torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        output = tower(inputs["input_features"], attention_mask=blocked).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    halved = torch.arange(frames // 2) < ((lengths - 2) // 2 + 1)[:, None]
+    return states, output, inside, halved
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_encode_equals_the_models_own_tower(layer, qwen, qwen_folder, processor):
+    encoder = audio.load_audio_encoder(str(qwen_folder), layer)
+    inputs = processor.feature_extractor(
+        RECORDINGS, sampling_rate=RATE, return_attention_mask=True, padding="max_length",
+        return_tensors="pt")
+    states, output, inside, halved = tower_states(audio_tower_of(qwen), inputs)
+    expected, mask = (output, halved) if layer is None else (states[layer], inside)
+    assert encoder.frame_rate == (25 if layer is None else 50)
+    together = encoder.encode(RECORDINGS)
+    for b, samples in enumerate(RECORDINGS):
+        (features,) = encoder.encode([samples])
+        assert features.shape == (int(mask[b].sum()), WIDTH)
+        assert len(features) == encoder.num_frames(len(samples))
+        torch.testing.assert_close(features, expected[b][mask[b]], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together[b], features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_whisper_encoder(layer, whisper_folder):
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    model = WhisperForConditionalGeneration.from_pretrained(whisper_folder).eval()
+    extractor = WhisperFeatureExtractor.from_pretrained(whisper_folder)
+    mel = extractor(RECORDINGS[2], sampling_rate=RATE, return_tensors="pt")["input_features"]
+    with torch.no_grad():
+        output = model.model.encoder(mel, output_hidden_states=True)
+    expected = output.last_hidden_state[0]
+    if layer in (0, 1):  # the last hidden state that Whisper reports is after its layer norm
+        expected = output.hidden_states[layer][0]
+    elif layer == 2:
+        block = model.model.encoder.layers[1]
+        with torch.no_grad():
+            out = block(output.hidden_states[1], None)
+        expected = (out[0] if isinstance(out, tuple) else out)[0]
+    encoder = audio.load_audio_encoder(str(whisper_folder), layer)
+    (features,) = encoder.encode([RECORDINGS[2]])
+    assert encoder.frame_rate == 50
+    assert len(features) == encoder.num_frames(len(RECORDINGS[2])) == 31  # 0.61 s
+    torch.testing.assert_close(features, expected[:31], rtol=1e-4, atol=1e-4)
+
+
+def test_encoder_is_frozen(qwen_folder):
+    tower = audio.load_audio_encoder(str(qwen_folder), 1).tower
+    assert not tower.training
+    assert not any(p.requires_grad for p in tower.parameters())
+    assert len(tower.layers) == 1  # the blocks after it are not kept
+
+
+@pytest.mark.parametrize("how", ["sharded", "half precision"])
+def test_encoder_from_weights_saved_otherwise(how, qwen, qwen_folder, tmp_path):
+    folder = shutil.copytree(qwen_folder, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    if how == "sharded":
+        qwen.save_pretrained(folder, max_shard_size="30KB")
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+    else:
+        qwen.bfloat16().save_pretrained(folder)
+    (whole,) = audio.load_audio_encoder(str(qwen_folder)).encode(RECORDINGS[:1])
+    (features,) = audio.load_audio_encoder(str(folder)).encode(RECORDINGS[:1])
+    assert features.dtype == torch.float32
+    if how == "sharded":
+        assert torch.equal(features, whole)
+    else:
+        assert 0 < (features - whole).std() < 0.1 * whole.std()
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_layer_out_of_range(layer, qwen_folder):
+    with pytest.raises(ValueError, match=f"0 to 2 for this encoder, not {layer}"):
+        audio.load_audio_encoder(str(qwen_folder), layer)
+
+
+@pytest.mark.parametrize("load", [audio.load_config, audio.load_audio_encoder, audio.load_model])
+def test_model_of_another_kind(load, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "wav2vec2"}))
+    with pytest.raises(ValueError, match="wav2vec2, not Qwen2-Audio or Whisper") as error:
+        load(str(tmp_path))
+    assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("load", [audio.load_config, audio.load_audio_encoder, audio.load_model])
+def test_no_model_there(load):
+    with pytest.raises(ValueError, match="cannot load .* from /no/such/model: .") as error:
+        load("/no/such/model")
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing", "other model"])
+def test_encoder_with_damaged_weights(kind, qwen_folder, whisper_folder, tmp_path):
+    folder = shutil.copytree(qwen_folder, tmp_path / "damaged")
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if kind == "truncated":
+        weights.write_bytes(content[:1000])
+    elif kind == "other model":
+        shutil.copy(whisper_folder / "model.safetensors", weights)
+    words = {"truncated": "cannot load an encoder", "missing": "no file named model.safetensors",
+             "other model": "lacks the encoder's weight conv1.bias"}[kind]
+    with pytest.raises(ValueError, match=words) as error:
+        audio.load_audio_encoder(str(folder))
+    assert str(folder) in str(error.value)
+
+
+def test_recording_longer_than_the_window(qwen_folder):
+    encoder = audio.load_audio_encoder(str(qwen_folder))
+    assert len(encoder.encode([np.zeros(16000, np.float32)])[0]) == 25
+    with pytest.raises(ValueError, match=r"lasts 1\.5 s and .*qwen reads 1 s"):
+        encoder.encode([np.zeros(24000, np.float32)])
+
+
+@pytest.mark.parametrize("family", ["Qwen2Audio", "Whisper"])
+def test_load_model(family, qwen_folder, whisper_folder):
+    folder = qwen_folder if family == "Qwen2Audio" else whisper_folder
+    model, processor = audio.load_model(str(folder), dtype=torch.bfloat16)
+    assert type(model).__name__ == f"{family}ForConditionalGeneration"
+    assert (model.dtype, model.training) == (torch.bfloat16, False)
+    assert not any(p.requires_grad for p in model.parameters())
+    inputs = getattr(processor, "feature_extractor", processor)  # Whisper's has no tokenizer here
+    assert inputs.feature_size == 16
