@@ -1519,21 +1519,33 @@ def new_config(options: TrainOptions, train_set, streams: int) -> dict:
         raise ValueError(f"--{name} is not for a separator of this data") from None
 
 
-def check_resumed(options: TrainOptions, checkpoint: dict, train_set, folder: Path) -> None:
-    """Refuse to resume with flags or data that contradict the checkpoint."""
-    config, earlier = checkpoint["model_config"], checkpoint.get("options", {})
-    fixed = {name: config.get(name) for name in SIZES}
-    fixed |= {name: earlier.get(name) for name in ("seed", "dtype")}
+def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
+    """Return the options of the run that a checkpoint belongs to, updated with those given now.
+
+    Sizes, seed and precision cannot change within a run.
+    """
+    earlier = {k: v for k, v in checkpoint.get("options", {}).items() if k in TrainOptions._fields}
+    fixed = {name: checkpoint["model_config"].get(name) for name in SIZES}
+    fixed |= {name: earlier[name] for name in ("seed", "dtype") if name in earlier}
     for name, before in fixed.items():
-        now = getattr(options, name)
-        if now not in (TrainOptions._field_defaults[name], before):
+        now = given.get(name)
+        if now not in (None, "auto", before):
             raise ValueError(f"--{name}={now} contradicts the checkpoint in {folder}, which has "
                              f"{before}: leave the flag out, or train anew in another folder")
-    if (separator_class(config) is SpectrogramSeparator) != train_set.is_spectrogram or (
-            config.get("feature_dim") != train_set.feature_dim):
-        raise ValueError(f"the checkpoint in {folder} is of other data: its features are "
-                         f"{config.get('feature_dim')} wide, those of the dataset "
-                         f"{train_set.feature_dim}")
+    given = {name: value for name, value in given.items() if name not in fixed}
+    return TrainOptions(**earlier | {"device": "auto"} | given)
+
+
+def check_resumed(config: dict, train_set, val_set, folder: Path) -> None:
+    """Refuse to resume on data that a checkpoint's separator does not fit."""
+    widths = config.get("feature_dim"), train_set.feature_dim
+    if widths[0] != widths[1]:
+        reads, has = (f"features {w} wide" if w else "spectrograms" for w in widths)
+        raise ValueError(f"the checkpoint in {folder} reads {reads} and the dataset has {has}")
+    talkers = max(train_set.max_speakers, val_set.max_speakers)
+    if config["max_speakers"] < talkers:
+        raise ValueError(f"the checkpoint in {folder} has {config['max_speakers']} streams and the "
+                         f"data up to {talkers} talkers")
 
 
 def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset:
@@ -1546,22 +1558,15 @@ def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset
     return kind(train_set, options, streams)
 
 
-def start_run(options: TrainOptions, train_set, val_set, folder: Path) -> Run:
-    """Check the data, build or restore separator and optimizer, and print what will be trained."""
+def start_run(options: TrainOptions, checkpoint, train_set, val_set, folder: Path) -> Run:
+    """Build or restore separator and optimizer, and print what will be trained."""
     device = pick_device(options.device)
-    checkpoint = newest_checkpoint(folder) if options.resume else None
     if checkpoint:
-        check_resumed(options, checkpoint, train_set, folder)
-        earlier = checkpoint.get("options", {})
-        kept = {name: earlier.get(name, getattr(options, name)) for name in ("seed", "dtype")}
-        options = options._replace(**kept)
         config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
+        check_resumed(config, train_set, val_set, folder)
         state = checkpoint.get("training_state_dict", checkpoint["model_state_dict"])
         separator = build_separator(config, state, folder)
         average = build_separator(config, checkpoint["model_state_dict"], folder)
-        if config["max_speakers"] < max(train_set.max_speakers, val_set.max_speakers):
-            raise ValueError(f"the checkpoint in {folder} has {config['max_speakers']} streams and "
-                             f"the data up to {train_set.max_speakers} talkers")
     else:
         streams = choose_streams(train_set, val_set, options.max_speakers)
         config = new_config(options, train_set, streams)
@@ -1675,14 +1680,18 @@ def train_speaker_separator(
     FileNotFoundError, ValueError
         For data, checkpoints or devices that cannot be used.
     """
-    options, folder = TrainOptions(**options), Path(checkpoint_dir)
+    folder = Path(checkpoint_dir)
+    resume = TrainOptions(**options).resume
+    checkpoint = newest_checkpoint(folder) if resume else None
+    options = (resumed_options(options, checkpoint, folder) if resume
+               else TrainOptions(**options))
     if options.save_every < 1:
         raise ValueError(f"save_every must be 1 or more, not {options.save_every}")
     pick_device(options.device)
     scoring = import_sibling("scoring")
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
     prepare_folder(folder)
-    run = start_run(options, train_set, val_set, folder)
+    run = start_run(options, checkpoint, train_set, val_set, folder)
     history = run.history
     if len(history) >= options.epochs:
         print(f"{len(history)} epochs are done already; ask for more with --epochs")
@@ -2413,9 +2422,9 @@ def evaluate_words(
 
 def cmd_train(args) -> None:
     """Train, after making the default dataset when there is none."""
-    given = vars(args)
+    given = vars(args)  # holds no option that was not given
     options = {name: given[name] for name in TrainOptions._fields if name in given}
-    pick_device(args.device)
+    pick_device(given.get("device", "auto"))
     if args.export:
         prepare_folder(Path(args.export))
     if args.data_dir == DEFAULT_DATA_DIR and not Path(args.data_dir).exists():
@@ -2656,12 +2665,16 @@ probability, weight = number(float, 0, 1), number(float, 0)
 
 
 def add_train_arguments(add) -> None:
-    """Add the options of ``train``; what is not given is left to ``TrainOptions``."""
-    fields = TrainOptions._field_defaults
+    """Add the options of ``train``; one that is not given is left out of the result.
 
-    def option(name: str, **kwargs):
-        default = fields[name]
-        add(f"--{name}", default=argparse.SUPPRESS if default is None else default, **kwargs)
+    ``TrainOptions`` knows the defaults, and a resumed run keeps what it was started with.
+    """
+    defaults = TrainOptions._field_defaults
+
+    def option(name: str, help: str, flag: str | None = None, **kwargs):
+        if defaults[name] is not None and flag is None:
+            help += f" (default: {defaults[name]})"
+        add(f"--{flag or name}", dest=name, default=argparse.SUPPRESS, help=help, **kwargs)
 
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
@@ -2680,8 +2693,8 @@ def add_train_arguments(add) -> None:
            "without it 0.5 where features add up, else 0")
     option("activity_weight", type=weight, help="weight of the talker activity loss; without it "
            "0.02 for recordings, else 0.5")
-    add("--no_remix", dest="remix", action="store_false", default=fields["remix"],
-        help="the same mixtures every epoch instead of fresh ones")
+    option("remix", flag="no_remix", action="store_false",
+           help="the same mixtures every epoch instead of fresh ones")
     option("mixtures_per_epoch", type=positive_int,
            help="fresh mixtures in an epoch; without it twice the data's, 120 or more")
     option("crop_seconds", type=positive_float,
@@ -2737,8 +2750,9 @@ def add_shared_arguments(name: str, add) -> None:
         add("--threshold", type=probability,
             help="a stream is a talker from this probability on; without it the checkpoint's")
         add("--num_speakers", type=positive_int, help="how many talkers there are, when known")
-    add("--device", default="auto", help="where to compute: auto, cpu, cuda or mps")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+    default = argparse.SUPPRESS if name == "train" else "auto"
+    add("--device", default=default, help="where to compute: auto, cpu, cuda or mps")
+    add("--dtype", default=default, choices=["auto", "float32", "bfloat16"],
         help="precision; auto is bfloat16 where the device has units for it")
 
 

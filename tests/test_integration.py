@@ -791,8 +791,28 @@ def test_whisper_with_and_without_a_mask(kind, integrate, whisper):
     _, inside, _ = split(inputs["input_features"], None)
     assert inside.sum(1).tolist() == pytest.approx(
         [len(r) / RATE * (100 if kind == "spectrogram" else 50) for r in RECORDINGS], abs=2)
-    _, half, _ = split(inputs["input_features"].bfloat16(), None)
-    assert torch.equal(half, inside)  # the floor is the floor whatever it was rounded to
+    for louder in np.linspace(0, 0.9, 10):  # the floor is the floor whatever it was rounded to
+        _, half, _ = split((inputs["input_features"] + louder).bfloat16(), None)
+        assert (half.sum(1) - inside.sum(1)).abs().max() <= 1
+
+
+def test_whispers_configuration_counts_like_arguments(integrate, whisper):
+    """Several answers each, timestamps and suppressed words, asked for by the configuration."""
+    inputs, config = listen(RECORDINGS), whisper.generation_config
+    model = pass_through(integrate(whisper, 1, threshold=0.5))
+    options = {"language": "en", "max_new_tokens": 6}
+    plain = model.generate(**inputs, **options)
+    first = int(plain[0, 0])
+    barred = model.generate(**inputs, **options, suppress_tokens=[first])
+    config.suppress_tokens = [first]
+    assert torch.equal(model.generate(**inputs, **options), barred)
+    assert first not in barred[0] and first in plain[0]
+    config.suppress_tokens, config.num_return_sequences, config.num_beams = None, 2, 2
+    assert len(model.generate(**inputs, **options)) == len(model.speaker_rows) == 6
+    assert [row[0] for row in model.speaker_rows] == [0, 0, 1, 1, 2, 2]
+    config.return_timestamps = True
+    with pytest.raises(ValueError, match="return_timestamps .* use a spectrogram separator"):
+        model.generate(**inputs, **options)
 
 
 @pytest.mark.parametrize("kind", ["spectrogram", 1])

@@ -528,6 +528,7 @@ def whisper_path(listener, tmp_path):
     model, processor = listener
     model.generation_config.max_length = 12
     model.generation_config.language = "en"
+    model.generation_config._from_model_config = False  # it would be made anew when it is read
     model.half().save_pretrained(tmp_path / "whisper")
     processor.save_pretrained(tmp_path / "whisper")
     return tmp_path / "whisper"

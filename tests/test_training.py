@@ -480,7 +480,7 @@ def test_resume_warns_of_nothing(trained, dataset, tmp_path):
 
 def test_resume_on_data_of_another_kind(run_folder, recordings, capsys):
     argv = train_flags(recordings, run_folder, "--resume", "--epochs=4")
-    assert_fails(capsys, argv, "other data", run_folder)
+    assert_fails(capsys, argv, "spectrograms", run_folder)
 
 
 # --------------------------------------------------------------------------------------------------
