@@ -546,9 +546,13 @@ def reorder(values: Tensor, assignment: Tensor) -> Tensor:
     return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
 
 
-def talker_mse(estimates: Tensor, targets: Tensor, frame_mask: Tensor) -> Tensor:
-    """Mean squared error [B, S] of each talker's own estimate over valid frames."""
-    return masked_mean((estimates - targets).square().mean(-1), frame_mask[:, None], -1)
+def talker_error(
+    estimates: Tensor, targets: Tensor, frame_mask: Tensor, absolute: bool = False
+) -> Tensor:
+    """Mean squared or absolute error [B, S] of each talker's own estimate over valid frames."""
+    error = estimates - targets
+    error = error.abs() if absolute else error.square()
+    return masked_mean(error.mean(-1), frame_mask[:, None], -1)
 
 
 def _check_loss_shapes(separated, speaker_probs, targets, speaker_mask, mixture, frame_mask):
@@ -575,6 +579,7 @@ def separator_loss(
     frame_mask: Tensor | None = None,
     reconstruction_weight: float = 0.5,
     activity_weight: float = 0.5,
+    absolute: bool = False,
 ) -> SeparatorLoss:
     """Score separated streams under the best assignment of streams to talkers.
 
@@ -591,11 +596,14 @@ def separator_loss(
         True for valid frames.
     reconstruction_weight : float
         0 where streams do not add up to the mixture, as log spectra do not.
+    absolute : bool
+        Take absolute errors for the separation, as for log spectra: squared ones are least for a
+        blend of both talkers, far below either, where it is not clear which one a bin belongs to.
 
     Returns
     -------
     SeparatorLoss
-        ``separation``: mean squared error per active talker (arXiv:1607.00325);
+        ``separation``: mean squared or absolute error per active talker (arXiv:1607.00325);
         ``reconstruction``: mean squared error of the sum of active streams against the mixture;
         ``activity``: binary cross-entropy of the reordered probabilities; ``total``: their
         weighted sum; ``assignment [B, S]``: the stream of each talker.
@@ -614,7 +622,7 @@ def separator_loss(
         assignment = best_assignment(pairwise_mse(separated, targets, frame_mask), active)
     estimates = reorder(separated, assignment)
 
-    per_talker = talker_mse(estimates, targets, frame_mask)
+    per_talker = talker_error(estimates, targets, frame_mask, absolute)
     separation = (per_talker * active).sum() / active.sum().clamp(min=1)
     summed = (estimates * active[..., None, None]).sum(1)
     frame_error = (summed - mixture).square().mean(-1)
@@ -1088,10 +1096,12 @@ def _score_batch(separator, separated: Tensor, probs: Tensor, batch: dict):
     """Return the sums of all SCORES above what to divide them by, and the assignment."""
     mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
     active = batch["speaker_mask"].float()
-    loss = separator_loss(separated, probs, targets, batch["speaker_mask"], mixture, frame_mask)
+    absolute = separator.is_spectrogram
+    loss = separator_loss(separated, probs, targets, batch["speaker_mask"], mixture, frame_mask,
+                          absolute=absolute)
     talkers, size = active.sum(), active.new_tensor(float(len(active)))
     trivial = trivial_outputs(mixture, batch["speaker_mask"], separator.is_spectrogram)
-    errors = [(talker_mse(output[:, None], targets, frame_mask) * active).sum()
+    errors = [(talker_error(output[:, None], targets, frame_mask, absolute) * active).sum()
               for output in trivial.values()]
     several = active * (active.sum(1, keepdim=True) > 1)
     improvement = _improvement(separated, loss.assignment, batch)
@@ -1439,7 +1449,8 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype:
         separated, probs = separator(batch["mixture"], batch["frame_mask"])
     loss = separator_loss(
         separated, probs, batch["targets"], batch["speaker_mask"], batch["mixture"],
-        batch["frame_mask"], weights.reconstruction, weights.activity)
+        batch["frame_mask"], weights.reconstruction, weights.activity,
+        absolute=separator.is_spectrogram)
     return separated, probs, loss
 
 
@@ -1602,7 +1613,7 @@ def loss_weights(options: TrainOptions, train_set) -> LossWeights:
     if not train_set.is_sum:
         default = default._replace(reconstruction=0.0)
     if train_set.is_spectrogram:
-        default = default._replace(activity=0.02)  # squared log-mel errors are small numbers
+        default = default._replace(activity=0.07)  # errors of log-mel are small numbers
     given = {"reconstruction": options.reconstruction_weight, "activity": options.activity_weight}
     return default._replace(**{k: v for k, v in given.items() if v is not None})
 
@@ -2692,7 +2703,7 @@ def add_train_arguments(add) -> None:
     option("reconstruction_weight", type=weight, help="weight of 'streams sum to the mixture'; "
            "without it 0.5 where features add up, else 0")
     option("activity_weight", type=weight, help="weight of the talker activity loss; without it "
-           "0.02 for recordings, else 0.5")
+           "0.07 for recordings, else 0.5")
     option("remix", flag="no_remix", action="store_false",
            help="the same mixtures every epoch instead of fresh ones")
     option("mixtures_per_epoch", type=positive_int,

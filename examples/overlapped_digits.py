@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--model", required=True, help="Qwen2-Audio that transcribes digits: folder or hub id")
     add("--work_dir", type=Path, default=Path("overlapped_digits"), help="where everything goes")
-    add("--epochs", type=int, default=26, help="training epochs")
+    add("--epochs", type=int, default=17, help="training epochs")
     add("--mixtures_per_epoch", type=int, default=2000, help="fresh mixtures in each")
     add("--test_samples", type=int, default=100, help="mixtures in each test set")
     add("--find_count", action="store_true",
