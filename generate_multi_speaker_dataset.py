@@ -4,23 +4,17 @@
     python generate_multi_speaker_dataset.py --speech_dir LibriSpeech/dev-clean \
         --output_dir recordings --overlap 0.2 1
 
-Simulated feature vectors (the default; nothing is downloaded). A voice is a set of feature bands
-and a rate of modulation, drawn once for all datasets, so that a separator trained on one knows the
-voices of the next. An utterance is its voice's bands, swelling and fading in phrases with gaps
-between, each feature modulated by a sine of its own phase; the mixture is the sum. No utterance
-occurs twice.
+Simulated talkers (the default) are feature vectors. A voice is a set of feature bands and a rate of
+modulation, the same in all datasets. An utterance is its voice's bands, swelling and fading in
+phrases with gaps between, each feature modulated by a sine of its own phase; the mixture is the
+sum. No utterance occurs twice. The bands of two voices overlap only in part, so that an oracle that
+knows the voices beats every trivial output; sources have unit power (zeros score 1). The tests
+measure all of them.
 
-The task can be solved: features are energies, the bands of two voices overlap only in part, and an
-oracle that knows the voices and fits their bands to each frame by least squares is far below every
-trivial output. Those cannot: sources have unit power (zeros score 1) and are equally loud (the
-mixture scores the power of the others, more than 1). The test suite measures all of them.
-
-Recordings (``--speech_dir``). Random utterances of different speakers are mixed as waveforms
-(``mixing.py``). The dataset keeps wavs; the spectrogram is made when they are read. With
-``--encoder`` it also keeps features of a frozen Whisper or Qwen2-Audio, and the mixtures fit into
-its window: the longest talker ends the mixture, and talkers that would not fit get fewer
-utterances, or shorter ones. The plan of all mixtures is drawn first from the seed and rendering
-draws nothing more, so any number of ``--workers`` writes the same bytes.
+Recordings (``--speech_dir``) of different speakers are mixed as waveforms (``mixing.py``) and kept
+as wavs. With ``--encoder`` the dataset also keeps features of a frozen Whisper or Qwen2-Audio, and
+the mixtures fit into its window. The plan of all mixtures is drawn first and rendering draws
+nothing more, so any number of ``--workers`` writes the same bytes.
 """
 
 from __future__ import annotations
@@ -134,9 +128,8 @@ def read_speech(path: Path) -> list:
 def _read_manifest(manifest: Path) -> list:
     from mixing import Utterance
 
-    utterances = []
     try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
+        lines, utterances = manifest.read_text(encoding="utf-8").splitlines(), []
     except UnicodeDecodeError:
         raise ValueError(f"{manifest} is no manifest of JSON lines, nor a folder") from None
     for number, line in enumerate(lines, start=1):
@@ -158,19 +151,17 @@ def _read_manifest(manifest: Path) -> list:
 def _read_speaker_folders(path: Path) -> list:
     from mixing import AUDIO_SUFFIXES, Utterance
 
-    utterances, transcripts = [], {}
+    transcripts = {}
     for listing in sorted(path.rglob("*.trans.txt")):
         for line in listing.read_text(encoding="utf-8").splitlines():
             name, _, text = line.partition(" ")
             transcripts[listing.parent / name] = text
-    for audio in sorted(p for p in path.rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES):
-        speaker, beside = audio.relative_to(path).parts[0], audio.with_suffix(".txt")
-        if audio.parent == path:
-            continue  # not in a speaker's folder
-        text = transcripts.get(audio.with_suffix(""), "")
+    utterances = []
+    for audio in sorted(p for p in path.glob("*/**/*") if p.suffix.lower() in AUDIO_SUFFIXES):
+        text, beside = transcripts.get(audio.with_suffix(""), ""), audio.with_suffix(".txt")
         if not text and beside.is_file():
             text = beside.read_text(encoding="utf-8").strip()
-        utterances.append(Utterance(audio, speaker, text))
+        utterances.append(Utterance(audio, audio.relative_to(path).parts[0], text))
     return utterances
 
 
@@ -182,23 +173,24 @@ def split_speech(utterances: list, split_by: str, seed: int) -> dict[str, list]:
     """
     from mixing import group_by_speaker
 
-    given = [u for u in utterances if u.split]
-    if given:
-        lacking = [u for u in utterances if u.split not in ("train", "val")]
-        if lacking:
-            raise ValueError(f"the manifest's split must be train or val for every line or for "
-                             f"none, and {lacking[0].audio} has {lacking[0].split or 'none'!r}")
-        return {split: [u for u in utterances if u.split == split] for split in ("train", "val")}
+    if any(u.split for u in utterances):
+        splits = {split: [u for u in utterances if u.split == split] for split in ("train", "val")}
+        for u in utterances:
+            if u.split not in splits:
+                raise ValueError(f"the manifest's split must be train or val for every line or for "
+                                 f"none, and {u.audio} has {u.split or 'none'!r}")
+        train, val = ({u.audio.resolve() for u in splits[split]} for split in splits)
+        if train & val:
+            raise ValueError(f"the manifest has {min(train & val)} in both splits")
+        return splits
     rng, groups = np.random.default_rng(seed), group_by_speaker(utterances)
     if split_by == "speaker":
         speakers = sorted(groups)
         rng.shuffle(speakers)
         held_out = {u for s in speakers[: max(1, len(speakers) // 5)] for u in groups[s]}
     else:
-        held_out = set()
-        for _, group in sorted(groups.items()):
-            share = max(len(group) // 5, len(group) > 1)
-            held_out |= {group[i] for i in rng.permutation(len(group))[:share]}
+        held_out = {group[i] for _, group in sorted(groups.items())
+                    for i in rng.permutation(len(group))[: max(len(group) // 5, len(group) > 1)]}
     return {"train": [u for u in utterances if u not in held_out],
             "val": [u for u in utterances if u in held_out]}
 
@@ -215,6 +207,12 @@ def divide_speech(args) -> dict[str, list]:
     return splits
 
 
+def _mixing_options(flags: dict):
+    from mixing import MixingOptions
+
+    return MixingOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
+
+
 def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]:
     """Plan mixtures of recordings; return those of train, then of val, and what they are."""
     from mixing import (
@@ -226,8 +224,7 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
         render_mixtures,
     )
 
-    flags = {name: getattr(args, name) for name in MixingOptions._fields}
-    options = MixingOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
+    options = _mixing_options({name: getattr(args, name) for name in MixingOptions._fields})
     encoder, about = None, {"kind": "recordings"}
     if args.encoder:
         from audio import SAMPLING_RATE, load_audio_encoder
@@ -245,7 +242,7 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
         source = SpeechSource(options, group_by_speaker(splits[split]), noises, split)
         plans += plan_split(source, args.seed, samples)
     if options.max_seconds is not None:
-        too_long = {t.utterances for p in plans for t in p.talkers
+        too_long = {t.utterances for plan in plans for t in plan.talkers
                     if t.seconds > options.max_seconds}
         if too_long:
             print(f"cut to {round(options.max_seconds, 2):g} s, with the whole text: "
@@ -270,12 +267,10 @@ def _with_features(plans: list, rendered: Iterator, encoder) -> Iterator[dict]:
 def load_source(data_dir, split: str):
     """Return the ``mixing.SpeechSource`` that a split of recordings was drawn from.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the dataset was not made from recordings, its files are damaged, or a recording is gone.
+    Raises FileNotFoundError or ValueError if the dataset was not made from recordings, its files
+    are damaged, or a recording is gone.
     """
-    from mixing import MixingOptions, SpeechSource, Utterance, group_by_speaker, list_noises
+    from mixing import SpeechSource, Utterance, group_by_speaker, list_noises
 
     listing = Path(data_dir) / split / "utterances.json"
     if not listing.is_file():
@@ -283,8 +278,7 @@ def load_source(data_dir, split: str):
     try:
         about = json.loads((Path(data_dir) / "dataset.json").read_text(encoding="utf-8"))
         rows = json.loads(listing.read_text(encoding="utf-8"))
-        mixing = {k: tuple(v) if isinstance(v, list) else v for k, v in about["mixing"].items()}
-        options = MixingOptions(**mixing)
+        options = _mixing_options(about["mixing"])
         utterances = [Utterance(Path(row["audio"]), row["speaker"], row["text"]) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"dataset.json or {listing} is damaged ({error})") from None
@@ -308,26 +302,24 @@ def write_mixture(
     folder: Path, name: str, speakers: list[dict], features=None, waveforms=None, **more
 ) -> dict:
     """Save features and waveforms, mixture first, of a mixture and return its metadata entry."""
+    entry = {"id": name, "num_speakers": len(speakers), "conversation": speakers}
+    files = [{} for _ in range(1 + len(speakers))]
     stems = [f"mixed/{name}", *(f"separated/{name}_speaker_{i}" for i in range(len(speakers)))]
-    entry = {"id": name, "num_speakers": len(speakers)}
-    speakers = [dict(speaker) for speaker in speakers]
-    entry["conversation"] = [dict(speaker) for speaker in speakers]
     if features is not None:
-        for stem, array in zip(stems, features, strict=True):
-            np.save(folder / f"{stem}.npy", array)
-        entry |= {"mixed_audio": f"{stems[0]}.npy", "seq_len": int(features[0].shape[0]),
-                  "feature_dim": int(features[0].shape[1])}
-        for speaker, stem in zip(speakers, stems[1:], strict=True):
-            speaker["feature_file"] = f"{stem}.npy"
+        seq_len, feature_dim = features[0].shape
+        entry |= {"mixed_audio": f"{stems[0]}.npy", "seq_len": seq_len, "feature_dim": feature_dim}
+        for file, stem, array in zip(files, stems, features, strict=True):
+            file["feature_file"] = f"{stem}.npy"
+            np.save(folder / file["feature_file"], array)
     if waveforms is not None:
         from audio import SAMPLING_RATE, write_wav
 
-        for stem, samples in zip(stems, waveforms, strict=True):
-            write_wav(folder / f"{stem}.wav", samples)
-        entry |= {"mixed_wav": f"{stems[0]}.wav",
-                  "seconds": round(len(waveforms[0]) / SAMPLING_RATE, 4)}
-        for speaker, stem in zip(speakers, stems[1:], strict=True):
-            speaker["wav_file"] = f"{stem}.wav"
+        seconds = round(len(waveforms[0]) / SAMPLING_RATE, 4)
+        entry |= {"mixed_wav": f"{stems[0]}.wav", "seconds": seconds}
+        for file, stem, samples in zip(files, stems, waveforms, strict=True):
+            file["wav_file"] = f"{stem}.wav"
+            write_wav(folder / file["wav_file"], samples)
+    speakers = [speaker | file for speaker, file in zip(speakers, files[1:], strict=True)]
     return entry | {"speakers": speakers} | more
 
 
@@ -345,7 +337,7 @@ def write_split(folder: Path, split: str, samples: int, mixtures: Iterator[dict]
 
 
 def write_json(path: Path, content) -> None:
-    """Write JSON for people and programs."""
+    """Write JSON, an entry a line."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -369,7 +361,7 @@ def check_replaceable(output_dir: Path) -> None:
 
 
 def replace_splits(output_dir: Path, staging: Path) -> None:
-    """Put the finished dataset in place of an earlier one; other files in the folder stay."""
+    """Move the finished dataset to its place; other files in the folder stay."""
     if (output_dir / "train").exists():
         print(f"replacing the earlier dataset in {output_dir}")
     for split in ("train", "val"):
@@ -407,8 +399,8 @@ def generate_dataset(args, command_line: str) -> None:
         shutil.rmtree(staging, ignore_errors=True)
     for split in entries:
         print_statistics(split, entries[split])
-    files = [path for path in output_dir.rglob("*") if path.is_file()]
-    print(f"{sum(path.stat().st_size for path in files) / 1e6:.0f} MB in {output_dir}")
+    size = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
+    print(f"{size / 1e6:.0f} MB in {output_dir}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -466,9 +458,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_arguments(args) -> None:
-    """Fail with one line if the arguments cannot make a dataset."""
-    rules = _rules(args) + (_speech_rules(args) if args.speech_dir else _simulated_rules(args))
-    for holds, complaint in rules:
+    """Raise ValueError if the arguments cannot make a dataset."""
+    for holds, complaint in _rules(args):
         if not holds:
             raise ValueError(complaint)
 
@@ -477,6 +468,7 @@ def _rules(args) -> list[tuple[bool, str]]:
     limits = {"join": (1, 1000), "overlap": (0, 1), "speed": (0.5, 2), "snr_db": (-100, 100)}
     ranges = [(f"--{name} needs two numbers from {low} to {high}, the smaller first",
                [low, *(getattr(args, name) or ()), high]) for name, (low, high) in limits.items()]
+    kind_rules = _speech_rules if args.speech_dir else _simulated_rules
     return [
         (args.train_samples >= 1 and args.val_samples >= 1, "--train_samples and --val_samples "
          "must be 1 or more"),
@@ -491,6 +483,7 @@ def _rules(args) -> list[tuple[bool, str]]:
         (args.layer is None or bool(args.encoder), "--layer needs --encoder"),
         (args.max_seconds is None or 0 < args.max_seconds < 1e6,
          f"--max_seconds must be more than 0, not {args.max_seconds}"),
+        *kind_rules(args),
     ]
 
 

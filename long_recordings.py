@@ -1,8 +1,8 @@
 """Recordings of any length: windows, which talker is which, and one stream per talker.
 
-A recording is read once, in windows that share a quarter with the next. Each window is separated on
-its own; ``TalkerTracker`` gives its streams the numbers of talkers, and the windows of each talker
-are put together. Shapes: ``S`` streams, ``T`` frames, ``D`` mel bins or feature width.
+A recording is read in windows that share a quarter with the next and are separated one by one.
+``TalkerTracker`` numbers their streams; the windows of each talker are put together. Shapes: ``S``
+streams, ``T`` frames, ``D`` mel bins or feature width.
 """
 
 from __future__ import annotations
@@ -35,11 +35,8 @@ DEFAULT_PROMPT = "What does the person say?"
 
 
 def window_sizes(window: int) -> tuple[int, int]:
-    """Return a window's samples and those from its start to the next one's, a quarter shared.
-
-    The step is whole frames of the coarsest encoder, four spectrogram frames each.
-    """
-    frame = 4 * HOP_LENGTH
+    """Return the samples of a window and of the step to the next, in whole frames of encoders."""
+    frame = 4 * HOP_LENGTH  # of the coarsest encoder
     return window, window * 3 // 4 // frame * frame
 
 
@@ -56,6 +53,16 @@ def audio_windows(
     yield start, held
 
 
+def read_windows(audio, window: int, sampling_rate: int | None):
+    """Return the length of a recording, the number of its windows, and ``audio_windows``."""
+    from tqdm import tqdm
+
+    length, (_, step) = recording_length(audio, sampling_rate), window_sizes(window)
+    count = 1 + max(0, -(-(length - window) // step))
+    windows = audio_windows(audio_blocks(audio, sampling_rate), window, step)
+    return length, count, tqdm(windows, "windows", count, leave=False, disable=count < 2 or None)
+
+
 def has_sound(part: np.ndarray, whole: np.ndarray) -> bool:
     """Say whether a part of a window is louder than 20 dB below the whole."""
     return bool(np.square(part).mean() > 0.01 * np.square(whole).mean())
@@ -68,8 +75,8 @@ def has_sound(part: np.ndarray, whole: np.ndarray) -> bool:
 class TalkerTracker:
     """Numbers the talkers in the windows of one recording by first appearance.
 
-    Every pair of a stream and a known talker gets a score: the correlation over the frames shared
-    with the window before, minus the distance between the voices, plus a bonus for talkers seen in
+    Every pair of a stream and a known talker gets a score: the correlation over the frames that
+    adjacent windows share, minus the distance between the voices, plus a bonus for talkers found in
     many windows. A new talker has a fixed score. The assignment with the highest sum wins. A voice
     is the mean and spread of a stream's frames, changing frames weighted most; the distance up to
     which two voices can be one talker's is estimated from the windows so far.
@@ -77,9 +84,9 @@ class TalkerTracker:
     Adjacent windows share ``shared`` frames; at most ``most`` talkers are numbered.
     """
 
-    # Measured in 15 recordings of two talkers, on the streams of two separators of digits:
+    # Measured on streams of two talkers: benchmarks/ABLATIONS.md.
     ALIKE = 0.8  # correlation of shared frames above which they speak for the same talker
-    SHARED, OFTEN = 2.0, 0.5  # weights of the shared frames and of the number of windows
+    SHARED, OFTEN = 8.0, 2.0  # weights of the shared frames and of the number of windows
 
     def __init__(self, shared: int, most: int | None = None):
         self.shared, self.most = shared, most
@@ -94,18 +101,21 @@ class TalkerTracker:
 
         ``sound`` says whether the frames shared with the window before hold any.
         """
-        streams = streams.float()
+        streams, known = streams.float(), len(self.voices)
         present = active.nonzero().flatten().tolist()
-        voices = {s: self._voice(streams[s]) for s in present}
-        alike = self._compare(streams[:, : self.shared], present) if sound else {}
-        named, known = self._assign(voices, alike), len(self.voices)
-        for s, talker in named.items():
-            if alike.get((s, talker), 0.0) > self.ALIKE:
-                self.same.append(self._distance(voices[s], talker))
-            others = [t for t in named.values() if t != talker and t < known]
-            self.different += [self._distance(voices[s], t) for t in others]
-        for s in sorted(present, key=named.get):
-            self._remember(named[s], voices[s])
+        voices = [self._voice(streams[s]) for s in present]
+        distance = np.array([[float((voice - mean).square().mean().sqrt())
+                              for mean, _ in self.voices] for voice in voices])
+        distance = distance.reshape(len(present), known)
+        alike = self._compare(streams[:, : self.shared] if sound else None, present)
+        talkers = self._assign(distance, alike)
+        for row, talker in enumerate(talkers):
+            if talker < known and alike[row, talker] > self.ALIKE:
+                self.same.append(distance[row, talker])
+            self.different += [distance[row, t] for t in talkers if t != talker and t < known]
+        for talker, row in sorted(zip(talkers, range(len(talkers)), strict=True)):
+            self._remember(talker, voices[row])
+        named = dict(zip(present, talkers, strict=True))
         self.talker_of = named or self.talker_of
         self.tail = streams[:, -self.shared :].clone() if present else None
         return named
@@ -113,28 +123,31 @@ class TalkerTracker:
     def _voice(self, stream: Tensor) -> Tensor:
         """Return mean and spread [2 D] of a stream [T, D], in units of the features' spread."""
         if self.scale is None:
-            self.scale = stream.std(0, correction=0).clamp(min=1e-6)
+            spread = stream.std(0, correction=0)
+            self.scale = spread.clamp(min=spread.mean() + 1e-6)  # some bins are at the floor
         change = stream.diff(dim=0, prepend=stream[:1]).norm(dim=1, keepdim=True) + 1e-9
         weight = change / change.sum()
         mean = (weight * stream).sum(0)
         spread = (weight * (stream - mean).square()).sum(0).sqrt()
         return torch.cat([mean / self.scale, spread / self.scale])
 
-    def _distance(self, voice: Tensor, talker: int) -> float:
-        return float((voice - self.voices[talker][0]).square().mean().sqrt())
-
     def _remember(self, talker: int, voice: Tensor) -> None:
         mean, count = self.voices[talker] if talker < len(self.voices) else (voice, 0)
         self.voices[talker : talker + 1] = [((mean * count + voice) / (count + 1), count + 1)]
 
-    def _compare(self, head: Tensor, present: list[int]) -> dict[tuple[int, int], float]:
-        """Correlate the shared frames [S, T, D] with the window before: {(stream, talker): r}."""
-        if self.tail is None or self.tail.shape != head.shape:
-            return {}
-        now, before = (x - x.mean(1, keepdim=True) for x in (head, self.tail))
-        now, before = (F.normalize(x.flatten(1), dim=1) for x in (now, before))
-        alike = (now @ before.T).tolist()
-        return {(s, t): alike[s][b] for s in present for b, t in self.talker_of.items()}
+    def _compare(self, head: Tensor | None, present: list[int]) -> np.ndarray:
+        """Correlate shared frames [S, T, D]: [present, known talkers], NaN where it cannot be.
+
+        Streams are compared by what sets them apart from the others: less their mean.
+        """
+        alike = np.full((len(present), len(self.voices)), np.nan)
+        if head is None or self.tail is None or self.tail.shape != head.shape or len(head) == 1:
+            return alike
+        now, before = (F.normalize((x - x.mean(0)).flatten(1), dim=1) for x in (head, self.tail))
+        correlation = (now @ before.T).numpy()
+        for stream, talker in self.talker_of.items():
+            alike[:, talker] = correlation[present, stream]
+        return alike
 
     def _limit(self) -> float:
         """Return the distance up to which two voices are taken for one talker's."""
@@ -142,29 +155,23 @@ class TalkerTracker:
         if self.same and self.different:
             return 2 * math.sqrt(np.mean(self.same) * np.mean(self.different))
         known = self.same or self.different
-        return 2 * np.mean(known) if known else math.inf
+        return 2 * np.mean(known) if known else 1e6
 
-    def _assign(self, voices: dict[int, Tensor], alike: dict) -> dict[int, int]:
+    def _assign(self, distance: np.ndarray, alike: np.ndarray) -> list[int]:
         """Return a talker for every stream, known or new, with the highest summed score."""
         from scipy.optimize import linear_sum_assignment
 
-        known, limit = len(self.voices), min(self._limit(), 1e6)
+        (streams, known), limit = distance.shape, self._limit()
         unit = np.mean(self.same) if self.same else limit / 4
-        new = len(voices) if self.most is None else min(len(voices), self.most - known)
-        # After silence the talkers seen last are a little nearer.
-        nearer = {} if alike else dict.fromkeys(self.talker_of.values(), 0.9)
-        score = np.full((len(voices), known + new), -limit / unit)
-        for row, (s, voice) in enumerate(voices.items()):
-            for t in range(known):
-                shared = alike.get((s, t), self.ALIKE) - self.ALIKE
-                distance = nearer.get(t, 1.0) * self._distance(voice, t) / unit
-                score[row, t] = (self.SHARED * shared - distance
-                                 + self.OFTEN * math.log(self.voices[t][1]))
-        if alike and len(set(self.talker_of.values())) == known:
-            score[:, known:] -= self.SHARED * self.ALIKE  # all talkers were in the window before
-        score[:, known:] -= 1e-9 * np.arange(new)  # the next number first
-        _, talkers = linear_sum_assignment(score, maximize=True)
-        return dict(zip(voices, talkers.tolist(), strict=True))
+        often = np.log([count for _, count in self.voices])
+        shared = np.nan_to_num(alike - self.ALIKE)
+        score = self.SHARED * shared - distance / unit + self.OFTEN * often
+        new = streams if self.most is None else min(streams, self.most - known)
+        fresh = np.tile(-limit / unit - 1e-9 * np.arange(new), (streams, 1))  # the next first
+        if not np.isnan(alike).any():  # all talkers were in the window before
+            fresh -= self.SHARED * self.ALIKE
+        _, talkers = linear_sum_assignment(np.hstack([score, fresh]), maximize=True)
+        return talkers.tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,9 +182,13 @@ class Talker(NamedTuple):
     """A talker of a recording: ``values [T, D]`` are gains of spectrograms, or features."""
 
     number: int
-    probability: float  # the highest of all windows
     values: Tensor
     windows: list[dict]  # start and end in seconds, and probability, where it was found
+
+    @property
+    def probability(self) -> float:
+        """The highest of all windows."""
+        return max(window["probability"] for window in self.windows)
 
 
 class SeparatedRecording(NamedTuple):
@@ -199,44 +210,27 @@ def separate_recording(
 ) -> SeparatedRecording:
     """Separate a recording of any length; memory grows with the streams it returns alone.
 
-    Parameters
-    ----------
-    separate : callable
-        ``(features [T, D], alone) -> values [S, T, D], probabilities [S], active [S]`` of a window;
-        ``alone`` says whether it is the only one.
-    audio : path, or array or tensor [samples]
-    encoder : AudioEncoder, optional
-        Makes the features of a window; default: log-mel spectrograms of ``num_bins``.
-    most : int, optional
-        Talkers in the recording, when known.
-    sampling_rate : int, optional
-        Of samples in memory; default: 16 kHz.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the recording cannot be read or is too short.
+    ``separate(features [T, D], alone) -> values [S, T, D], probabilities [S], active [S]`` is given
+    each window; ``alone`` says whether it is the only one. Features are an ``encoder``'s, or
+    log-mel spectrograms of ``num_bins``. ``most`` is the number of talkers in the recording, when
+    known. ``audio`` and ``sampling_rate`` are those of ``audio.recording_length``, as are errors.
     """
-    length = recording_length(audio, sampling_rate)
-    seconds = WINDOW_SECONDS
+    window, rate = round(WINDOW_SECONDS * SAMPLING_RATE), FRAME_RATE
     if encoder is not None:
-        seconds = encoder.feature_extractor.n_samples / SAMPLING_RATE
-    rate = FRAME_RATE if encoder is None else encoder.frame_rate
-    window, step = window_sizes(round(seconds * SAMPLING_RATE))
-    count = 1 + max(0, -(-(length - window) // step))
-    tracker = TalkerTracker(round((window - step) / SAMPLING_RATE * rate), most)
-    frames = length // HOP_LENGTH if encoder is None else encoder.num_frames(length)
+        window, rate = encoder.feature_extractor.n_samples, encoder.frame_rate
+    length, count, windows = read_windows(audio, window, sampling_rate)
+    frames = encoder.num_frames(length) if encoder else length // HOP_LENGTH
+    shared = window - window_sizes(window)[1]
+    tracker = TalkerTracker(round(shared / SAMPLING_RATE * rate), most)
     mixture, talkers, end = None, {}, 0
-    windows = audio_windows(audio_blocks(audio, sampling_rate), window, step)
-    for first, samples in _progress(windows, count):
+    for first, samples in windows:
         if encoder is None:
-            features = log_mel(torch.from_numpy(samples), num_bins)[: frames]
+            features = log_mel(torch.from_numpy(samples), num_bins)[:frames]
         else:
             features = encoder.encode([samples])[0].cpu()
         values, probs, active = separate(features, count == 1)
-        streams = values if encoder is not None else floor_log_mel(features) + values
-        sound = has_sound(samples[: window - step], samples)
-        numbers = tracker.number(streams, active, sound)
+        streams = values if encoder else floor_log_mel(features + values)
+        numbers = tracker.number(streams, active, has_sound(samples[:shared], samples))
         if mixture is None:
             mixture = features.new_zeros(frames, features.shape[1])
         start = round(first / SAMPLING_RATE * rate)
@@ -244,26 +238,15 @@ def separate_recording(
         end = min(start + len(features), frames)
         part, inside = slice(start + skip, end), slice(skip, end - start)
         mixture[part] = features[inside]
-        for s, number in numbers.items():
-            if number not in talkers:
-                absent = 0.0 if encoder is not None else ABSENT
-                talkers[number] = Talker(number + 1, 0.0, torch.full_like(mixture, absent), [])
-            talker = talkers[number]
-            talker.values[part] = values[s, inside]
-            probability = float(probs[s])
-            talker.windows.append({
+        for s, n in numbers.items():
+            if n not in talkers:
+                absent = torch.full_like(mixture, 0.0 if encoder else ABSENT)
+                talkers[n] = Talker(n + 1, absent, [])
+            talkers[n].values[part] = values[s, inside]
+            talkers[n].windows.append({
                 "start": first / SAMPLING_RATE, "end": (first + len(samples)) / SAMPLING_RATE,
-                "probability": round(probability, 4)})
-            highest = max(probability, talker.probability)
-            talkers[number] = talker._replace(probability=highest)
+                "probability": round(float(probs[s]), 4)})
     return SeparatedRecording(mixture, [talkers[n] for n in sorted(talkers)], rate, count)
-
-
-def _progress(windows: Iterator, count: int):
-    """Show a progress bar where there are several windows."""
-    from tqdm import tqdm
-
-    return tqdm(windows, "windows", count, leave=False, disable=count < 2 or None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -332,16 +315,13 @@ def answer_per_talker(
     """Ask an integrated Qwen2-Audio or Whisper about one recording of any length.
 
     With a spectrogram separator Whisper decodes each talker's spectrogram with its own long-form
-    algorithm. Qwen2-Audio, and either with a separator of hidden features, answers window by
-    window; the texts of windows are joined, words of shared seconds taken once.
+    algorithm. Otherwise each window is answered, and the texts of windows are joined.
 
     Parameters
     ----------
-    audio : path, or array or tensor [samples]
+    audio : path, or array or tensor [samples] at ``sampling_rate`` (default: 16 kHz)
     prompt : str, optional
         What to ask Qwen2-Audio about each talker; default: "What does the person say?".
-    sampling_rate : int, optional
-        Of samples in memory; default: 16 kHz.
     num_speakers : int, optional
         Talkers in the recording, when known; a window of a longer one may have fewer.
     mode : "separate" or "joint"
@@ -356,28 +336,27 @@ def answer_per_talker(
         dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``. With
         ``mode="joint"`` one dict at most, with ``speakers``, a list, for ``speaker``.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the recording cannot be read, or model and arguments do not fit.
+    Raises FileNotFoundError or ValueError if the recording cannot be read or arguments do not fit.
     """
     integration = vars(getattr(model, "_orig_mod", model)).get("_speaker_integration")
     if integration is None:
         raise ValueError("there is no separator in this model: integrate_speaker_separator first")
     if not integration.is_qwen and (prompt is not None or mode == "joint"):
         raise ValueError("Whisper writes down what is said and takes no prompt and no joint mode")
-    if mode == "joint":
-        options["tokenizer"] = processor.tokenizer
-    call = partial(ask, model, processor, prompt=prompt, num_speakers=num_speakers, mode=mode,
-                   **options)
     if integration.separator.is_spectrogram and not integration.is_qwen:
         recording = separate_recording(
             integration.window_separator(num_speakers), audio, None,
             processor.feature_extractor.feature_size, num_speakers, sampling_rate)
         return _transcribe(integration, processor, recording, options)
+    if mode == "joint":
+        options["tokenizer"] = processor.tokenizer
+    call = partial(ask, model, processor, prompt=prompt, num_speakers=num_speakers, mode=mode,
+                   **options)
     window, step = window_sizes(processor.feature_extractor.n_samples)
-    answers = _answer_windows(
-        call, integration, model, audio, window, step, num_speakers, sampling_rate)
+    tracker = TalkerTracker(integration.num_frames(window - step), num_speakers)
+    _, count, windows = read_windows(audio, window, sampling_rate)
+    answers = (_answer_window(call, integration, model, tracker, *part, window - step, count == 1)
+               for part in windows)
     return _by_talker(answers, mode, 1 - step / window)
 
 
@@ -386,74 +365,65 @@ def _transcribe(integration, processor, recording: SeparatedRecording, options: 
     if not recording.talkers:
         return []
     streams = torch.stack([recording.stream(t) for t in recording.talkers]).transpose(1, 2)
-    frames = streams.shape[-1]
-    window = processor.feature_extractor.nb_max_frames
+    frames, window = streams.shape[-1], processor.feature_extractor.nb_max_frames
     digital_silence = -1.5  # log10(1e-10) in Whisper's units, before the floor of each stream
     padded = floor_log_mel(F.pad(streams, (0, max(0, window - frames)), value=digital_silence))
     mask = (torch.arange(padded.shape[-1]) < frames).long().expand(len(streams), -1)
     model = integration.model
     inputs = {"input_features": padded.to(model.device, model.dtype),
               "attention_mask": mask.to(model.device)}
-    generate, seconds = integration.original_generate(), frames / recording.frame_rate
+    generate = integration.original_generate()
     if frames <= window:
-        texts = decode(processor, generate(**inputs, **options))
+        texts, seconds = decode(processor, generate(**inputs, **options)), frames / FRAME_RATE
         segments = [[{"start": 0.0, "end": seconds, "text": text}] for text in texts]
     else:
-        output = generate(**inputs, **{"return_timestamps": True, "return_segments": True,
-                                       **options})
+        long_form = {"return_timestamps": True, "return_segments": True}
+        output = generate(**inputs, **{**long_form, **options})
         texts = decode(processor, output["sequences"])
         segments = [[{"start": float(part["start"]), "end": float(part["end"]),
                       "text": decode(processor, [part["tokens"]])[0]} for part in row]
                     for row in output["segments"]]
-    return [{"speaker": t.number, "probability": round(t.probability, 4), "text": text,
-             "windows": [{**part, "probability": round(t.probability, 4)} for part in parts]}
+    return [{"speaker": t.number, "probability": t.probability, "text": text,
+             "windows": [{**part, "probability": t.probability} for part in parts]}
             for t, text, parts in zip(recording.talkers, texts, segments, strict=True)]
 
 
-def _answer_windows(
-    call, integration, model, audio, window: int, step: int, num_speakers: int | None,
-    sampling_rate: int | None,
+def _answer_window(
+    call, integration, model, tracker, first: int, samples: np.ndarray, shared: int, alone: bool
 ):
-    """Yield start and end in seconds, talkers and texts of each window, answered on its own."""
-    length = recording_length(audio, sampling_rate)
-    count = 1 + max(0, -(-(length - window) // step))
-    tracker = TalkerTracker(integration.num_frames(window - step), num_speakers)
-    windows = audio_windows(audio_blocks(audio, sampling_rate), window, step)
-    for first, samples in _progress(windows, count):
-        sound = has_sound(samples[: window - step], samples)
+    """Return start and end in seconds, (number, probability) of talkers, and a text for each."""
+    def choose_rows(features, mel_mask, num_speakers):
+        streams, frame_mask, probs = integration.split(features, mel_mask)
+        active = integration.active_in_window(probs[0], num_speakers, alone)
+        frames, sound = integration.num_frames(len(samples)), has_sound(samples[:shared], samples)
+        numbers = tracker.number(streams[0][:, :frames].cpu(), active.cpu(), sound)
+        order = sorted(numbers, key=numbers.get)
+        talkers = [(0, s, float(probs[0, s])) for s in order]
+        return streams, frame_mask, talkers, [numbers[s] + 1 for s in order]
 
-        frames = integration.num_frames(len(samples))
-
-        def choose_rows(features, mel_mask, num_speakers, sound=sound, frames=frames):
-            streams, frame_mask, probs = integration.split(features, mel_mask)
-            active = integration.active_in_window(probs[0], num_speakers, count == 1)
-            numbers = tracker.number(streams[0][:, :frames].cpu(), active.cpu(), sound)
-            order = sorted(numbers, key=numbers.get)
-            talkers = [(0, s, float(probs[0, s])) for s in order]
-            return streams, frame_mask, talkers, [numbers[s] + 1 for s in order]
-
-        texts = call([samples], choose_rows=choose_rows)
-        who = [(tracker.talker_of[stream] + 1, p) for _, stream, p in model.speaker_rows]
-        yield first / SAMPLING_RATE, (first + len(samples)) / SAMPLING_RATE, who, texts
+    texts = call([samples], choose_rows=choose_rows)
+    who = [(tracker.talker_of[stream] + 1, round(p, 4)) for _, stream, p in model.speaker_rows]
+    return first / SAMPLING_RATE, (first + len(samples)) / SAMPLING_RATE, who, texts
 
 
-def _by_talker(windows: Iterator, mode: str, shared: float) -> list[dict]:
+def _by_talker(answers: Iterator, mode: str, shared: float) -> list[dict]:
     """Collect the answers of windows by talker and join their texts."""
-    rows: dict[int, dict] = {}
-    texts: dict[int, list] = {}
-    for number, (start, end, who, answers) in enumerate(windows):
+    found: dict[int, list[tuple[int, dict]]] = {}
+    key = "speakers" if mode == "joint" else "speaker"
+    for number, (start, end, who, texts) in enumerate(answers):
         if mode == "joint" and who:
-            who = [(0, max(p for _, p in who), [n for n, _ in who])]
-        for (key, probability, *speakers), text in zip(who, answers, strict=True):
-            named = {"speakers": speakers[0]} if speakers else {"speaker": key}
-            row = rows.setdefault(key, {**named, "probability": 0.0, "text": "", "windows": []})
-            if speakers:
-                row["speakers"] = sorted({*row["speakers"], *speakers[0]})
-            probability = round(probability, 4)
-            row["probability"] = max(row["probability"], probability)
-            row["windows"].append({"start": start, "end": end, **named,
-                                   "probability": probability, "text": text})
-            texts.setdefault(key, []).append((number, text))
-    for key, row in rows.items():
-        row["text"] = join_texts(texts[key], shared)
-    return [rows[key] for key in sorted(rows)]
+            who = [([n for n, _ in who], max(p for _, p in who))]
+        for (said_by, probability), text in zip(who, texts, strict=True):
+            window = {"start": start, "end": end, key: said_by, "probability": probability,
+                      "text": text}
+            row = 0 if mode == "joint" else said_by
+            found.setdefault(row, []).append((number, window))
+    rows = []
+    for said_by, parts in sorted(found.items()):
+        windows = [window for _, window in parts]
+        if mode == "joint":
+            said_by = sorted({n for window in windows for n in window[key]})
+        text = join_texts([(number, window["text"]) for number, window in parts], shared)
+        rows.append({key: said_by, "probability": max(w["probability"] for w in windows),
+                     "text": text, "windows": windows})
+    return rows

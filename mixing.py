@@ -1,11 +1,8 @@
 """Mixtures of recordings: a seeded plan first, then rendering, which draws nothing more.
 
-Overlap ratio: the share of the time from the first talker's start to the last talker's end in
-which two or more talk, each from the start of the first utterance to the end of the last, pauses
-included. One talker alone has 0, and so do talkers who take turns.
-
-In a room (``reverb``) the targets are the reverberant talkers: the mixture stays the sum of its
-targets, and a separator learns to tell talkers apart, not to remove reverberation.
+Overlap ratio: the share of a mixture's time in which two or more talk, each from the start of the
+first utterance to the end of the last, pauses included. Talkers who take turns have 0. In a room
+(``reverb``) the targets are the reverberant talkers: a mixture stays the sum of its targets.
 """
 
 from __future__ import annotations
@@ -137,17 +134,11 @@ def recording_seconds(path) -> float:
     return info.frames / info.samplerate
 
 
-def plan_mixture(
-    rng: np.random.Generator, source: SpeechSource, count: int | None = None
-) -> PlannedMixture:
+def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> PlannedMixture:
     """Draw one mixture of ``count`` different speakers; without a count, draw that too.
 
-    With ``count=0`` it is noise alone or digital silence, as long as one talker would be.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If a recording cannot be read or there are fewer speakers than talkers.
+    With ``count=0`` it is noise alone or digital silence, as long as one talker would be. Raises
+    FileNotFoundError or ValueError if a recording cannot be read or speakers are too few.
     """
     options, by_speaker = source.options, source.by_speaker
     if count is None:
@@ -157,11 +148,9 @@ def plan_mixture(
     names = sorted(by_speaker)
     shares = np.array([len(by_speaker[name]) for name in names], float)  # utterances alike
     chosen = rng.choice(len(names), size=max(count, 1), replace=False, p=shares / shares.sum())
-    chosen = [names[i] for i in chosen]
-    target = None
-    if options.overlap is not None and count > 1:
-        target = float(rng.uniform(*options.overlap))
-    talkers = _plan_talkers(rng, source, chosen, target)
+    aimed = options.overlap is not None and count > 1
+    target = float(rng.uniform(*options.overlap)) if aimed else None
+    talkers = _plan_talkers(rng, source, [names[i] for i in chosen], target)
     window = options.max_seconds or np.inf
     talkers = [t._replace(onset=max(0.0, min(t.onset, window - t.seconds))) for t in talkers]
     spans = np.array([(t.onset, min(t.onset + t.seconds, window)) for t in talkers]).T
@@ -240,9 +229,8 @@ def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> tuple[list, float]:
     """Set onsets for a target ratio; return the talkers and how far the ratio is off.
 
-    The first talker keeps the earliest onset drawn. While lengths too different or a short window
-    put the ratio out of reach, the longest talker says one utterance less, but never fewer than
-    ``join`` asks for.
+    The first talker keeps the earliest onset drawn. While the ratio is out of reach, the longest
+    talker says one utterance less, but never fewer than ``join`` asks for.
     """
     lead, window = min(t.onset for t in talkers), options.max_seconds or np.inf
     best = (np.inf, [], [])
@@ -263,8 +251,8 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
 def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float], float]:
     """Return onsets in seconds whose ratio is nearest to the target, and how far it is off.
 
-    Onsets move in a straight line from taking turns (ratio 0) to the others in a row beside the
-    longest talker (the most overlap that there is); the ratio grows steadily on the way.
+    Onsets move in a straight line from taking turns (no overlap) to the others in a row beside the
+    longest talker (the most overlap).
     """
     seconds, count = np.array([t.seconds for t in talkers]), len(talkers)
     order, longest = rng.permutation(count), int(np.argmax(seconds))
@@ -304,33 +292,28 @@ def _decoded(path) -> np.ndarray:
     return np.round(np.clip(read_audio(path), -1, 1) * 32767).astype(np.int16)
 
 
-def _samples_of(path) -> np.ndarray:
-    """Return a recording's samples at 16 kHz, from memory unless it is long."""
-    if recording_seconds(path) > CACHED_SECONDS:
-        return read_audio(path)
-    return _decoded(path).astype(np.float32) / 32767
-
-
-def _at_speed(samples: np.ndarray, speed: float) -> np.ndarray:
+def _samples_of(path, speed: float = 1.0) -> np.ndarray:
+    """Return a recording's samples at 16 kHz and a speed, from memory unless it is long."""
     import soxr
 
+    is_long = recording_seconds(path) > CACHED_SECONDS
+    samples = read_audio(path) if is_long else _decoded(path).astype(np.float32) / 32767
     return samples if speed == 1 else soxr.resample(samples, SAMPLING_RATE * speed, SAMPLING_RATE)
 
 
 @lru_cache(maxsize=2 * ROOMS)
 def room_responses(number: int) -> list[tuple[np.ndarray, int]]:
-    """Return responses [samples] from ``MOUTHS`` places of a room to its microphone.
+    """Return (response, sample of its direct sound) from ``MOUTHS`` places to a room's microphone.
 
-    The number is the seed of the room's sides, reverberation time and places. Each response comes
-    with the sample of its direct sound and ends RT60 after it. Simulated by the image source method
-    (Allen and Berkley, 1979) in one thread, since the order of summation shows in the last bits.
+    The number is the seed of the room. Responses end RT60 after the direct sound. Simulated by the
+    image source method (Allen and Berkley, 1979) in one thread: the order of sums shows in the last
+    bits.
     """
     import pyroomacoustics
 
     rng = np.random.default_rng([number, 1979])
     sides, rt60 = rng.uniform(*ROOM_METRES), float(rng.uniform(*ROOM_RT60))
-    lowest = np.full(2, WALL_DISTANCE)
-    floor = rng.uniform(lowest, sides[:2] - lowest, size=(1 + MOUTHS, 2))
+    floor = rng.uniform(WALL_DISTANCE, sides[:2] - WALL_DISTANCE, size=(1 + MOUTHS, 2))
     microphone = np.array([*floor[0], TABLE_HEIGHT])
     mouths = np.column_stack([floor[1:], rng.uniform(*MOUTH_HEIGHT, size=MOUTHS)])
     pyroomacoustics.constants.set("num_threads", 1)
@@ -350,13 +333,19 @@ def room_responses(number: int) -> list[tuple[np.ndarray, int]]:
     return responses
 
 
+def _at_level(samples: np.ndarray, measured: np.ndarray, level: float, gain_db: float):
+    """Scale samples so that the measured part of them has an RMS of level plus gain."""
+    rms = float(np.sqrt(np.mean(measured**2)))
+    return samples * np.float32(level / max(rms, 1e-5) * 10 ** (gain_db / 20))
+
+
 def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
     """Build the waveform [samples] of one planned talker from the start of the mixture.
 
     While speaking it has SPEECH_RMS plus the gain; ``response`` is one of ``room_responses``.
     """
     pieces = [(round((talker.onset + start) * SAMPLING_RATE),
-               _at_speed(_samples_of(utterance.audio), talker.speed))
+               _samples_of(utterance.audio, talker.speed))
               for utterance, start in zip(talker.utterances, talker.starts, strict=True)]
     length = max(begin + len(samples) for begin, samples in pieces)
     waveform, speaking = np.zeros(length, np.float32), np.zeros(length, bool)
@@ -367,32 +356,25 @@ def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
         from scipy.signal import fftconvolve
 
         waveform = fftconvolve(waveform, response[0])[response[1] :].astype(np.float32)
-    rms = float(np.sqrt(np.mean(waveform[:length][speaking] ** 2)))
-    return waveform * np.float32(SPEECH_RMS / max(rms, 1e-5) * 10 ** (talker.gain_db / 20))
+    return _at_level(waveform, waveform[:length][speaking], SPEECH_RMS, talker.gain_db)
 
 
 def render_noise(noise: PlannedNoise, talkers: np.ndarray) -> np.ndarray:
-    """Return as much noise as there are samples of ``talkers``, at the planned ratio of powers.
+    """Return noise as long as ``talkers`` [samples], looped if shorter, at the planned ratio.
 
-    Short recordings are looped. Where nobody talks, the level is as if one talker did.
+    If nobody talks, the level is as if one talker did.
     """
     samples = _samples_of(noise.audio)[int(noise.start * SAMPLING_RATE) :]
     samples = np.resize(samples, len(talkers))
     level = float(np.sqrt(np.mean(talkers**2))) or SPEECH_RMS
-    rms = float(np.sqrt(np.mean(samples**2)))
-    return samples * np.float32(level / max(rms, 1e-5) * 10 ** (-noise.snr_db / 20))
+    return _at_level(samples, samples, level, -noise.snr_db)
 
 
 def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     """Render a planned mixture: its talkers alone [n, samples] and their sum with noise [samples].
 
-    Talkers are padded to the longest. ``max_seconds`` cuts the tail of reverberation, and an
-    utterance that is longer by itself, but nothing else.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If a recording is missing, unreadable or has a NaN in it.
+    ``max_seconds`` cuts the tail of reverberation, and an utterance that is longer by itself, but
+    nothing else. Raises as ``audio.read_audio`` does.
     """
     responses = [None] * len(plan.talkers)
     if plan.room is not None:
@@ -400,9 +382,8 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     waveforms = [render_talker(talker, response)
                  for talker, response in zip(plan.talkers, responses, strict=True)]
     lengths = [len(w) for w in waveforms] or [max(1, round(plan.seconds * SAMPLING_RATE))]
-    length = max(lengths)
-    if max_seconds is not None:
-        length = min(length, round(max_seconds * SAMPLING_RATE))
+    limit = np.inf if max_seconds is None else round(max_seconds * SAMPLING_RATE)
+    length = min(max(lengths), limit)
     sources = np.zeros((len(waveforms), length), np.float32)
     for source, waveform in zip(sources, waveforms, strict=True):
         source[: len(waveform)] = waveform[:length]
@@ -413,9 +394,7 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     return sources / peak, mixture / peak  # a .wav holds no more than full scale
 
 
-def render_mixtures(
-    plans: list[PlannedMixture], max_seconds: float | None, workers: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Iterator[tuple]:
     """Yield what ``render_mixture`` returns for every plan, in order, from so many processes."""
     if not workers:
         yield from (render_mixture(plan, max_seconds) for plan in plans)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from audio import mel_bin
+
 TRIVIAL_OUTPUTS = ("zeros", "mixture", "mixture / count")
 
 # --------------------------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ def score_table(scores: dict) -> list[str]:
     rows.append(["**separator**", f"{scores['separation']:.3f}",
                  f"{scores['si_sdr_improvement']:.1f}", f"{scores['count_accuracy']:.1%}"])
     return markdown_table(
-        ["output", "separation MSE", "SI-SDR improvement (dB)", "talker count right"], rows)
+        ["output", "separation error", "SI-SDR improvement (dB)", "talker count right"], rows)
 
 
 def write_report(
@@ -173,7 +175,7 @@ def plot_history(path: Path, history: list[dict]) -> None:
         separation.axhline(trivial[name], color=grey, linestyle=":", label=name)
     count.plot(epochs, [100 * row["val"]["count_accuracy"] for row in history], label="val")
     count.set_ylim(0, 105)
-    labels = (("combined loss", "loss"), ("separation error per talker", "mean squared error"),
+    labels = (("combined loss", "loss"), ("separation error per talker", "error"),
               ("mixtures with the right talker count", "%"))
     for axes, (title, label) in zip((loss, separation, count), labels, strict=True):
         axes.axvline(best, color="0.8", linewidth=1, zorder=0, label="best epoch")
@@ -223,9 +225,5 @@ def plot_streams(path, rows: list[dict], frame_rate: float | None, log_mel: bool
 
 
 def _label_hertz(axes, bins: int) -> None:
-    from transformers.audio_utils import hertz_to_mel
-
     marks = np.array([250, 500, 1000, 2000, 4000])
-    top = hertz_to_mel(8000.0, "slaney")
-    places = hertz_to_mel(marks.astype(float), "slaney") / top * (bins + 1) - 0.5
-    axes.set_yticks(places, [f"{hertz / 1000:g}" for hertz in marks])
+    axes.set_yticks(mel_bin(marks, bins) + 0.5, [f"{hertz / 1000:g}" for hertz in marks])

@@ -1,13 +1,12 @@
 """Separate the talkers inside a frozen speech model.
 
-Whisper and Qwen2-Audio hear one talker. This script trains one module, the speaker separator, that
-sits inside the frozen model: features of a mixture go in, one stream per talker comes out, and the
-model answers for each stream. There are two separators with one interface,
+Whisper and Qwen2-Audio hear one talker. This script trains a speaker separator that sits inside the
+frozen model: features of a mixture go in, one stream per talker comes out, and the model answers
+for each stream. Two separators share the interface
 ``features [B, T, D] -> streams [B, S, T, D], probabilities [B, S]``:
 
-- ``SpectrogramSeparator`` for recorded speech: log-mel spectrograms, for every Whisper and
-  Qwen2-Audio alike;
-- ``SpeakerSeparatorTransformer`` for feature vectors that add up, such as the simulated ones.
+- ``SpectrogramSeparator``: log-mel spectrograms of recordings, for every Whisper and Qwen2-Audio;
+- ``SpeakerSeparatorTransformer``: feature vectors that add up, such as the simulated ones.
 
     python speaker_separator_module.py train --epochs=20
     python speaker_separator_module.py evaluate --checkpoint checkpoints/best_model.pt
@@ -33,6 +32,7 @@ import contextlib
 import copy
 import json
 import math
+import operator
 import os
 import shutil
 import sys
@@ -41,6 +41,7 @@ import warnings
 from functools import cached_property, partial
 from itertools import permutations
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -48,7 +49,8 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
@@ -97,6 +99,9 @@ class LossWeights(NamedTuple):
     activity: float = 0.5
 
 
+SPECTROGRAM_WEIGHTS = LossWeights(0.0, 0.07)  # errors of log-mel spectra are small numbers
+
+
 # --------------------------------------------------------------------------------------------------
 # Separator of feature vectors
 
@@ -108,23 +113,27 @@ def sinusoidal_positions(num_frames: int, dim: int, device=None) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :dim]
 
 
-def masked_mean(values: Tensor, mask: Tensor, dim: int) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor, dim) -> Tensor:
     """Mean of ``values`` over ``dim`` where ``mask`` (broadcastable) is set; 0 where nothing is."""
     weights = mask.to(values.dtype).expand_as(values)
     return (values * weights).sum(dim) / weights.sum(dim).clamp(min=1)
 
 
-def check_features(features: Tensor, frame_mask: Tensor | None, width: int | None) -> Tensor:
+def normalize(values: Tensor) -> Tensor:
+    """Layer norm over the last dimension, without weights."""
+    return F.layer_norm(values, values.shape[-1:])
+
+
+def check_features(features: Tensor, frame_mask: Tensor | None, width: int | None = None) -> Tensor:
     """Return the frame mask [B, T] of features [B, T, D]; ValueError if a shape does not fit."""
-    wrong_width = features.dim() == 3 and width is not None and features.shape[-1] != width
-    if features.dim() != 3 or 0 in features.shape[1:] or wrong_width:
-        raise ValueError(f"features must be [B, T, {width or 'mel bins'}] with T of 1 or more, "
-                         f"not {list(features.shape)}")
-    if frame_mask is None:
-        return features.new_ones(features.shape[:2], dtype=torch.bool)
-    if frame_mask.shape != features.shape[:2]:
+    shape = list(features.shape)
+    if len(shape) != 3 or 0 in shape[1:] or (width and shape[2] != width):
         raise ValueError(
-            f"frame_mask must be {list(features.shape[:2])}, not {list(frame_mask.shape)}")
+            f"features must be [B, T, {width or 'mel bins'}] with T of 1 or more, not {shape}")
+    if frame_mask is None:
+        return features.new_ones(shape[:2], dtype=torch.bool)
+    if list(frame_mask.shape) != shape[:2]:
+        raise ValueError(f"frame_mask must be {shape[:2]}, not {list(frame_mask.shape)}")
     return frame_mask.bool()
 
 
@@ -140,50 +149,30 @@ def check_sizes(width_name: str, width: int, num_heads: int, max_speakers: int) 
 class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
     """Splits feature vectors that add up into one stream per talker, each a share of the mixture.
 
-    ``S`` learned talker queries attend to the mixture's frames in ``num_layers`` decoder blocks.
-    Each stream is then the frames plus its query; a refinement block turns it into the logits of a
-    mask, and the masks of all streams sum to 1.
+    ``S = max_speakers`` learned talker queries attend to the mixture's frames in ``num_layers``
+    decoder blocks. Each stream is then the frames plus its query; a refinement block turns it into
+    the logits of a mask, and the masks of all streams sum to 1.
 
-    Parameters
-    ----------
-    feature_dim : int
-        Width D of the features, divisible by ``num_heads``.
-    max_speakers : int
-        Number S of streams.
-    num_layers, num_heads, ff_dim, dropout
-        Size of the decoder blocks; the two refinement blocks have ``num_heads // 2`` heads.
-    threshold : float
-        Probability from which a stream counts as a talker; training calibrates it.
-    feature_source : dict, optional
-        Where the training features came from: ``kind``, ``encoder``, ``layer``, ``frame_rate``.
-
-    Raises
-    ------
-    ValueError
-        If the sizes do not fit each other.
+    A stream counts as a talker from the probability ``threshold`` on; training calibrates it.
+    ``feature_source`` holds ``kind``, ``encoder``, ``layer`` and ``frame_rate`` of the training
+    features. Sizes that do not fit each other raise ValueError.
     """
 
     is_spectrogram = False
 
     def __init__(
-        self,
-        feature_dim: int = 1280,
-        max_speakers: int = 3,
-        num_layers: int = 4,
-        num_heads: int = 8,
-        ff_dim: int = 2048,
-        dropout: float = 0.1,
-        threshold: float = 0.5,
+        self, feature_dim: int = 1280, max_speakers: int = 3, num_layers: int = 4,
+        num_heads: int = 8, ff_dim: int = 2048, dropout: float = 0.1, threshold: float = 0.5,
         feature_source: dict | None = None,
     ):
         super().__init__()
         check_sizes("feature_dim", feature_dim, num_heads, max_speakers)
+        self.feature_dim, self.max_speakers, self.threshold = feature_dim, max_speakers, threshold
+        self.feature_source = dict(feature_source or {})
         self.config = {  # what builds another of the kind
             "feature_dim": feature_dim, "max_speakers": max_speakers, "num_layers": num_layers,
             "num_heads": num_heads, "ff_dim": ff_dim, "dropout": dropout, "threshold": threshold,
-            "feature_source": dict(feature_source or {})}
-        self.feature_dim, self.max_speakers, self.threshold = feature_dim, max_speakers, threshold
-        self.feature_source = self.config["feature_source"]
+            "feature_source": self.feature_source}
         options = {"dim_feedforward": ff_dim, "dropout": dropout, "activation": "gelu",
                    "batch_first": True, "norm_first": True}
         self.speaker_queries = nn.Parameter(torch.randn(max_speakers, feature_dim))
@@ -195,42 +184,29 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         self.activity_head = nn.Sequential(
             nn.Linear(feature_dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, 1))
 
-    def forward(
-        self, mixed_features: Tensor, frame_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Separate a batch of mixtures.
+    def forward(self, mixed_features: Tensor, frame_mask: Tensor | None = None):
+        """Separate mixtures [B, T, D] into streams [B, S, T, D] and probabilities [B, S].
 
-        Parameters
-        ----------
-        mixed_features : Tensor [B, T, D]
-        frame_mask : Tensor [B, T] of bool, optional
-            True for valid frames; the others change nothing in the valid ones and come out as 0.
-
-        Returns
-        -------
-        separated_features : Tensor [B, S, T, D]
-        speaker_probs : Tensor [B, S], in [0, 1]
+        Frames where ``frame_mask [B, T]`` is False do not influence the others and come out as 0.
         """
         frame_mask = check_features(mixed_features, frame_mask, self.feature_dim)
-        B, T, D = mixed_features.shape
+        (B, T, D), S = mixed_features.shape, self.max_speakers
         valid = frame_mask[..., None]
         mixture = torch.where(valid, mixed_features, 0.0)
         # A silent recording has no frame to attend to: let it attend to its own zeros.
-        padding = ~(frame_mask | ~frame_mask.any(1, keepdim=True))
+        padding = ~frame_mask & frame_mask.any(1, keepdim=True)
 
         # Loud and soft recordings look alike inside.
         power = masked_mean(mixture.float().square().mean(-1), frame_mask, 1)
         level = (power + 1e-8).sqrt()[:, None, None]  # [B, 1, 1]
         frames = mixture / level + 0.3 * sinusoidal_positions(T, D, mixture.device)
         frames = frames.to(mixture.dtype)
-        context = self.refinement[0](frames, src_key_padding_mask=padding)
-        context = F.layer_norm(context, (D,))
+        context = normalize(self.refinement[0](frames, src_key_padding_mask=padding))
         queries = self.speaker_queries.expand(B, -1, D)
         for block in self.decoder:
             queries = block(queries, context, memory_key_padding_mask=padding)
 
-        streams = context[:, None] + F.layer_norm(queries, (D,))[:, :, None]  # [B, S, T, D]
-        S = streams.shape[1]
+        streams = context[:, None] + normalize(queries)[:, :, None]  # [B, S, T, D]
         streams = self.refinement[1](
             streams.flatten(0, 1), src_key_padding_mask=padding.repeat_interleave(S, dim=0))
         logits = (streams.unflatten(0, (B, S)) - frames[:, None]).float()
@@ -242,14 +218,11 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
 
 
 # --------------------------------------------------------------------------------------------------
-# Separator of spectrograms
+# Separator of spectrograms: blocks
 
 
 class Convolution(nn.Module):
-    """Convolution module of a Conformer (arXiv:2005.08100) with a norm per frame.
-
-    The norm per frame keeps frames independent of padding and of the rest of the batch.
-    """
+    """Convolution module of a Conformer (arXiv:2005.08100); its norm ignores the other frames."""
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
@@ -262,7 +235,7 @@ class Convolution(nn.Module):
         """Update ``frames [B, T, D]``; frames not set in ``valid [B, T]`` are read as 0."""
         hidden = F.glu(self.gate(self.norm(frames)), dim=-1).masked_fill(~valid[..., None], 0.0)
         hidden = self.depthwise(hidden.transpose(1, 2)).transpose(1, 2)
-        return frames + self.out(F.silu(F.layer_norm(hidden, hidden.shape[-1:])))
+        return frames + self.out(F.silu(normalize(hidden)))
 
 
 class Attention(nn.Module):
@@ -283,27 +256,6 @@ class Attention(nn.Module):
         return frames + self.out(mixed.transpose(1, 2).flatten(2))
 
 
-class Exchange(nn.Module):
-    """Lets each stream read the mean of all streams, frame by frame.
-
-    Transform-average-concatenate (Luo et al., 2020, arXiv:1910.14104): cheap, and indifferent to
-    the order of the streams.
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.own = nn.Linear(dim, dim)
-        self.mean = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
-
-    def forward(self, streams: Tensor) -> Tensor:
-        """Update ``streams [B, S, T, D]``."""
-        hidden = self.norm(streams)
-        mean = self.mean(hidden.mean(1, keepdim=True))
-        return streams + self.out(F.gelu(self.own(hidden) + mean))
-
-
 class Block(nn.Module):
     """Convolution, self-attention and feed-forward layers over frames."""
 
@@ -315,9 +267,33 @@ class Block(nn.Module):
             nn.LayerNorm(dim), nn.Linear(dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, dim))
 
     def forward(self, frames: Tensor, valid: Tensor, bias: Tensor | None) -> Tensor:
-        """Update ``frames [B, T, D]`` from those in ``valid [B, T]``; see the layers."""
+        """Update ``frames [B, T, D]``; ``Convolution`` and ``Attention`` explain the rest."""
         frames = self.attention(self.convolution(frames, valid), bias)
         return frames + self.feed_forward(frames)
+
+
+class Exchange(nn.Module):
+    """Lets each stream read the mean of all streams, frame by frame (arXiv:1910.14104)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.own = nn.Linear(dim, dim)
+        self.mean = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        """Update ``streams [B, S, T, D]``."""
+        hidden = self.norm(streams)
+        mean = hidden.mean(1, keepdim=True)
+        return streams + self.out(F.gelu(self.own(hidden) + self.mean(mean)))
+
+
+# --------------------------------------------------------------------------------------------------
+# Separator of spectrograms
+
+LOG_MEL_RANGE = 2.0  # Whisper's floor below the loudest bin: 80 dB
+DIGITAL_SILENCE = -1.5  # (log10(1e-10) + 4) / 4
 
 
 def resample_bins(spectra: Tensor, bins: int) -> Tensor:
@@ -336,10 +312,6 @@ def resample_bins(spectra: Tensor, bins: int) -> Tensor:
     return torch.lerp(spectra[..., below], spectra[..., above], (place - below).to(spectra.dtype))
 
 
-LOG_MEL_RANGE = 2.0  # Whisper's floor below the loudest bin: 80 dB
-DIGITAL_SILENCE = -1.5  # (log10(1e-10) + 4) / 4
-
-
 def speaking_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> Tensor:
     """Return which frames [B, T] of spectrograms [B, T, D] rise above the recording's floor."""
     loudest = spectrograms.amax(-1)
@@ -352,27 +324,15 @@ def speaking_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> T
 class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
     """Splits log-mel spectrograms into one spectrogram per talker, for any Whisper or Qwen2-Audio.
 
-    Works on a grid of 80 mel bins; others are resampled to it, and the gains back. Blocks read the
-    mixture's frames, ``STACK`` at a time, while talker queries attend to them. Each stream starts
-    as the frames times and plus what its query says; blocks on streams, which read each other's
-    mean, end in gains of 0 dB or less for every bin. The level of the recording, silence around
-    speech and the position in the window change nothing.
+    Works on a grid of 80 mel bins; others are resampled to it, and the gains back. ``num_layers``
+    blocks of width ``dim`` read the mixture's frames, ``STACK`` at a time, while ``S =
+    max_speakers`` talker queries attend to them. Each stream starts as the frames times and plus
+    what its query says; half as many blocks on streams, which read each other's mean, end in gains
+    of 0 dB or less for every bin. The level of the recording, silence around speech and the
+    position in the window change nothing.
 
-    Parameters
-    ----------
-    max_speakers : int
-        Number S of streams.
-    dim, num_heads, ff_dim
-        Width, heads and feed-forward width of the blocks.
-    num_layers : int
-        Blocks on the mixture's frames; half as many follow on the streams.
-    threshold : float
-        Probability from which a stream counts as a talker; training calibrates it.
-
-    Raises
-    ------
-    ValueError
-        If the sizes do not fit each other.
+    A stream counts as a talker from the probability ``threshold`` on; training calibrates it.
+    Sizes that do not fit each other raise ValueError.
     """
 
     is_spectrogram = True
@@ -380,21 +340,16 @@ class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
     BINS, STACK, KERNEL_SIZE = 80, 4, 15
 
     def __init__(
-        self,
-        max_speakers: int = 3,
-        num_layers: int = 4,
-        num_heads: int = 4,
-        ff_dim: int = 768,
-        dim: int = 256,
-        threshold: float = 0.5,
+        self, max_speakers: int = 3, num_layers: int = 4, num_heads: int = 4, ff_dim: int = 768,
+        dim: int = 256, threshold: float = 0.5,
     ):
         super().__init__()
         check_sizes("dim", dim, num_heads, max_speakers)
+        self.max_speakers, self.threshold = max_speakers, threshold
+        self.feature_source = {"kind": "recordings"}
         self.config = {  # what builds another of the kind
             "max_speakers": max_speakers, "num_layers": num_layers, "num_heads": num_heads,
             "ff_dim": ff_dim, "dim": dim, "threshold": threshold}
-        self.max_speakers, self.threshold = max_speakers, threshold
-        self.feature_source = {"kind": "recordings"}
         sizes = (dim, num_heads, ff_dim, self.KERNEL_SIZE)
         self.input = nn.Linear(self.BINS * self.STACK, dim)
         self.speaker_queries = nn.Parameter(torch.randn(max_speakers, dim))
@@ -408,94 +363,71 @@ class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
         self.attention_pool = nn.Linear(dim, 1)
         self.activity_head = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, 1))
 
-    def forward(
-        self, spectrograms: Tensor, frame_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Separate a batch of mixtures.
+    def forward(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
+        """Separate mixtures [B, T, D] into streams [B, S, T, D] and probabilities [B, S].
 
-        Parameters
-        ----------
-        spectrograms : Tensor [B, T, D]
-            Log-mel spectrograms in Whisper's units with D mel bins.
-        frame_mask : Tensor [B, T] of bool, optional
-            True for frames of the recording; the others come out at the stream's floor.
-
-        Returns
-        -------
-        streams : Tensor [B, S, T, D]
-            Spectrograms with a floor 80 dB below their loudest bin.
-        probabilities : Tensor [B, S], in [0, 1]
+        All are log-mel spectrograms in Whisper's units with D mel bins; a stream's floor is 80 dB
+        below its loudest bin. Frames where ``frame_mask [B, T]`` is False come out at the floor.
         """
+        frame_mask = check_features(spectrograms, frame_mask)
         gains, probabilities = self.gains(spectrograms, frame_mask)
-        return self.apply_gains(spectrograms, gains, frame_mask), probabilities
-
-    def gains(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
-        """Return the gains [B, S, T, D], 0 or less in Whisper's units, and probabilities [B, S]."""
-        frame_mask = check_features(spectrograms, frame_mask, None)
-        B, T, D = spectrograms.shape
-        frames, valid = self._normalize(spectrograms.float(), frame_mask)
-        context, queries, bias = self._read_mixture(frames, valid)
-        streams = context[:, None] * (1 + self.gain(queries))[:, :, None] + queries[:, :, None]
-        streams = self._read_streams(streams, valid, bias)  # [B, S, T / STACK, dim]
-        logits = self.output(streams).float()
-        gains = F.logsigmoid(logits + 3) / (4 * math.log(10))
-        gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(2, 3)[:, :, :T]
-        return resample_bins(gains, D), self._activity(streams, valid)
-
-    def apply_gains(
-        self, spectrograms: Tensor, gains: Tensor, frame_mask: Tensor | None = None
-    ) -> Tensor:
-        """Return the streams [B, S, T, D]: the mixture plus its gains, down to each floor."""
-        frame_mask = check_features(spectrograms, frame_mask, None)
         mixture = spectrograms.float().masked_fill(~frame_mask[..., None], DIGITAL_SILENCE)
-        speaks = speaking_frames(mixture, frame_mask)[:, None, :, None]
+        speaks = speaking_frames(mixture)[:, None, :, None]
         streams = torch.where(speaks, mixture[:, None] + gains, -math.inf)
         floor = streams.detach().amax((2, 3), keepdim=True) - LOG_MEL_RANGE
         floor = torch.where(floor.isfinite(), floor, mixture[:, None])  # all silent
-        return torch.maximum(streams, floor).to(spectrograms.dtype)
+        return torch.maximum(streams, floor).to(spectrograms.dtype), probabilities
 
-    def _normalize(self, spectrograms: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def gains(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
+        """Return the gains [B, S, T, D], 0 or less in Whisper's units, and probabilities [B, S]."""
+        frame_mask = check_features(spectrograms, frame_mask)
+        T, D = spectrograms.shape[1:]
+        frames, valid = self._stack(spectrograms.float(), frame_mask)
+        context, queries, bias = self._read_mixture(frames, valid)
+        streams = context[:, None] * (1 + self.gain(queries))[:, :, None] + queries[:, :, None]
+        streams = self._read_streams(streams, valid, bias)  # [B, S, T / STACK, dim]
+        gains = F.logsigmoid(self.output(streams).float() + 3) / (4 * math.log(10))
+        gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(2, 3)[:, :, :T]
+        return resample_bins(gains, D), self._activity(streams, valid)
+
+    def _stack(self, spectrograms: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return frames in [-1, 1] on the grid, stacked, and which stacks hold sound."""
-        T = spectrograms.shape[1]
         speaks = speaking_frames(spectrograms, frame_mask)
-        level = spectrograms.masked_fill(~speaks[..., None], -math.inf).amax((1, 2), keepdim=True)
-        level = torch.where(level.isfinite(), level, 0.0)
-        frames = (spectrograms - level).clamp(min=-LOG_MEL_RANGE) + LOG_MEL_RANGE / 2
-        frames = torch.where(speaks[..., None], frames, -LOG_MEL_RANGE / 2)
-        frames = resample_bins(frames, self.BINS)
-        missing = -T % self.STACK
-        frames = F.pad(frames, (0, 0, 0, missing), value=-LOG_MEL_RANGE / 2)
+        frames = spectrograms.masked_fill(~speaks[..., None], -math.inf)
+        level = frames.amax((1, 2), keepdim=True).clamp(min=DIGITAL_SILENCE)  # finite in silence
+        frames = (frames - level).clamp(min=-LOG_MEL_RANGE) + LOG_MEL_RANGE / 2
+        missing = -frames.shape[1] % self.STACK
+        frames = F.pad(
+            resample_bins(frames, self.BINS), (0, 0, 0, missing), value=-LOG_MEL_RANGE / 2)
         valid = F.pad(speaks, (0, missing)).unflatten(1, (-1, self.STACK)).any(-1)
         return frames.unflatten(1, (-1, self.STACK)).flatten(2), valid
 
     def _read_mixture(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return context [B, T, dim], queries [B, S, dim] and the attention bias [B, 1, 1, T]."""
         # A silent recording has no frame to attend to: let it attend to all.
-        readable = valid | ~valid.any(1, keepdim=True)
+        silent = ~valid & valid.any(1, keepdim=True)
         frames = self.input(frames.to(self.input.weight.dtype))
-        bias = torch.zeros_like(valid, dtype=frames.dtype).masked_fill(~readable, -math.inf)
+        bias = torch.zeros_like(silent, dtype=frames.dtype).masked_fill(silent, -math.inf)
         bias = bias[:, None, None]
         queries = self.speaker_queries.to(frames.dtype).expand(len(frames), -1, -1)
         for block, attention in zip(self.mixture_blocks, self.query_attention, strict=True):
             frames = block(frames, valid, bias)
-            read, _ = attention(F.layer_norm(queries, queries.shape[-1:]), frames, frames,
-                                key_padding_mask=~readable, need_weights=False)
+            read, _ = attention(normalize(queries), frames, frames, key_padding_mask=silent,
+                                need_weights=False)
             queries = queries + read
-        return (F.layer_norm(frames, frames.shape[-1:]),
-                F.layer_norm(queries, queries.shape[-1:]), bias)
+        return normalize(frames), normalize(queries), bias
 
     def _read_streams(self, streams: Tensor, valid: Tensor, bias: Tensor) -> Tensor:
         """Run the blocks on streams [B, S, T, dim]; each stream is a row of the batch."""
         B, S = streams.shape[:2]
         valid, bias = valid.repeat_interleave(S, 0), bias.repeat_interleave(S, 0)
         for block, exchange in zip(self.stream_blocks, self.exchanges, strict=True):
-            streams = block(streams.flatten(0, 1), valid, bias).unflatten(0, (B, S))
-            streams = exchange(streams)
+            streams = exchange(block(streams.flatten(0, 1), valid, bias).unflatten(0, (B, S)))
         return streams
 
     def _activity(self, streams: Tensor, valid: Tensor) -> Tensor:
         """Return probabilities [B, S] from an attention-weighted mean of each stream's frames."""
-        hidden = F.layer_norm(streams, streams.shape[-1:])
+        hidden = normalize(streams)
         weights = self.attention_pool(hidden).float().masked_fill(~valid[:, None, :, None], -1e4)
         pooled = (weights.softmax(2).to(hidden.dtype) * hidden).sum(2)  # [B, S, dim]
         pooled = torch.where(valid.any(1)[:, None, None], pooled, 0.0)
@@ -509,13 +441,13 @@ class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
 
 
 class SeparatorLoss(NamedTuple):
-    """The combined loss and its parts (scalars) with the stream of each talker ([B, S])."""
+    """The combined loss, its parts before their weights (all scalars) and the assignment."""
 
     total: Tensor
-    separation: Tensor
-    reconstruction: Tensor
-    activity: Tensor
-    assignment: Tensor
+    separation: Tensor  # mean squared error per active talker
+    reconstruction: Tensor  # mean squared error of the active streams' sum against the mixture
+    activity: Tensor  # binary cross-entropy of the probabilities
+    assignment: Tensor  # [B, S], the stream of each talker
 
 
 def pairwise_mse(separated: Tensor, targets: Tensor, frame_mask: Tensor) -> Tensor:
@@ -528,10 +460,9 @@ def pairwise_mse(separated: Tensor, targets: Tensor, frame_mask: Tensor) -> Tens
 
 
 def best_assignment(cost: Tensor, speaker_mask: Tensor) -> Tensor:
-    """Return the stream of each talker, [B, S], with the least summed cost over active talkers.
+    """Return the stream of each talker, [B, S], with the least total ``cost [B, S, S]``.
 
-    All S! assignments are scored from the one matrix ``cost [B, S, S]`` (streams first), as in
-    permutation-invariant training (arXiv:1607.00325).
+    The cost has streams first; talkers outside ``speaker_mask [B, S]`` do not count.
     """
     S = cost.shape[1]
     orders = torch.tensor(list(permutations(range(S))), device=cost.device)  # [S!, S]
@@ -542,8 +473,7 @@ def best_assignment(cost: Tensor, speaker_mask: Tensor) -> Tensor:
 
 def reorder(values: Tensor, assignment: Tensor) -> Tensor:
     """Put streams in the order of the talkers: ``values [B, S, ...]`` by ``assignment [B, S]``."""
-    index = assignment.reshape(*assignment.shape, *[1] * (values.dim() - 2))
-    return values.gather(1, index.expand(-1, -1, *values.shape[2:]))
+    return values.take_along_dim(assignment[(..., *[None] * (values.dim() - 2))], dim=1)
 
 
 def talker_error(
@@ -555,78 +485,44 @@ def talker_error(
     return masked_mean(error.mean(-1), frame_mask[:, None], -1)
 
 
-def _check_loss_shapes(separated, speaker_probs, targets, speaker_mask, mixture, frame_mask):
-    B, S, T, D = separated.shape if separated.dim() == 4 else (0, 0, 0, 0)
-    expected = {
-        "separated": (separated, (B, S, T, D)),
-        "speaker_probs": (speaker_probs, (B, S)),
-        "targets": (targets, (B, S, T, D)),
-        "speaker_mask": (speaker_mask, (B, S)),
-        "mixture": (mixture, (B, T, D)),
-        "frame_mask": (frame_mask, (B, T)),
-    }
-    for name, (value, shape) in expected.items():
-        if tuple(value.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)}, not {list(value.shape)}")
+def check_shapes(**tensors_and_shapes: tuple[Tensor, tuple]) -> None:
+    """Fail unless each tensor has the shape that is beside it."""
+    for name, (tensor, shape) in tensors_and_shapes.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
 
 
 def separator_loss(
-    separated: Tensor,
-    speaker_probs: Tensor,
-    targets: Tensor,
-    speaker_mask: Tensor,
-    mixture: Tensor,
-    frame_mask: Tensor | None = None,
-    reconstruction_weight: float = 0.5,
-    activity_weight: float = 0.5,
-    absolute: bool = False,
+    separated: Tensor, speaker_probs: Tensor, targets: Tensor, speaker_mask: Tensor,
+    mixture: Tensor, frame_mask: Tensor | None = None, reconstruction_weight: float = 0.5,
+    activity_weight: float = 0.5, absolute: bool = False,
 ) -> SeparatorLoss:
-    """Score separated streams under the best assignment of streams to talkers.
+    """Score streams under their best assignment to talkers (PIT, arXiv:1607.00325).
 
-    Parameters
-    ----------
-    separated : Tensor [B, S, T, D]
-    speaker_probs : Tensor [B, S]
-    targets : Tensor [B, S, T, D]
-        Features of each talker alone, zero-padded in the talker dimension.
-    speaker_mask : Tensor [B, S]
-        True where there is a talker.
-    mixture : Tensor [B, T, D]
-    frame_mask : Tensor [B, T], optional
-        True for valid frames.
-    reconstruction_weight : float
-        0 where streams do not add up to the mixture, as log spectra do not.
-    absolute : bool
-        Take absolute errors for the separation, as for log spectra: squared ones are least for a
-        blend of both talkers, far below either, where it is not clear which one a bin belongs to.
-
-    Returns
-    -------
-    SeparatorLoss
-        ``separation``: mean squared or absolute error per active talker (arXiv:1607.00325);
-        ``reconstruction``: mean squared error of the sum of active streams against the mixture;
-        ``activity``: binary cross-entropy of the reordered probabilities; ``total``: their
-        weighted sum; ``assignment [B, S]``: the stream of each talker.
-
-    Raises
-    ------
-    ValueError
-        If a shape does not fit; the message names it.
+    ``separated [B, S, T, D]`` have ``speaker_probs [B, S]``; ``targets [B, S, T, D]`` are talkers
+    where ``speaker_mask [B, S]`` is set, zeros elsewhere; ``mixture [B, T, D]`` is valid where
+    ``frame_mask [B, T]`` is set. ``reconstruction_weight`` is 0 for streams that do not add up, as
+    log spectra. ``absolute`` takes absolute instead of squared errors for the separation, as log
+    spectra want: where it is unclear whose a bin is, the squared error is least for a blend far
+    below either talker. Shapes that do not fit raise ValueError.
     """
     if frame_mask is None:
         frame_mask = mixture.new_ones(mixture.shape[:2], dtype=torch.bool)
-    _check_loss_shapes(separated, speaker_probs, targets, speaker_mask, mixture, frame_mask)
+    B, S, T, D = separated.shape if separated.dim() == 4 else (0, 0, 0, 0)
+    check_shapes(
+        separated=(separated, (B, S, T, D)), targets=(targets, (B, S, T, D)),
+        speaker_probs=(speaker_probs, (B, S)), speaker_mask=(speaker_mask, (B, S)),
+        mixture=(mixture, (B, T, D)), frame_mask=(frame_mask, (B, T)))
     separated, targets, mixture = separated.float(), targets.float(), mixture.float()
-    active = speaker_mask.to(separated.dtype)
+    active = speaker_mask.float()
     with torch.no_grad():
         assignment = best_assignment(pairwise_mse(separated, targets, frame_mask), active)
     estimates = reorder(separated, assignment)
 
-    per_talker = talker_error(estimates, targets, frame_mask, absolute)
-    separation = (per_talker * active).sum() / active.sum().clamp(min=1)
+    errors = talker_error(estimates, targets, frame_mask, absolute)
+    separation = masked_mean(errors, active, (0, 1))
     summed = (estimates * active[..., None, None]).sum(1)
-    frame_error = (summed - mixture).square().mean(-1)
-    reconstruction = masked_mean(frame_error.flatten(), frame_mask.flatten(), 0)
+    reconstruction = masked_mean((summed - mixture).square().mean(-1), frame_mask, (0, 1))
     activity = F.binary_cross_entropy(reorder(speaker_probs.float(), assignment), active)
     total = separation + reconstruction_weight * reconstruction + activity_weight * activity
     return SeparatorLoss(total, separation, reconstruction, activity, assignment)
@@ -637,22 +533,18 @@ def separator_loss(
 
 
 def si_sdr(estimates: Tensor, targets: Tensor) -> Tensor:
-    """Scale-invariant signal-to-distortion ratio in dB over the last dimension, [..., N] -> [...].
-
-    Le Roux et al., 2019, arXiv:1811.02508.
-    """
-    scale = (estimates * targets).sum(-1, keepdim=True)
-    scale = scale / targets.square().sum(-1, keepdim=True).clamp(min=1e-8)
-    signal = (scale * targets).square().sum(-1)
-    noise = (estimates - scale * targets).square().sum(-1)
-    return 10 * torch.log10((signal + 1e-8) / (noise + 1e-8))
+    """Scale-invariant SDR in dB (arXiv:1811.02508) over the last dimension, [..., N] -> [...]."""
+    power = targets.square().sum(-1, keepdim=True).clamp(min=1e-8)
+    signal = (estimates * targets).sum(-1, keepdim=True) / power * targets
+    noise = estimates - signal
+    return 10 * torch.log10((signal.square().sum(-1) + 1e-8) / (noise.square().sum(-1) + 1e-8))
 
 
 def trivial_outputs(mixture: Tensor, speaker_mask: Tensor, log_mel: bool = False) -> dict:
     """Return the outputs that need no separator, [B, T, D] each.
 
-    Of log-mel spectrograms ``log_mel``, "zeros" is the quietest spectrogram, 80 dB below the
-    mixture's loudest bin, and "mixture / count" divides the amplitude.
+    Of ``log_mel`` spectrograms "zeros" is 80 dB below the loudest bin and the count divides the
+    amplitude.
     """
     count = speaker_mask.sum(1).clamp(min=1).to(mixture.dtype)[:, None, None]
     zeros, shared = torch.zeros_like(mixture), mixture / count
@@ -662,9 +554,14 @@ def trivial_outputs(mixture: Tensor, speaker_mask: Tensor, log_mel: bool = False
     return {"zeros": zeros, "mixture": mixture, "mixture / count": shared}
 
 
-def active_streams(
-    speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None
-) -> Tensor:
+def check_num_speakers(num_speakers: int | None, streams: int) -> None:
+    """Fail unless a known number of talkers fits a separator's streams."""
+    if num_speakers is not None and not 0 <= num_speakers <= streams:
+        raise ValueError(f"num_speakers must be 0 to {streams}, not {num_speakers}: the separator "
+                         "has no more streams")
+
+
+def active_streams(speaker_probs: Tensor, threshold: float = 0.5, num_speakers=None) -> Tensor:
     """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest."""
     if num_speakers is None:
         return speaker_probs >= threshold
@@ -673,24 +570,20 @@ def active_streams(
     return torch.zeros_like(speaker_probs, dtype=torch.bool).scatter(-1, likeliest, True)
 
 
-def check_num_speakers(num_speakers: int | None, streams: int) -> None:
-    """Fail unless a known number of talkers fits a separator's streams."""
-    if num_speakers is not None and not 0 <= num_speakers <= streams:
-        raise ValueError(f"num_speakers must be 0 to {streams}, not {num_speakers}: the separator "
-                         "has no more streams")
-
-
 def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor) -> float:
     """Return the threshold that gets most talker counts right, [N, S] each; ties go near 0.5."""
     candidates = torch.linspace(0.05, 0.95, 37)
-    counts = (speaker_probs[None] >= candidates[:, None, None]).sum(-1)  # [candidates, N]
+    counts = (speaker_probs >= candidates[:, None, None]).sum(-1)  # [candidates, N]
     right = (counts == speaker_mask.sum(-1)).float().mean(-1)
     best = candidates[right == right.max()]
     return round(float(best[(best - 0.5).abs().argmin()]), 3)
 
 
 def count_scores(probs: Tensor, truth: Tensor, threshold: float, num_speakers=None) -> dict:
-    """Scores of talker counting from [N, S] probabilities in the order of the talkers."""
+    """Score talker counting and activity from [N, S] probabilities in the order of the talkers.
+
+    ``majority_count_accuracy`` is that of always answering the commonest count.
+    """
     active, counts = active_streams(probs, threshold, num_speakers), truth.sum(1)
     hits = (active & truth).sum().item()
     return {
@@ -706,67 +599,58 @@ def count_scores(probs: Tensor, truth: Tensor, threshold: float, num_speakers=No
 # Data: what the generator wrote
 
 
-def read_features(path: Path, feature_dim: int | None = None, header_only: bool = False):
-    """Read float features [T, D] from a .npy file.
+def open_features(path: Path, feature_dim: int | None = None) -> np.memmap:
+    """Open float features [T, D] in a .npy file without reading the values.
 
-    With ``header_only`` only the shape and type are read and the values stay on disk.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the file is missing or not such an array (rank, width, type, NaN or infinity).
+    FileNotFoundError or ValueError if it is missing or its rank, width or type is another.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such feature file: {path}")
     try:
-        features = np.load(path, mmap_mode="r" if header_only else None, allow_pickle=False)
+        features = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a .npy file of numbers ({error})") from None
-    if not isinstance(features, np.ndarray) or features.ndim != 2 or not features.shape[0]:
+    if not isinstance(features, np.ndarray) or features.ndim != 2 or not len(features):
         raise ValueError(f"{path} must hold [T, D] features, not {getattr(features, 'shape', '')}")
     if features.dtype.kind != "f":
         raise ValueError(f"{path} must hold floating-point features, not {features.dtype}")
     if feature_dim is not None and features.shape[1] != feature_dim:
         raise ValueError(f"{path} has width {features.shape[1]}, expected {feature_dim}")
-    if header_only:
-        return features
+    return features
+
+
+def read_features(path: Path, feature_dim: int | None = None) -> Tensor:
+    """Read features as ``open_features`` does, as float32; ValueError if they are not finite."""
     with np.errstate(over="ignore"):
-        features = features.astype(np.float32, copy=False)
+        features = np.array(open_features(path, feature_dim), dtype=np.float32)
     if not np.isfinite(features).all():
         raise ValueError(f"{path} holds NaN, infinite or too large values")
     return torch.from_numpy(features)
 
 
-def read_json(path: Path):
-    """Return the content of a JSON file; ValueError if it is none."""
+def read_json(path: Path, kind: type = object):
+    """Return the content of a JSON file; ValueError if it is not JSON or not of ``kind``."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} must hold an object, not a {type(content).__name__}")
+    return content
 
 
 class MultiSpeakerDataset(Dataset):
-    """The mixtures of one split as the generator wrote them.
+    """The mixtures of one split, "train" or "val", as ``generate_multi_speaker_dataset.py`` wrote.
 
     Items are dicts: ``mixture [T, D]``, ``targets [n, T, D]`` of a dataset of features, or
-    ``waveforms [1 + n, samples]``, mixture first, of a dataset of recordings.
-
-    Parameters
-    ----------
-    data_dir : path
-        What ``generate_multi_speaker_dataset.py`` wrote.
-    split : "train" or "val"
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the dataset is missing or empty, or its metadata or files do not fit each other.
+    ``waveforms [1 + n, samples]``, mixture first, of a dataset of recordings. FileNotFoundError or
+    ValueError if the dataset is missing or empty, or its metadata or files do not fit each other.
     """
 
     def __init__(self, data_dir, split: str):
         self.data_dir, self.split = Path(data_dir), split
         self.folder = self.data_dir / split
-        path = self.folder / "metadata.json"
+        path, about = self.folder / "metadata.json", self.data_dir / "dataset.json"
         if not path.is_file():
             raise FileNotFoundError(
                 f"no dataset at {path}; make one: python generate_multi_speaker_dataset.py "
@@ -774,18 +658,14 @@ class MultiSpeakerDataset(Dataset):
         self.samples = read_json(path)
         if not isinstance(self.samples, list) or not self.samples:
             raise ValueError(f"{path} lists no mixtures; generate the dataset again")
-        source = self.data_dir / "dataset.json"
-        self.source = read_json(source) if source.is_file() else {}
-        if not isinstance(self.source, dict):
-            raise ValueError(f"{source} must hold an object, not a {type(self.source).__name__}")
+        self.source = read_json(about, dict) if about.is_file() else {}
         try:
-            self.is_spectrogram = "mixed_audio" not in self.samples[0]
-            self.feature_dim = None if self.is_spectrogram else self.samples[0]["feature_dim"]
-            if not self.is_spectrogram and not isinstance(self.feature_dim, int):
-                raise TypeError(f"feature_dim is {self.feature_dim!r}")
+            first = self.samples[0]
+            self.is_spectrogram = "mixed_audio" not in first
+            self.feature_dim = None if self.is_spectrogram else operator.index(first["feature_dim"])
             self.max_speakers = max(len(sample["speakers"]) for sample in self.samples)
             for sample in self.samples:
-                self._check_sample(sample)
+                self._check_lengths(sample)
         except KeyError as error:
             raise ValueError(f"{path} misses an entry: {error}") from None
         except (AttributeError, TypeError) as error:
@@ -802,24 +682,23 @@ class MultiSpeakerDataset(Dataset):
 
     def files(self, sample: dict) -> list[Path]:
         """Return the paths of a sample's mixture and of each of its talkers."""
-        keys = ("mixed_wav", "wav_file") if self.is_spectrogram else ("mixed_audio", "feature_file")
-        names = [sample[keys[0]], *(speaker[keys[1]] for speaker in sample["speakers"])]
-        folder = self.folder.resolve()
+        mixed, single = (
+            ("mixed_wav", "wav_file") if self.is_spectrogram else ("mixed_audio", "feature_file"))
+        names = [sample[mixed], *(speaker[single] for speaker in sample["speakers"])]
         paths = [self.folder / name for name in names]
-        if outside := [p for p in paths if not p.resolve().is_relative_to(folder)]:
-            raise ValueError(f"{self.folder / 'metadata.json'} names a file outside its folder: "
-                             f"{outside[0]}")
+        for path in paths:
+            if not path.resolve().is_relative_to(self.folder.resolve()):
+                raise ValueError(
+                    f"{self.folder / 'metadata.json'} names a file outside its folder: {path}")
         return paths
 
-    def _check_sample(self, sample: dict) -> None:
-        paths = self.files(sample)
+    def _check_lengths(self, sample: dict) -> None:
         if self.is_spectrogram:
             from audio import audio_info
 
-            lengths = {audio_info(path).frames for path in paths}
+            lengths = {audio_info(path).frames for path in self.files(sample)}
         else:
-            shapes = [read_features(path, self.feature_dim, True).shape for path in paths]
-            lengths = {shape[0] for shape in shapes}
+            lengths = {len(open_features(path, self.feature_dim)) for path in self.files(sample)}
         if len(lengths) > 1:
             raise ValueError(f"sources and mixture of {sample['id']} differ in length "
                              f"({self.folder}): {sorted(lengths)}")
@@ -833,9 +712,8 @@ class MultiSpeakerDataset(Dataset):
             from audio import read_audio
 
             return {"waveforms": torch.from_numpy(np.stack([read_audio(p) for p in paths]))}
-        mixture, *targets = (read_features(path, self.feature_dim) for path in paths)
-        targets = torch.stack(targets) if targets else mixture.new_zeros(0, *mixture.shape)
-        return {"mixture": mixture, "targets": targets}
+        features = torch.stack([read_features(path, self.feature_dim) for path in paths])
+        return {"mixture": features[0], "targets": features[1:]}
 
     def source_files(self) -> list[tuple[str, Path]]:
         """Return (talker, file) of every source in the split."""
@@ -844,7 +722,7 @@ class MultiSpeakerDataset(Dataset):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: fresh mixtures and batches
+# Data: fresh mixtures
 
 
 class RemixedDataset(Dataset):
@@ -856,6 +734,7 @@ class RemixedDataset(Dataset):
 
     SILENCE = 0.04  # share of mixtures without any talker
     LEAST, TIMES = 120, 2  # mixtures per epoch: sources make many more mixtures than the data has
+    COUNT_POWER = 0  # a count of talkers is drawn in proportion to this power of it
 
     def __init__(self, base: MultiSpeakerDataset, options: TrainOptions, max_speakers: int):
         self.base, self.seed, self.crop_seconds = base, options.seed, options.crop_seconds
@@ -872,7 +751,8 @@ class RemixedDataset(Dataset):
         if rng.random() < self.SILENCE:
             return rng, 0
         counts = np.arange(1, self.max_speakers + 1)
-        return rng, int(rng.choice(counts, p=self.count_weights(counts)))
+        weights = counts**self.COUNT_POWER
+        return rng, int(rng.choice(counts, p=weights / weights.sum()))
 
 
 class RemixedFeatures(RemixedDataset):
@@ -884,34 +764,27 @@ class RemixedFeatures(RemixedDataset):
             talkers.setdefault(talker, []).append(path)
         return talkers
 
-    def count_weights(self, counts: np.ndarray) -> np.ndarray:
-        """Draw every count equally often."""
-        return np.full(len(counts), 1 / len(counts))
-
     def __getitem__(self, number: int) -> dict:
         rng, count = self.draw_count(number)
         names = rng.choice(list(self.talkers), size=max(count, 1), replace=False)
         files = [self.talkers[name][rng.integers(len(self.talkers[name]))] for name in names]
-        sources = [read_features(path, self.base.feature_dim) for path in files]
-        length = max(len(source) for source in sources)
-        sources = [F.pad(source, (0, 0, 0, length - len(source))) for source in sources]
-        shifted = [source.roll(int(rng.integers(length)), dims=0) for source in sources]
-        targets = torch.stack(shifted)[:count]
-        return {"mixture": targets.sum(0), "targets": targets}
+        sources = nn.utils.rnn.pad_sequence(
+            [read_features(path, self.base.feature_dim) for path in files], batch_first=True)
+        T = sources.shape[1]
+        targets = torch.stack([source.roll(int(rng.integers(T)), dims=0) for source in sources])
+        return {"mixture": targets[:count].sum(0), "targets": targets[:count]}
 
 
 class RemixedRecordings(RemixedDataset):
     """Mixtures of the training recordings, planned and rendered as the dataset was."""
+
+    COUNT_POWER = 1  # mixtures with more talkers are harder and seen more often
 
     def _read_sources(self) -> dict:
         from generate_multi_speaker_dataset import load_source
 
         self.speech = load_source(self.base.data_dir, self.base.split)
         return self.speech.by_speaker
-
-    def count_weights(self, counts: np.ndarray) -> np.ndarray:
-        """Draw a count with probability proportional to it: hard mixtures are seen more often."""
-        return counts / counts.sum()
 
     def plan(self, number: int):
         """Return the random generator of a mixture and its plan."""
@@ -933,10 +806,23 @@ class RemixedRecordings(RemixedDataset):
             longest = round(self.crop_seconds * SAMPLING_RATE)
             start = int(rng.integers(max(waveforms.shape[1] - longest, 0) + 1))
             waveforms = waveforms[:, start : start + longest]
-            audible = np.abs(waveforms[1:]) > 1e-5  # reverberation by FFT leaves 1e-8 in pauses
-            speaking = np.count_nonzero(audible, axis=1) > SAMPLING_RATE // 10
-            waveforms = waveforms[np.concatenate([[True], speaking])]
+            audible = np.abs(waveforms) > 1e-5  # reverberation by FFT leaves 1e-8 in pauses
+            kept = np.count_nonzero(audible, axis=1) > SAMPLING_RATE // 10
+            kept[0] = True  # the mixture
+            waveforms = waveforms[kept]
         return {"waveforms": torch.from_numpy(waveforms)}
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: batches
+
+
+def pad_stack(tensors: list[Tensor], *shape: int) -> Tensor:
+    """Stack tensors, each zero-padded at its ends to a shape."""
+    padded = tensors[0].new_zeros(len(tensors), *shape)
+    for row, tensor in zip(padded, tensors, strict=True):
+        row[tuple(map(slice, tensor.shape))] = tensor
+    return padded
 
 
 def collate(items: list[dict], max_speakers: int) -> dict:
@@ -945,26 +831,20 @@ def collate(items: list[dict], max_speakers: int) -> dict:
     Features: ``mixture [B, T, D]``, ``targets [B, S, T, D]``, ``frame_mask [B, T]``. Recordings:
     ``waveforms [B, 1 + S, samples]``, ``lengths [B]`` in samples. Both: ``speaker_mask [B, S]``.
     """
-    B, S = len(items), max_speakers
-    speaker_mask = torch.zeros(B, S, dtype=torch.bool)
+    S = max_speakers
     if "waveforms" in items[0]:
-        lengths = torch.tensor([item["waveforms"].shape[1] for item in items])
-        waveforms = torch.zeros(B, 1 + S, int(lengths.max()))
-        for b, item in enumerate(items):
-            rows, samples = item["waveforms"].shape
-            waveforms[b, :rows, :samples] = item["waveforms"]
-            speaker_mask[b, : rows - 1] = True
-        return {"waveforms": waveforms, "lengths": lengths, "speaker_mask": speaker_mask}
-    first, T = items[0]["mixture"], max(len(item["mixture"]) for item in items)
-    mixture = first.new_zeros(B, T, first.shape[-1])
-    targets = first.new_zeros(B, S, T, first.shape[-1])
-    frame_mask = torch.zeros(B, T, dtype=torch.bool)
-    for b, item in enumerate(items):
-        n, t = item["targets"].shape[:2]
-        mixture[b, :t], targets[b, :n, :t] = item["mixture"], item["targets"]
-        speaker_mask[b, :n], frame_mask[b, :t] = True, True
-    return {"mixture": mixture, "targets": targets, "speaker_mask": speaker_mask,
-            "frame_mask": frame_mask}
+        waveforms = [item["waveforms"] for item in items]
+        counts = torch.tensor([len(waves) - 1 for waves in waveforms])
+        lengths = torch.tensor([waves.shape[1] for waves in waveforms])
+        batch = {"waveforms": pad_stack(waveforms, 1 + S, int(lengths.max())), "lengths": lengths}
+    else:
+        mixtures, targets = ([item[key] for item in items] for key in ("mixture", "targets"))
+        counts = torch.tensor([len(talkers) for talkers in targets])
+        lengths = torch.tensor([len(mixture) for mixture in mixtures])
+        T, D = int(lengths.max()), mixtures[0].shape[1]
+        batch = {"mixture": pad_stack(mixtures, T, D), "targets": pad_stack(targets, S, T, D),
+                 "frame_mask": torch.arange(T) < lengths[:, None]}
+    return batch | {"speaker_mask": torch.arange(S) < counts[:, None]}
 
 
 def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> dict:
@@ -973,17 +853,22 @@ def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> 
         return batch
     from audio import HOP_LENGTH, N_FFT, floor_log_mel, log_mel
 
-    waveforms, speaker_mask = batch["waveforms"], batch["speaker_mask"]
-    there = F.pad(speaker_mask, (1, 0), value=True)  # [B, 1 + S]
-    T = max(1, waveforms.shape[-1] // HOP_LENGTH)
+    present = F.pad(batch["speaker_mask"], (1, 0), value=True)  # [B, 1 + S]
+    T = max(1, batch["waveforms"].shape[-1] // HOP_LENGTH)
     # Zeros after the longest recording too: the last frame of each is the same in every batch.
-    waveforms = F.pad(waveforms, (0, N_FFT))
-    spectrograms = waveforms.new_zeros(*there.shape, T, num_bins)
-    spectrograms[there] = floor_log_mel(log_mel(waveforms[there], num_bins)[:, :T])
-    frames = torch.arange(T, device=waveforms.device)
-    frame_mask = frames < (batch["lengths"][:, None] // HOP_LENGTH).clamp(min=1)
+    waveforms = F.pad(batch["waveforms"], (0, N_FFT))
+    spectrograms = waveforms.new_zeros(*present.shape, T, num_bins)
+    spectrograms[present] = floor_log_mel(log_mel(waveforms[present], num_bins)[:, :T])
+    lengths = (batch["lengths"] // HOP_LENGTH).clamp(min=1)
     return batch | {"mixture": spectrograms[:, 0], "targets": spectrograms[:, 1:],
-                    "frame_mask": frame_mask}
+                    "frame_mask": torch.arange(T, device=lengths.device) < lengths[:, None]}
+
+
+def batches_of_like_length(order: list[int], seconds, size: int, random: torch.Generator):
+    """Sort every 16 batches' worth of items by length, which saves padding; shuffle the batches."""
+    for group in BatchSampler(order, 16 * size, drop_last=False):
+        batches = list(BatchSampler(sorted(group, key=seconds), size, drop_last=False))
+        yield from (batches[i] for i in torch.randperm(len(batches), generator=random).tolist())
 
 
 class EpochBatches:
@@ -993,29 +878,17 @@ class EpochBatches:
         self.dataset, self.batch_size, self.seed, self.epoch = dataset, batch_size, seed, epoch
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batch_size)
+        return math.ceil(len(self.dataset) / self.batch_size)
 
     def __iter__(self):
         random = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self.dataset), generator=random).tolist()
+        order = torch.randperm(len(self.dataset), generator=random)
         if isinstance(self.dataset, RemixedDataset):
-            order = [self.epoch * len(self.dataset) + number for number in order]
-        size = self.batch_size
+            order += self.epoch * len(self.dataset)
         if isinstance(self.dataset, RemixedRecordings):
-            yield from batches_of_like_length(order, self.dataset.seconds, size, random)
-        else:
-            yield from (order[i : i + size] for i in range(0, len(order), size))
-
-
-def batches_of_like_length(order: list[int], seconds, size: int, random: torch.Generator):
-    """Yield batches of similar length, which saves padding.
-
-    Sixteen batches' worth of items is sorted by length, cut into batches, and those are shuffled.
-    """
-    for start in range(0, len(order), 16 * size):
-        group = sorted(order[start : start + 16 * size], key=seconds)
-        batches = [group[i : i + size] for i in range(0, len(group), size)]
-        yield from (batches[i] for i in torch.randperm(len(batches), generator=random).tolist())
+            return batches_of_like_length(
+                order.tolist(), self.dataset.seconds, self.batch_size, random)
+        return iter(BatchSampler(order.tolist(), self.batch_size, drop_last=False))
 
 
 def make_loader(
@@ -1034,19 +907,50 @@ def make_loader(
 # --------------------------------------------------------------------------------------------------
 # Evaluate
 
+SCORES = ("separation", "reconstruction", "activity", "si_sdr_improvement",
+          "zeros", "mixture", "mixture / count")
+
+
+def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
+    """Return the SI-SDR improvement [B, S] of audio, or of features taken as one long vector."""
+    mixture, targets = batch["mixture"][:, None], batch["targets"]
+    if "waveforms" in batch:
+        from audio import apply_gains
+
+        gains = (estimates - mixture).clamp(max=0)
+        mixture, targets = batch["waveforms"].tensor_split([1], dim=1)
+        estimates = torch.stack(
+            [apply_gains(m[0], g) for m, g in zip(mixture, gains, strict=True)])
+    else:
+        valid = batch["frame_mask"][:, None, :, None]
+        estimates, mixture, targets = (
+            (values * valid).flatten(2) for values in (estimates, mixture, targets))
+    return si_sdr(estimates, targets) - si_sdr(mixture, targets)
+
+
+def score_batch(separated: Tensor, probs: Tensor, batch: dict, log_mel: bool):
+    """Return the sums of all SCORES above what to divide them by, and the assignment."""
+    mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
+    speaker_mask, active = batch["speaker_mask"], batch["speaker_mask"].float()
+    loss = separator_loss(
+        separated, probs, targets, speaker_mask, mixture, frame_mask, absolute=log_mel)
+    errors = [(talker_error(output[:, None], targets, frame_mask, log_mel) * active).sum()
+              for output in trivial_outputs(mixture, speaker_mask, log_mel).values()]
+    several = active * (active.sum(1, keepdim=True) > 1)
+    improvement = si_sdr_improvement(reorder(separated, loss.assignment), batch) * several
+    talkers, frames = active.sum(), frame_mask.sum().float()
+    size = active.new_tensor(float(len(active)))
+    sums = [loss.separation * talkers, loss.reconstruction * frames, loss.activity * size,
+            improvement.sum(), *errors]
+    sizes = [talkers, frames, size, several.sum(), talkers, talkers, talkers]
+    return torch.stack([torch.stack(sums), torch.stack(sizes)]), loss.assignment
+
 
 @torch.inference_mode()
 def evaluate_separator(
-    separator,
-    dataset: Dataset,
-    *,
-    batch_size: int = 8,
-    device: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    threshold: float | None = None,
-    num_speakers: int | None = None,
-    calibrate: bool = False,
-    weights: LossWeights | None = None,
+    separator, dataset: Dataset, *, batch_size: int = 8, device: str | None = None,
+    dtype: torch.dtype = torch.float32, threshold: float | None = None,
+    num_speakers: int | None = None, calibrate: bool = False, weights: LossWeights | None = None,
 ) -> dict:
     """Score a separator on a dataset beside the outputs that need none.
 
@@ -1057,25 +961,23 @@ def evaluate_separator(
     Returns
     -------
     dict
-        ``total, separation, reconstruction, activity``: the loss and its parts over all mixtures,
-        whatever the batch size; ``si_sdr_improvement`` in dB over mixtures of two or more talkers
-        (of the audio for recordings, of the features otherwise); ``threshold, count_accuracy,
-        majority_count_accuracy`` (always the commonest count), ``precision`` and ``recall`` of
-        activity; ``trivial_mse`` by name.
+        ``total, separation, reconstruction, activity`` over all mixtures, whatever the batch size;
+        ``si_sdr_improvement`` in dB over mixtures of two or more talkers (of audio for recordings,
+        else of features); what ``count_scores`` returns; ``trivial_mse`` by name.
     """
     separator.eval()
     device = device or separator.speaker_queries.device.type
-    weights = weights or LossWeights(0.0 if separator.is_spectrogram else 0.5)
-    sums, probabilities, truths = [], [], []
+    weights = weights or (SPECTROGRAM_WEIGHTS if separator.is_spectrogram else LossWeights())
+    sums, probabilities, truths = 0, [], []
     for raw in make_loader(dataset, batch_size, separator.max_speakers, device):
         batch = add_spectrograms(to_device(raw, device))
         with autocast(device, dtype):
             separated, probs = separator(batch["mixture"], batch["frame_mask"])
-        batch_sums, assignment = _score_batch(separator, separated.float(), probs.float(), batch)
-        sums.append(batch_sums)
+        batch_sums, assignment = score_batch(
+            separated.float(), probs.float(), batch, separator.is_spectrogram)
+        sums += batch_sums  # [sums and what to divide them by, SCORES]
         probabilities.append(reorder(probs.float(), assignment))
         truths.append(batch["speaker_mask"])
-    sums = torch.stack(sums).sum(0).cpu()  # [sums and their sizes, names]
     scores = dict(zip(SCORES, (sums[0] / sums[1].clamp(min=1e-9)).tolist(), strict=True))
     scores["total"] = (scores["separation"] + weights.reconstruction * scores["reconstruction"]
                        + weights.activity * scores["activity"])
@@ -1086,46 +988,6 @@ def evaluate_separator(
         threshold = calibrate_threshold(probabilities[::2], truths[::2])
         probabilities, truths = probabilities[1::2], truths[1::2]
     return scores | count_scores(probabilities, truths, threshold, num_speakers)
-
-
-SCORES = ("separation", "reconstruction", "activity", "si_sdr_improvement",
-          "zeros", "mixture", "mixture / count")
-
-
-def _score_batch(separator, separated: Tensor, probs: Tensor, batch: dict):
-    """Return the sums of all SCORES above what to divide them by, and the assignment."""
-    mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
-    active = batch["speaker_mask"].float()
-    absolute = separator.is_spectrogram
-    loss = separator_loss(separated, probs, targets, batch["speaker_mask"], mixture, frame_mask,
-                          absolute=absolute)
-    talkers, size = active.sum(), active.new_tensor(float(len(active)))
-    trivial = trivial_outputs(mixture, batch["speaker_mask"], separator.is_spectrogram)
-    errors = [(talker_error(output[:, None], targets, frame_mask, absolute) * active).sum()
-              for output in trivial.values()]
-    several = active * (active.sum(1, keepdim=True) > 1)
-    improvement = _improvement(separated, loss.assignment, batch)
-    frames = frame_mask.sum().float()
-    sums = [loss.separation * talkers, loss.reconstruction * frames, loss.activity * size,
-            (improvement * several).sum(), *errors]
-    sizes = [talkers, frames, size, several.sum(), talkers, talkers, talkers]
-    return torch.stack([torch.stack(sums), torch.stack(sizes)]), loss.assignment
-
-
-def _improvement(separated: Tensor, assignment: Tensor, batch: dict) -> Tensor:
-    """Return the SI-SDR improvement [B, S] of audio, or of features taken as one long vector."""
-    estimates = reorder(separated, assignment)
-    if "waveforms" not in batch:
-        inside = batch["frame_mask"][:, None, :, None]
-        mixture = (batch["mixture"][:, None] * inside).flatten(2)
-        estimates, targets = (estimates * inside).flatten(2), (batch["targets"] * inside).flatten(2)
-        return si_sdr(estimates, targets) - si_sdr(mixture, targets)
-    from audio import apply_gains
-
-    mixture, targets = batch["waveforms"][:, :1], batch["waveforms"][:, 1:]
-    gains = (estimates - batch["mixture"][:, None]).clamp(max=0)
-    audio = torch.stack([apply_gains(m[0], g) for m, g in zip(mixture, gains, strict=True)])
-    return si_sdr(audio, targets) - si_sdr(mixture, targets)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1174,8 +1036,6 @@ def attention_kernel(device: str, dtype: torch.dtype):
     On CPUs in bfloat16 that is plain products: with heads 48 wide the step takes 0.7 of the time of
     that with the fused kernel, whose backward pass is slow (measured).
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     plain = device == "cpu" and dtype == torch.bfloat16
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
@@ -1192,8 +1052,7 @@ def fuses_optimizer(device: str) -> bool:
 
 def synchronize(device: str) -> None:
     """Wait for the device, so that a clock read next is honest; a CPU never runs ahead."""
-    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
-    waits.get(device, lambda: None)()
+    getattr(torch, device).synchronize()
 
 
 def to_device(batch: dict, device: str) -> dict:
@@ -1207,7 +1066,7 @@ def to_device(batch: dict, device: str) -> dict:
 
 CHECKPOINT_KEYS = (
     "epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
-    "train_loss", "val_loss", "train_history",
+    "train_loss", "val_loss", "train_history", "model_config",
 )
 
 
@@ -1231,13 +1090,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path) -> dict:
     """Open a training checkpoint without running any code that is in it.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If it is missing, truncated, not one of ours or would run code.
+    FileNotFoundError or ValueError if it is missing, truncated, foreign or would run code.
     """
-    from pickle import UnpicklingError
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train one first")
     try:
@@ -1249,10 +1103,9 @@ def load_checkpoint(path) -> dict:
                          "not opened") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
         raise ValueError(f"{path} is truncated or not a checkpoint") from None
-    missing = [key for key in (*CHECKPOINT_KEYS, "model_config")
-               if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        raise ValueError(f"{path} is not a separator checkpoint: it has no {missing[0]!r}")
+    for key in CHECKPOINT_KEYS:
+        if not isinstance(checkpoint, dict) or key not in checkpoint:
+            raise ValueError(f"{path} is not a separator checkpoint: it has no {key!r}")
     if not isinstance(checkpoint["model_config"], dict):
         raise ValueError(f"{path} is not a separator checkpoint: its configuration is damaged")
     return checkpoint
@@ -1275,17 +1128,10 @@ def build_separator(config: dict, state: dict, origin):
 
 
 def load_separator(path_or_id, device: str = "cpu"):
-    """Load a separator, ready for inference, from a checkpoint, a folder or a hub id.
+    """Load a separator, ready for inference.
 
-    Parameters
-    ----------
-    path_or_id : str or path
-        ``best_model.pt``, what ``save_pretrained`` or ``train --export`` wrote, or a hub id.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If it is missing or not a separator.
+    ``path_or_id`` is a ``best_model.pt``, a folder that ``save_pretrained`` or ``train --export``
+    wrote, or a hub id. FileNotFoundError or ValueError if it is missing or not a separator.
     """
     path = Path(path_or_id)
     if path.is_file() or path.suffix == ".pt":
@@ -1308,26 +1154,20 @@ def _load_exported(path_or_id: str):
 
     try:
         files = [cached_file(path_or_id, name) for name in ("config.json", "model.safetensors")]
-        config, state = read_json(Path(files[0])), load_file(files[1])
+        config, state = read_json(Path(files[0]), dict), load_file(files[1])
     except Exception as error:  # the hub and safetensors raise dozens of kinds, over many lines
         raise ValueError(
             f"cannot load a separator from {path_or_id}: {first_line(error)}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path_or_id}/config.json must hold an object")
-    return build_separator(config, {k: v.float() for k, v in state.items()}, path_or_id)
+    return build_separator(config, state, path_or_id)
 
 
 def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.json and model.safetensors, without a local path in them.
-
-    An encoder that is a local folder is named by the folder alone.
-    """
+    """Write config.json and model.safetensors; an encoder on this disk is named by its folder."""
     config = copy.deepcopy(separator.config)
-    encoder = (config.get("feature_source") or {}).get("encoder")
+    encoder = config.get("feature_source", {}).get("encoder")
     if encoder and Path(encoder).exists():
         config["feature_source"]["encoder"] = Path(encoder).name
-    exported = separator_class(config)(**config)
-    exported.load_state_dict(separator.state_dict())
+    exported = build_separator(config, separator.state_dict(), folder)
     exported.to(dtype).save_pretrained(folder)
 
 
@@ -1389,26 +1229,16 @@ class MuonAdamW(torch.optim.Optimizer):
             torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **settings),
             torch.optim.AdamW(others, betas=ADAM_BETAS, fused=fused, **settings))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Let the parts work on the groups and the state that this optimizer shows and saves."""
-        for part, group in zip(self.parts, self.param_groups, strict=True):
-            part.param_groups, part.state = [group], self.state
 
     def step(self, closure=None):
-        """Take one step with both; a closure is not supported."""
-        for part in self.parts:
+        """Take one step with both, on the groups and the state that are shown and saved."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
             part.step()
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """Restore both from what ``state_dict`` returned."""
-        super().load_state_dict(state_dict)
-        self._share()
 
 
 def make_optimizer(separator, options: TrainOptions) -> torch.optim.Optimizer:
-    """Return AdamW, with Muon for a spectrogram separator, at the measured or given rate."""
+    """Return AdamW, with Muon for a spectrogram separator, at the given or measured rate."""
     rate = options.lr
     if rate is None:  # wider separators of features want smaller steps
         rate = 2e-3 if separator.is_spectrogram else 0.128 / separator.feature_dim
@@ -1426,62 +1256,34 @@ def make_scheduler(optimizer, epochs: int, done: int = 0):
         last_epoch=done - 1)
 
 
-@torch.no_grad()
-def average_weights(averaged: list[Tensor], current: list[Tensor], steps) -> None:
-    """Move the average towards the weights of this step; it reaches back a tenth of the run.
-
-    Without it a step more or less moves the validation loss by a tenth (measured).
-    """
-    steps = int(steps)
-    torch._foreach_lerp_(averaged, current, 1 - steps / (steps + 10))
-
-
 def average_of(separator: nn.Module, steps: int = 0):
-    """Return the running average of a separator's weights, which is validated and saved."""
-    averaged = torch.optim.swa_utils.AveragedModel(separator, multi_avg_fn=average_weights)
+    """Return the running average of a separator's weights, which is validated and saved.
+
+    It reaches back a tenth of the run; without it a step more or less moves the validation loss by
+    a tenth (measured).
+    """
+    def average(averaged: list[Tensor], current: list[Tensor], done) -> None:
+        torch._foreach_lerp_(averaged, current, 10 / (int(done) + 10))
+
+    averaged = torch.optim.swa_utils.AveragedModel(separator, multi_avg_fn=average)
     averaged.n_averaged.fill_(steps)
     return averaged.requires_grad_(False)
 
 
-def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype: torch.dtype):
-    """Return streams, probabilities and the loss of one batch that is on the device."""
-    with autocast(device, dtype), attention_kernel(device, dtype):
-        separated, probs = separator(batch["mixture"], batch["frame_mask"])
-    loss = separator_loss(
-        separated, probs, batch["targets"], batch["speaker_mask"], batch["mixture"],
-        batch["frame_mask"], weights.reconstruction, weights.activity,
-        absolute=separator.is_spectrogram)
-    return separated, probs, loss
-
-
-def train_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Train for one epoch; return the mean of every loss part.
-
-    Losses are read once at the end, so that a GPU is never waited for.
-    """
-    separator, device = run.separator.train(), run.device
-    losses, sizes = [], []
-    for raw in tqdm(run.loader, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None):
-        batch = add_spectrograms(to_device(raw, device))
-        loss = batch_loss(separator, batch, run.weights, device, run.dtype)[2]
-        run.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        nn.utils.clip_grad_norm_(separator.parameters(), 1.0)
-        run.optimizer.step()
-        run.averaged.update_parameters(separator)
-        losses.append(torch.stack([getattr(loss, part).detach() for part in LOSS_PARTS]))
-        sizes.append(len(batch["mixture"]))
-    table = torch.stack(losses).cpu()  # [batches, parts]
-    broken = (~table.isfinite().all(1)).nonzero()
-    if len(broken):
-        raise ValueError(f"the loss is not finite in epoch {epoch}, batch {int(broken[0]) + 1}; "
-                         "the last checkpoint is intact: lower --lr or look at that data")
-    means = (table * torch.tensor(sizes)[:, None]).sum(0) / sum(sizes)
-    return dict(zip(LOSS_PARTS, means.tolist(), strict=True))
-
-
-# --------------------------------------------------------------------------------------------------
-# Train: a run from start or checkpoint to report
+def restore(separator, optimizer, checkpoint: dict, origin) -> list[dict]:
+    """Put separator and optimizer back where a checkpoint left them; return its history."""
+    group = optimizer.param_groups[0]
+    settings = {"lr": group["lr"], "initial_lr": group["lr"], "weight_decay": group["weight_decay"]}
+    try:
+        separator.load_state_dict(checkpoint.get("training_state_dict", separator.state_dict()))
+        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+        history = list(checkpoint["train_history"])
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"cannot resume from {origin}: its optimizer state does not fit "
+                         f"({first_line(error)})") from None
+    for group in optimizer.param_groups:
+        group.update(settings)
+    return history
 
 
 class Run(NamedTuple):
@@ -1500,31 +1302,71 @@ class Run(NamedTuple):
     history: list[dict]
 
 
-def choose_streams(train_set, val_set, asked: int | None) -> int:
-    """Return the number of streams: as asked, else the most talkers in the data."""
-    if train_set.feature_dim != val_set.feature_dim:
-        raise ValueError(f"validation features are {val_set.feature_dim} wide, training "
-                         f"{train_set.feature_dim}")
-    found = max(train_set.max_speakers, val_set.max_speakers, 1)
-    if asked is not None and asked < found:
-        raise ValueError(
-            f"--max_speakers={asked} is smaller than the {found} talkers in the data")
-    return asked or found
+def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype) -> SeparatorLoss:
+    """Return the loss of one batch that is on the device."""
+    mixture, frame_mask = batch["mixture"], batch["frame_mask"]
+    with autocast(device, dtype), attention_kernel(device, dtype):
+        separated, probs = separator(mixture, frame_mask)
+    return separator_loss(separated, probs, batch["targets"], batch["speaker_mask"], mixture,
+                          frame_mask, weights.reconstruction, weights.activity,
+                          absolute=separator.is_spectrogram)
 
 
-def new_config(options: TrainOptions, train_set, streams: int) -> dict:
-    """Return the configuration of a new separator for a dataset."""
-    sizes = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
-    config = sizes | {"max_speakers": streams}
-    if train_set.is_spectrogram:
-        kind = SpectrogramSeparator
-    else:
+def train_epoch(run: Run, epoch: int) -> dict[str, float]:
+    """Train for one epoch; return the mean of every loss part.
+
+    Losses are read once at the end, so that a GPU is never waited for.
+    """
+    separator, losses, sizes = run.separator.train(), [], []
+    for raw in tqdm(run.loader, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None):
+        batch = add_spectrograms(to_device(raw, run.device))
+        loss = batch_loss(separator, batch, run.weights, run.device, run.dtype)
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.total.backward()
+        nn.utils.clip_grad_norm_(separator.parameters(), 1.0)
+        run.optimizer.step()
+        run.averaged.update_parameters(separator)
+        losses.append(torch.stack([getattr(loss, part).detach() for part in LOSS_PARTS]))
+        sizes.append(len(batch["mixture"]))
+    losses = torch.stack(losses).cpu()  # [batches, parts]
+    broken = (~losses.isfinite().all(1)).nonzero()
+    if len(broken):
+        raise ValueError(f"the loss is not finite in epoch {epoch}, batch {int(broken[0]) + 1}; "
+                         "the last checkpoint is intact: lower --lr or look at that data")
+    means = (losses * torch.tensor(sizes)[:, None]).sum(0) / sum(sizes)
+    return dict(zip(LOSS_PARTS, means.tolist(), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# Train: options, data and folder of a run
+
+
+def check_data(name: str, config: dict, *datasets: MultiSpeakerDataset) -> None:
+    """Fail unless a separator, called ``name`` in the message, fits datasets."""
+    for data in datasets:
+        widths = config.get("feature_dim"), data.feature_dim
+        if widths[0] != widths[1]:
+            reads, has = (f"features {width} wide" if width else "spectrograms of recordings"
+                          for width in widths)
+            raise ValueError(f"{name} reads {reads} and {data.folder} has {has}")
+        if config.get("max_speakers", math.inf) < data.max_speakers:
+            raise ValueError(f"{name} has {config['max_speakers']} streams and {data.folder} up to "
+                             f"{data.max_speakers} talkers")
+
+
+def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
+    """Return a separator with random weights: sizes as asked, the rest from the data."""
+    config = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
+    config.setdefault("max_speakers", max(train_set.max_speakers, val_set.max_speakers, 1))
+    if not train_set.is_spectrogram:
         keys = ("kind", "encoder", "layer", "frame_rate")
         source = {key: train_set.source[key] for key in keys if key in train_set.source}
         config |= {"feature_dim": train_set.feature_dim, "feature_source": source}
-        kind = SpeakerSeparatorTransformer
+    name = f"the new separator (--max_speakers={config['max_speakers']})"
+    check_data(name, config, train_set, val_set)
+    torch.manual_seed(options.seed)
     try:
-        return kind(**config).config
+        return separator_class(config)(**config)
     except TypeError as error:  # a size that this separator does not have
         name = str(error).split("'")[1]
         raise ValueError(f"--{name} is not for a separator of this data") from None
@@ -1547,18 +1389,6 @@ def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions
     return TrainOptions(**earlier | {"device": "auto"} | given)
 
 
-def check_resumed(config: dict, train_set, val_set, folder: Path) -> None:
-    """Refuse to resume on data that a checkpoint's separator does not fit."""
-    widths = config.get("feature_dim"), train_set.feature_dim
-    if widths[0] != widths[1]:
-        reads, has = (f"features {w} wide" if w else "spectrograms" for w in widths)
-        raise ValueError(f"the checkpoint in {folder} reads {reads} and the dataset has {has}")
-    talkers = max(train_set.max_speakers, val_set.max_speakers)
-    if config["max_speakers"] < talkers:
-        raise ValueError(f"the checkpoint in {folder} has {config['max_speakers']} streams and the "
-                         f"data up to {talkers} talkers")
-
-
 def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset:
     """Return what an epoch draws from: fresh mixtures where the data allows it, else its own."""
     if options.crop_seconds and not train_set.is_spectrogram:
@@ -1569,63 +1399,24 @@ def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset
     return kind(train_set, options, streams)
 
 
-def start_run(options: TrainOptions, checkpoint, train_set, val_set, folder: Path) -> Run:
-    """Build or restore separator and optimizer, and print what will be trained."""
-    device = pick_device(options.device)
-    if checkpoint:
-        config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
-        check_resumed(config, train_set, val_set, folder)
-        state = checkpoint.get("training_state_dict", checkpoint["model_state_dict"])
-        separator = build_separator(config, state, folder)
-        average = build_separator(config, checkpoint["model_state_dict"], folder)
-    else:
-        streams = choose_streams(train_set, val_set, options.max_speakers)
-        config = new_config(options, train_set, streams)
-        torch.manual_seed(options.seed)
-        separator = average = separator_class(config)(**config)
-    dtype, reason = pick_dtype(options.dtype, device)
-    options = options._replace(dtype=str(dtype).removeprefix("torch."))
-    separator.to(device)
-    averaged = average_of(average.to(device), checkpoint.get("steps", 0) if checkpoint else 0)
-    optimizer = make_optimizer(separator, options)
-    settings = {name: optimizer.param_groups[0][name] for name in ("lr", "weight_decay")}
-    history = restore_optimizer(optimizer, checkpoint, folder) if checkpoint else []
-    for group in optimizer.param_groups:
-        group.update(settings, initial_lr=settings["lr"])
-    scheduler = make_scheduler(optimizer, options.epochs, len(history))
-    mixtures = training_mixtures(options, train_set, separator.max_speakers)
-    loader = make_loader(mixtures, options.batch_size, separator.max_speakers, device,
-                         options.workers, options.seed, 1)
-    parameters = sum(p.numel() for p in separator.parameters())
-    check_disk(folder, parameters, options)
-    remixed = f" (remixed to {len(mixtures)} an epoch)" if mixtures is not train_set else ""
-    print(f"device {device}, {options.dtype} ({reason}), {parameters:,} parameters, "
-          f"{len(train_set)} training{remixed} and {len(val_set)} validation mixtures, "
-          f"{separator.max_speakers} streams")
-    weights = loss_weights(options, train_set)
-    return Run(options, device, dtype, weights, separator, averaged, optimizer, scheduler,
-               loader, val_set, history)
-
-
 def loss_weights(options: TrainOptions, train_set) -> LossWeights:
     """Return the weights asked for, else those of the data's kind."""
-    default = LossWeights()
-    if not train_set.is_sum:
-        default = default._replace(reconstruction=0.0)
-    if train_set.is_spectrogram:
-        default = default._replace(activity=0.07)  # errors of log-mel are small numbers
-    given = {"reconstruction": options.reconstruction_weight, "activity": options.activity_weight}
-    return default._replace(**{k: v for k, v in given.items() if v is not None})
+    reconstruction, activity = options.reconstruction_weight, options.activity_weight
+    if reconstruction is None:
+        reconstruction = 0.5 if train_set.is_sum else 0.0
+    if activity is None:
+        activity = SPECTROGRAM_WEIGHTS.activity if train_set.is_spectrogram else 0.5
+    return LossWeights(reconstruction, activity)
 
 
-def restore_optimizer(optimizer, checkpoint: dict, origin) -> list[dict]:
-    """Put an optimizer back where a checkpoint left it; return the history of its run."""
+def prepare_folder(folder: Path) -> None:
+    """Make a folder and fail unless it can be written to."""
     try:
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        return list(checkpoint["train_history"])
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"cannot resume from {origin}: its optimizer state does not fit "
-                         f"({first_line(error)})") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write_test").touch()
+        (folder / ".write_test").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
 
 def check_disk(folder: Path, parameters: int, options: TrainOptions) -> None:
@@ -1640,14 +1431,46 @@ def check_disk(folder: Path, parameters: int, options: TrainOptions) -> None:
                          f"{need / 1e9:.1f} GB; free some, or raise --save_every")
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make a folder and fail unless it can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".write_test").touch()
-        (folder / ".write_test").unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+def import_sibling(name: str):
+    """Import a sibling file, or return None where this script stands alone."""
+    import importlib
+
+    there = Path(__file__).resolve().with_name(f"{name}.py").is_file()
+    return importlib.import_module(name) if there else None
+
+
+# --------------------------------------------------------------------------------------------------
+# Train: a run from start or checkpoint to report
+
+
+def start_run(
+    options: TrainOptions, train_set, val_set, folder: Path, checkpoint: dict | None = None
+) -> Run:
+    """Build or restore separator and optimizer, and print what will be trained."""
+    device = pick_device(options.device)
+    if checkpoint:
+        config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
+        check_data(f"the checkpoint in {folder}", config, train_set, val_set)
+        separator = build_separator(config, checkpoint["model_state_dict"], folder)
+    else:
+        separator = new_separator(options, train_set, val_set)
+    dtype, reason = pick_dtype(options.dtype, device)
+    options = options._replace(dtype=str(dtype).removeprefix("torch."))
+    averaged = average_of(separator.to(device), checkpoint.get("steps", 0) if checkpoint else 0)
+    optimizer = make_optimizer(separator, options)
+    history = restore(separator, optimizer, checkpoint, folder) if checkpoint else []
+    scheduler = make_scheduler(optimizer, options.epochs, len(history))
+    streams, parameters = separator.max_speakers, sum(p.numel() for p in separator.parameters())
+    mixtures = training_mixtures(options, train_set, streams)
+    loader = make_loader(
+        mixtures, options.batch_size, streams, device, options.workers, options.seed, 1)
+    check_disk(folder, parameters, options)
+    remixed = f" (remixed to {len(mixtures)} an epoch)" if mixtures is not train_set else ""
+    print(f"device {device}, {options.dtype} ({reason}), {parameters:,} parameters, "
+          f"{len(train_set)} training{remixed} and {len(val_set)} validation mixtures, "
+          f"{streams} streams")
+    return Run(options, device, dtype, loss_weights(options, train_set), separator, averaged,
+               optimizer, scheduler, loader, val_set, history)
 
 
 def run_epoch(run: Run, epoch: int) -> dict:
@@ -1669,40 +1492,53 @@ def run_epoch(run: Run, epoch: int) -> dict:
     return {"epoch": epoch, "lr": rate, "seconds": seconds, "train": train, "val": val}
 
 
+def format_epoch(row: dict, epochs: int) -> str:
+    """Return one line of the training log."""
+    train, val = row["train"], row["val"]
+    parts = " ".join(f"{part} {val[part]:.3f}" for part in LOSS_PARTS[1:])
+    trivial = ", ".join(f"{name} {mse:.3f}" for name, mse in val["trivial_mse"].items())
+    best = min(val["trivial_mse"].values())  # 0 where every mixture is one talker or silence
+    relative = f"{val['separation'] / best:.2f}" if best else "-"
+    return (
+        f"epoch {row['epoch']:3d}/{epochs}  train {train['total']:.3f}  val {val['total']:.3f} "
+        f"({parts})  count {val['count_accuracy']:.0%}  MSE / best trivial {relative} "
+        f"({trivial})  lr {row['lr']:.1e}  {row['seconds']:.0f} s")
+
+
+def checkpoint_of(run: Run) -> dict:
+    """Return what a checkpoint holds: plain types and tensors."""
+    row, separator = run.history[-1], run.averaged.module
+    return {
+        "epoch": row["epoch"], "model_state_dict": separator.state_dict(),
+        "optimizer_state_dict": run.optimizer.state_dict(),
+        "scheduler_state_dict": {"last_epoch": run.scheduler.last_epoch},
+        "train_loss": row["train"]["total"], "val_loss": row["val"]["total"],
+        "train_history": run.history, "training_state_dict": run.separator.state_dict(),
+        "steps": int(run.averaged.n_averaged), "options": run.options._asdict(),
+        "model_config": separator.config | {"threshold": row["val"]["threshold"]},
+    }
+
+
 def train_speaker_separator(
     data_dir=DEFAULT_DATA_DIR, checkpoint_dir=DEFAULT_CHECKPOINT_DIR, **options
 ) -> list[dict]:
     """Train a separator on a dataset; writes checkpoints, report and curves.
 
-    Parameters
-    ----------
-    data_dir, checkpoint_dir : path
-    **options
-        The fields of ``TrainOptions``, explained by ``train --help``.
-
-    Returns
-    -------
-    list of dict
-        One per epoch: ``epoch, lr, seconds, train`` (loss parts) and ``val``, what
-        ``evaluate_separator`` returns.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        For data, checkpoints or devices that cannot be used.
+    ``options`` are the fields of ``TrainOptions``, explained by ``train --help``. Returns a dict
+    per epoch: ``epoch, lr, seconds, train`` (loss parts) and ``val`` (of ``evaluate_separator``).
+    Raises FileNotFoundError or ValueError for data, checkpoints or devices that cannot be used.
     """
-    folder = Path(checkpoint_dir)
-    resume = TrainOptions(**options).resume
-    checkpoint = newest_checkpoint(folder) if resume else None
-    options = (resumed_options(options, checkpoint, folder) if resume
-               else TrainOptions(**options))
+    folder, checkpoint, given = Path(checkpoint_dir), None, options
+    options = TrainOptions(**given)
+    if options.resume:
+        checkpoint = newest_checkpoint(folder)
+        options = resumed_options(given, checkpoint, folder)
     if options.save_every < 1:
         raise ValueError(f"save_every must be 1 or more, not {options.save_every}")
     pick_device(options.device)
-    scoring = import_sibling("scoring")
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
     prepare_folder(folder)
-    run = start_run(options, checkpoint, train_set, val_set, folder)
+    run = start_run(options, train_set, val_set, folder, checkpoint)
     history = run.history
     if len(history) >= options.epochs:
         print(f"{len(history)} epochs are done already; ask for more with --epochs")
@@ -1722,50 +1558,13 @@ def train_speaker_separator(
         if stop:
             print(f"no better epoch in {options.patience}; stopped, the best was {best}")
             break
-    if scoring:
+    if scoring := import_sibling("scoring"):
         used = run.options._asdict() | run.averaged.module.config
-        used |= {"lr": run.history[0]["lr"], "dataset": train_set.source.get("kind")}
+        used |= {"lr": history[0]["lr"], "dataset": train_set.source.get("kind")}
         terms = {"separation": 1.0, **run.weights._asdict()}
         scoring.write_report(folder, used, terms, train_set, val_set, history)
         scoring.plot_history(folder / "training_curves.png", history)
     return history
-
-
-def import_sibling(name: str):
-    """Import a sibling file, or return None where this script stands alone."""
-    import importlib
-
-    here = Path(__file__).resolve().parent
-    if not (here / f"{name}.py").is_file():
-        return None
-    return importlib.import_module(name)
-
-
-def format_epoch(row: dict, epochs: int) -> str:
-    """Return one line of the training log."""
-    train, val = row["train"], row["val"]
-    parts = " ".join(f"{part} {val[part]:.3f}" for part in LOSS_PARTS[1:])
-    trivial = ", ".join(f"{name} {mse:.3f}" for name, mse in val["trivial_mse"].items())
-    best = min(val["trivial_mse"].values())  # 0 where every mixture is one talker or silence
-    relative = f"{val['separation'] / best:.2f}" if best else "-"
-    return (
-        f"epoch {row['epoch']:3d}/{epochs}  train {train['total']:.3f}  val {val['total']:.3f} "
-        f"({parts})  count {val['count_accuracy']:.0%}  MSE / best trivial {relative} "
-        f"({trivial})  lr {row['lr']:.1e}  {row['seconds']:.0f} s")
-
-
-def checkpoint_of(run: Run) -> dict:
-    """Return everything a checkpoint holds: plain types and tensors only."""
-    row, separator = run.history[-1], run.averaged.module
-    return {
-        "epoch": row["epoch"], "model_state_dict": separator.state_dict(),
-        "optimizer_state_dict": run.optimizer.state_dict(),
-        "scheduler_state_dict": {"last_epoch": run.scheduler.last_epoch},
-        "train_loss": row["train"]["total"], "val_loss": row["val"]["total"],
-        "train_history": run.history, "training_state_dict": run.separator.state_dict(),
-        "steps": int(run.averaged.n_averaged), "options": run.options._asdict(),
-        "model_config": separator.config | {"threshold": row["val"]["threshold"]},
-    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1794,106 +1593,94 @@ def separate(
     weight = separator.speaker_queries
     separated, probs = separator.eval()(features.to(weight.device, weight.dtype)[None])
     threshold = separator.threshold if threshold is None else threshold
-    active = active_streams(probs.float(), threshold, num_speakers)
-    return Separation(separated[0].float(), probs[0].float(), active[0])
+    return Separation(
+        separated[0].float(), probs[0], active_streams(probs[0], threshold, num_speakers))
 
 
-def active_in_window(
-    probs: Tensor, threshold: float, num_speakers: int | None, alone: bool
-) -> Tensor:
+def active_in_window(probs: Tensor, threshold: float, num_speakers, alone: bool) -> Tensor:
     """Return the active streams [S] of a window; one not ``alone`` may lack known talkers."""
-    active = active_streams(probs.float(), threshold)
-    if num_speakers is None:
-        return active
-    likeliest = active_streams(probs.float(), threshold, num_speakers)
-    return likeliest if alone else likeliest & active
+    active = active_streams(probs, threshold, num_speakers)
+    return active if alone else active & active_streams(probs, threshold)
 
 
 def window_separator(separator, threshold: float | None, num_speakers: int | None):
     """Return the function that ``long_recordings.separate_recording`` calls on each window."""
     threshold = separator.threshold if threshold is None else threshold
     weight = separator.eval().speaker_queries
+    method = separator.gains if separator.is_spectrogram else separator
 
     @torch.inference_mode()
     def separate_window(features: Tensor, alone: bool):
-        features = features.to(weight.device, weight.dtype)[None]
-        method = separator.gains if separator.is_spectrogram else separator
-        values, probs = method(features)
+        values, probs = method(features.to(weight.device, weight.dtype)[None])
         active = active_in_window(probs[0], threshold, num_speakers, alone)
-        return values[0].float().cpu(), probs[0].float().cpu(), active.cpu()
+        return values[0].float().cpu(), probs[0].cpu(), active.cpu()
 
     return separate_window
 
 
-def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict, dict]:
-    """Separate a .npy file; return what separation.json says and the arrays by file name."""
+def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict, Tensor, list]:
+    """Separate a .npy file; return facts, mixture, and (facts, features, audio) of each talker."""
     features, width = read_features(path), separator.feature_dim
     if width is not None and features.shape[1] != width:
         hint = f"; save them as [T, {width}], transposed" if features.shape[0] == width else ""
         raise ValueError(f"{path} holds features {features.shape[1]} wide and the separator reads "
                          f"{width}{hint}")
-    separation = separate(separator, features, threshold, num_speakers)
-    probs = [round(p, 4) for p in separation.probabilities.tolist()]
-    active = separation.active.nonzero().flatten().tolist()
-    speakers = [{"file": f"speaker_{n}.npy", "stream": s, "probability": probs[s]}
-                for n, s in enumerate(active, start=1)]
-    arrays = {row["file"]: separation.streams[row["stream"]].cpu() for row in speakers}
-    about = {"num_frames": len(features), "frame_rate": separator.feature_source.get("frame_rate"),
-             "num_speakers": len(speakers), "speakers": speakers, "probabilities": probs}
-    return about, {"mixture": features, **arrays}
+    streams, probs, active = separate(separator, features, threshold, num_speakers)
+    probs = [round(p, 4) for p in probs.tolist()]
+    talkers = [({"stream": s, "probability": probs[s]}, streams[s].cpu(), None)
+               for s in active.nonzero().flatten().tolist()]
+    about = {"frame_rate": separator.feature_source.get("frame_rate"), "probabilities": probs}
+    return about, features, talkers
 
 
-def infer_recording(path: Path, separator, encoder, threshold, num_speakers) -> tuple[dict, dict]:
-    """Separate an audio file; return what separation.json says, and arrays and audio by file name.
-
-    A separator of hidden features reads the file through its ``encoder``.
-    """
+def infer_recording(path: Path, separator, encoder, threshold, num_speakers) -> tuple:
+    """Do the same for an audio file; a separator of hidden features reads it by an encoder."""
     from audio import apply_gains, read_audio
     from long_recordings import separate_recording
 
     recording = separate_recording(
         window_separator(separator, threshold, num_speakers), path, encoder, most=num_speakers)
-    speakers, files = [], {"mixture": recording.mixture}
-    samples = torch.from_numpy(read_audio(path)) if separator.is_spectrogram else None
+    samples = torch.from_numpy(read_audio(path)) if encoder is None else None
+    talkers = []
     for talker in recording.talkers:
-        stem = f"speaker_{talker.number}"
-        row = {"file": f"{stem}.npy", "probability": round(talker.probability, 4)}
-        files[f"{stem}.npy"] = talker.values
-        if separator.is_spectrogram:
-            row["audio"] = f"{stem}.wav"
-            files[f"{stem}.npy"] = recording.stream(talker)
-            files[f"{stem}.wav"] = apply_gains(samples, talker.values[None])[0]
-        speakers.append(row | {"windows": talker.windows})
-    return {"num_frames": len(recording.mixture), "frame_rate": recording.frame_rate,
-            "num_speakers": len(speakers), "speakers": speakers,
-            "num_windows": recording.num_windows}, files
+        values, audio = talker.values, None
+        if encoder is None:
+            values = recording.stream(talker)
+            audio = apply_gains(samples, talker.values[None])[0]
+        facts = {"probability": round(talker.probability, 4), "windows": talker.windows}
+        talkers.append((facts, values, audio))
+    about = {"frame_rate": recording.frame_rate, "num_windows": recording.num_windows}
+    return about, recording.mixture, talkers
 
 
-def write_separation(folder: Path, about: dict, files: dict[str, Tensor], log_mel: bool) -> None:
+def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, log_mel: bool):
     """Write the talkers' files, separation.json and separation.png; old talkers' files go."""
-    scoring = import_sibling("scoring")
-    mixture, source = files.pop("mixture"), Path(about["input"]).resolve()
-    if any((folder / name).resolve() == source for name in files):
+    source, panels, files = Path(about["input"]).resolve(), {"mixture": mixture}, {}
+    about = about | {"num_frames": len(mixture), "num_speakers": len(talkers), "speakers": []}
+    for number, (facts, values, audio) in enumerate(talkers, start=1):
+        row = {"file": f"speaker_{number}.npy"}
+        files[row["file"]] = values.numpy()
+        if audio is not None:
+            row["audio"] = f"speaker_{number}.wav"
+            files[row["audio"]] = audio.numpy()
+        about["speakers"].append(row | facts)
+        panels[f"speaker {number} ({facts['probability']:.2f})"] = values
+    if source in [(folder / name).resolve() for name in files]:
         raise ValueError(f"{source} is the input and would be overwritten: choose another "
                          "--output_dir")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in [*folder.glob("speaker_*.npy"), *folder.glob("speaker_*.wav")]:
+        for old in folder.glob("speaker_*.*"):
             number = old.stem.removeprefix("speaker_")
-            if number.isdigit() and old.resolve() != source:
+            if old.suffix in (".npy", ".wav") and number.isdigit() and old.resolve() != source:
                 old.unlink()
         for name, values in files.items():
-            if name.endswith(".npy"):
-                np.save(folder / name, values.numpy())
-            else:
-                import_sibling("audio").write_wav(folder / name, values.numpy())
+            write = np.save if name.endswith(".npy") else import_sibling("audio").write_wav
+            write(folder / name, values)
         (folder / "separation.json").write_text(json.dumps(about, indent=2) + "\n")
-        if scoring:
-            panels = {"mixture": mixture} | {
-                f"speaker {n} ({row['probability']:.2f})": files[row["file"]]
-                for n, row in enumerate(about["speakers"], start=1)}
-            scoring.plot_streams(
-                folder / "separation.png", [panels], about["frame_rate"], log_mel)
+        if scoring := import_sibling("scoring"):
+            picture = folder / "separation.png"
+            scoring.plot_streams(picture, [panels], about["frame_rate"], log_mel)
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
@@ -1915,21 +1702,17 @@ def audio_tower_of(model: nn.Module) -> nn.Module:
     raise ValueError(f"{type(model).__name__} is neither Qwen2-Audio nor Whisper")
 
 
-def is_qwen_tower(tower: nn.Module) -> bool:
-    """Qwen2-Audio's encoder masks padding and halves the frames at its end; Whisper's does not."""
-    return hasattr(tower, "avg_pooler")
-
-
-def check_layer(tower: nn.Module, layer: int | None) -> None:
-    """Fail unless the encoder has a block ``layer`` to separate after."""
-    if layer is not None and not 0 <= layer <= len(tower.layers):
-        raise ValueError(f"layer must be 0 to {len(tower.layers)} for this encoder, not {layer}")
+def audio_frames(mel_mask: Tensor, frames: int, halved: bool, device) -> Tensor:
+    """Return which encoder frames [B, T] are audio: every other mel frame, or every fourth."""
+    lengths = (mel_mask.sum(-1).to(device) - 1) // 2 + 1
+    lengths = (lengths - 2) // 2 + 1 if halved else lengths
+    return torch.arange(frames, device=device) < lengths[:, None]
 
 
 def run_blocks(tower: nn.Module, hidden: Tensor, blocks, frame_mask: Tensor | None) -> Tensor:
-    """Run encoder blocks on ``hidden [B, T, D]``."""
+    """Run encoder blocks on ``hidden [B, T, D]``; only Qwen2-Audio's mask frames without audio."""
     attention_mask = None
-    if is_qwen_tower(tower) and frame_mask is not None and not frame_mask.all():
+    if hasattr(tower, "avg_pooler") and frame_mask is not None and not frame_mask.all():
         from transformers.masking_utils import create_bidirectional_mask
 
         attention_mask = create_bidirectional_mask(  # in the form that the model's attention takes
@@ -1938,6 +1721,16 @@ def run_blocks(tower: nn.Module, hidden: Tensor, blocks, frame_mask: Tensor | No
         output = block(hidden, attention_mask)
         hidden = output[0] if isinstance(output, tuple) else output
     return hidden
+
+
+def tower_rest(tower: nn.Module, hidden: Tensor, frame_mask, layer: int | None) -> Tensor:
+    """Run what follows block ``layer`` of an encoder on ``hidden [B, T, D]``."""
+    if layer is None:
+        return hidden
+    hidden = run_blocks(tower, hidden, tower.layers[layer:], frame_mask)
+    if hasattr(tower, "avg_pooler"):
+        hidden = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
+    return tower.layer_norm(hidden)
 
 
 def tower_front(
@@ -1951,191 +1744,17 @@ def tower_front(
     weight = tower.conv1.weight
     hidden = F.gelu(tower.conv1(input_features.to(weight.device, weight.dtype)))
     hidden = F.gelu(tower.conv2(hidden)).transpose(1, 2) + tower.embed_positions.weight
-    T = hidden.shape[1]
-    lengths = (mel_mask.sum(-1).to(hidden.device) - 1) // 2 + 1
-    frame_mask = torch.arange(T, device=hidden.device) < lengths[:, None]
+    frame_mask = audio_frames(mel_mask, hidden.shape[1], False, hidden.device)
     hidden = run_blocks(tower, hidden, tower.layers[:layer], frame_mask)
     if layer is not None:
         return hidden, frame_mask
     hidden = tower_rest(tower, hidden, None, len(tower.layers))
-    if is_qwen_tower(tower):
-        frame_mask = torch.arange(T // 2, device=hidden.device) < (lengths[:, None] - 2) // 2 + 1
-    return hidden, frame_mask
-
-
-def tower_rest(
-    tower: nn.Module, hidden: Tensor, frame_mask: Tensor | None, layer: int | None
-) -> Tensor:
-    """Run what follows block ``layer`` of an encoder on ``hidden [B, T, D]``."""
-    if layer is None:
-        return hidden
-    hidden = run_blocks(tower, hidden, tower.layers[layer:], frame_mask)
-    if is_qwen_tower(tower):
-        hidden = tower.avg_pooler(hidden.transpose(1, 2)).transpose(1, 2)
-    return tower.layer_norm(hidden)
+    halved = hasattr(tower, "avg_pooler")
+    return hidden, audio_frames(mel_mask, hidden.shape[1], halved, hidden.device)
 
 
 # --------------------------------------------------------------------------------------------------
-# Integrate: what generate does with a separator in the model
-
-
-class Rows(NamedTuple):
-    """The streams of A recordings and which of them ``generate`` answers for, one row each."""
-
-    streams: Tensor  # [A, S, T, D]
-    frame_mask: Tensor  # [A, T]
-    talkers: list[tuple[int, int, float]]  # (recording, stream, probability)
-    labels: list[int]  # the number of each talker in a joint prompt
-
-
-class Integration:
-    """What an integrated model does differently; lives on the model until it is removed."""
-
-    def __init__(self, model, separator, layer: int | None, threshold: float | None):
-        self.model, self.separator, self.layer = model, separator, layer
-        self.threshold = separator.threshold if threshold is None else threshold
-        self.is_qwen = hasattr(model.config, "audio_config")
-        self.trained = separator.training  # the separator's own state, for removal
-        self.gradients = [p.requires_grad for p in separator.parameters()]
-        separator.eval().requires_grad_(False)
-        # Libraries keep wrappers on the object itself (accelerate its hooks): call and restore it.
-        self.own_generate = model.__dict__.get("generate")
-
-    @property
-    def tower(self) -> nn.Module:
-        """The model's encoder."""
-        return audio_tower_of(self.model)
-
-    def original_generate(self):
-        """Return the ``generate`` that this integration stands before."""
-        model = self.model
-        return self.own_generate or type(model).generate.__get__(model)
-
-    @torch.no_grad()
-    def split(self, features: Tensor, mel_mask: Tensor | None):
-        """Separate ``features [A, mel bins, mel frames]`` of A recordings.
-
-        Returns streams [A, S, T, D], frame masks [A, T] and probabilities [A, S].
-        """
-        spectrograms = features.transpose(1, 2)
-        if self.is_qwen and mel_mask is not None:
-            inside = mel_mask.bool()
-        else:  # Whisper's processor gives no mask unless asked: audio ends where the floor begins
-            inside = speaking_frames(spectrograms.float()).flip(1).cummax(1).values.flip(1)
-        if self.separator.is_spectrogram:
-            weight = self._placed(features.device)
-            streams, probs = self.separator(spectrograms.to(weight.dtype), inside)
-            return streams, inside, probs
-        hidden, frame_mask = tower_front(self.tower, features, inside, self.layer)
-        weight = self._placed(hidden.device)
-        streams, probs = self.separator(hidden.to(weight.dtype), frame_mask)
-        # Past the end of the audio a talker is as silent as the mixture.
-        valid = frame_mask[:, None, :, None]
-        return torch.where(valid, streams.to(hidden.dtype), hidden[:, None]), frame_mask, probs
-
-    def _placed(self, device) -> Tensor:
-        """Move the separator to a device; return one of its weights."""
-        self.separator.to(device)
-        return self.separator.speaker_queries
-
-    def choose_rows(self, features, mel_mask, num_speakers: int | None) -> Rows:
-        """Return a row for every active talker of every recording, in the order of the streams."""
-        streams, frame_mask, probs = self.split(features, mel_mask)
-        active = active_streams(probs.float(), self.threshold, num_speakers)
-        talkers = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
-        recordings = [a for a, _, _ in talkers]
-        labels = [recordings[:i].count(a) + 1 for i, a in enumerate(recordings)]
-        return Rows(streams, frame_mask, talkers, labels)
-
-    def active_in_window(self, probs: Tensor, num_speakers: int | None, alone: bool) -> Tensor:
-        """Return the active streams [S] of a window."""
-        return active_in_window(probs, self.threshold, num_speakers, alone)
-
-    def window_separator(self, num_speakers: int | None):
-        """Return the function that ``long_recordings.separate_recording`` calls on each window."""
-        self._placed(self.model.device)
-        return window_separator(self.separator, self.threshold, num_speakers)
-
-    def num_frames(self, samples: int) -> int:
-        """Return the frames, of the features that are separated, in so many samples."""
-        frames = samples // 160
-        if self.separator.is_spectrogram:
-            return frames
-        return frames // (4 if self.layer is None and self.is_qwen else 2)
-
-    def generate(
-        self, inputs=None, *args, num_speakers=None, mode="separate", choose_rows=None, **kwargs
-    ):
-        """Stand before the model's ``generate``; ``integrate_speaker_separator`` explains it."""
-        model, ids, generate = self.model, None, self.original_generate()
-        model.speaker_rows = None
-        if self.is_qwen:
-            ids, features = kwargs.pop("input_ids", inputs), kwargs.get("input_features")
-        else:
-            features = kwargs.pop("input_features", inputs)
-        check_call(self, ids, features, mode, args, kwargs)
-        if features is None:
-            return generate(ids, *args, **kwargs)
-        mask_name = "feature_attention_mask" if self.is_qwen else "attention_mask"
-        mel_mask = kwargs.get(mask_name)
-        rows = Rows(*(choose_rows or self.choose_rows)(features, mel_mask, num_speakers))
-        if not rows.talkers:
-            model.speaker_rows = []
-            return no_rows(model, ids, args, kwargs)
-        if not (self.is_qwen or self.separator.is_spectrogram):
-            # Whisper repeats spectrograms for several answers each, but no encoder_outputs.
-            copies = generation_option(model, args, kwargs, "num_return_sequences") or 1
-            rows = rows._replace(talkers=[t for t in rows.talkers for _ in range(copies)])
-            kwargs |= {"num_return_sequences": 1, **without_timestamps(model, args, kwargs)}
-        chosen, prompts = [a for a, _, _ in rows.talkers], None
-        if mode == "joint":
-            prompted, joint, prompts = joint_prompts(model, ids, chosen, rows.labels, kwargs)
-            kwargs |= joint | {mask_name: mel_mask[chosen]}
-        else:
-            kwargs = repeat_rows(kwargs, chosen, len(features))
-            prompted = ids[chosen] if self.is_qwen else None
-        streams = rows.streams[chosen, [s for _, s, _ in rows.talkers]]
-        main, kwargs = self._model_inputs(
-            prompted, streams, rows.frame_mask[chosen], features, kwargs, mode == "joint")
-        output = generate(main, *args, **kwargs)
-        if prompts is not None:
-            own = ids[list(dict.fromkeys(prompts))]
-            output = restore_prompts(output, own, prompted.shape[1])
-        sequences = output if isinstance(output, Tensor) else output["sequences"]
-        copies = len(sequences) // len(rows.talkers) if prompts is None else 1
-        model.speaker_rows = [talker for talker in rows.talkers for _ in range(copies)]
-        return output
-
-    def _model_inputs(self, ids, streams, frame_mask, features, kwargs: dict, joint: bool):
-        """Return the first argument and keywords of ``generate`` for streams [R, T, D]."""
-        if self.separator.is_spectrogram:
-            rows = streams.transpose(1, 2).to(features)
-            if not self.is_qwen:
-                return rows, kwargs
-            if not joint:
-                return ids, kwargs | {"input_features": rows}
-            # generate would repeat the recordings of one prompt for beams in the wrong order.
-            with torch.no_grad():
-                hidden, _ = tower_front(self.tower, rows, frame_mask, None)
-        else:
-            with torch.no_grad():
-                hidden = tower_rest(self.tower, streams, frame_mask, self.layer)
-        if not self.is_qwen:
-            from transformers.modeling_outputs import BaseModelOutput
-
-            kwargs = {k: v for k, v in kwargs.items() if k != "attention_mask"}
-            return None, kwargs | {"encoder_outputs": BaseModelOutput(hidden)}
-        mel_mask = kwargs.pop("feature_attention_mask")
-        del kwargs["input_features"]
-        lengths = ((mel_mask.sum(-1) - 1) // 2 + 1 - 2) // 2 + 1
-        audio = getattr(self.model, "model", self.model).multi_modal_projector(hidden)
-        frames = torch.arange(audio.shape[1], device=audio.device)
-        inside = frames < lengths.to(audio.device)[:, None]
-        embeds = self.model.get_input_embeddings()(ids)
-        slots = (ids == self.model.config.audio_token_id)[..., None].to(embeds.device)
-        embeds = embeds.masked_scatter(slots, audio[inside].to(embeds))
-        return ids, kwargs | {"inputs_embeds": embeds}
-
+# Integrate: what a call of generate asks for, and what to answer for
 
 # Options with which Whisper reads from a timestamp on, or once more; temperature if there are many.
 READ_AGAIN = ("return_timestamps", "temperature", "no_speech_threshold")
@@ -2143,7 +1762,8 @@ READ_AGAIN = ("return_timestamps", "temperature", "no_speech_threshold")
 
 def generation_option(model, args: tuple, kwargs: dict, name: str):
     """Return an option of a call of ``generate``, or what its configuration says."""
-    config = kwargs.get("generation_config") or (args[0] if args else model.generation_config)
+    config = kwargs.get("generation_config") or (
+        args[0] if args else getattr(model, "generation_config", None))
     return kwargs.get(name, getattr(config, name, None))
 
 
@@ -2156,42 +1776,6 @@ def without_timestamps(model, args: tuple, kwargs: dict) -> dict:
     return {"suppress_tokens": [*range(last + 1, model.config.vocab_size), *(suppressed or [])]}
 
 
-def check_call(
-    integration: Integration, ids, features, mode: str, args: tuple, kwargs: dict
-) -> None:
-    """Refuse calls of ``generate`` that would answer something else than was asked."""
-    model, spectrogram = integration.model, integration.separator.is_spectrogram
-    if mode not in ("separate", "joint"):
-        raise ValueError(f"mode must be separate or joint, not {mode!r}")
-    window = 2 * audio_tower_of(model).embed_positions.num_embeddings
-    if features is not None and features.shape[-1] > window:
-        raise ValueError(f"the recording has {features.shape[-1]} mel frames and the model reads "
-                         f"{window} at a time: answer_per_talker reads longer ones")
-    if ids is None:
-        if mode == "joint":
-            raise ValueError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
-        for name in () if spectrogram else READ_AGAIN:
-            value = generation_option(model, args, kwargs, name)
-            if value and not (name == "temperature" and isinstance(value, (int, float))):
-                raise ValueError(f"{name} makes Whisper read the recording again, which a "
-                                 "separator of hidden features cannot serve: use a spectrogram "
-                                 "separator")
-        return
-    slots = [len(audio_slots(model, row)) for row in ids]
-    if features is None:
-        if any(slots) and kwargs.get("past_key_values", kwargs.get("cache")) is None:
-            raise ValueError("the prompt has an audio slot but no audio came with it: give the "
-                             "processor audio=... (it ignores audios=)")
-        return
-    if sum(slots) != len(features):
-        raise ValueError(f"{len(ids)} prompts with {sum(slots)} audio slots came with "
-                         f"{len(features)} recordings: give one per slot")
-    wrong = [count for count in slots if count != 1]
-    if mode == "separate" and wrong:
-        raise ValueError(f"a prompt has {wrong[0]} audio slots: one answer per talker takes one "
-                         "slot each; mode='joint' puts the talkers of every slot in its place")
-
-
 def audio_slots(model, ids: Tensor) -> list[tuple[int, int]]:
     """Return (start, end) of every run of audio tokens in one prompt [L]."""
     inside = F.pad((ids == model.config.audio_token_id).int(), (1, 1)).diff()
@@ -2199,59 +1783,76 @@ def audio_slots(model, ids: Tensor) -> list[tuple[int, int]]:
     return list(zip(starts.tolist(), ends.tolist(), strict=True))
 
 
+def check_call(integration: Integration, ids, features, mode: str, args: tuple, kwargs) -> None:
+    """Refuse calls of ``generate`` that would answer something else than was asked."""
+    model, frames = integration.model, 0 if features is None else features.shape[-1]
+    slots = None if ids is None else [len(audio_slots(model, row)) for row in ids]
+    if mode not in ("separate", "joint"):
+        raise ValueError(f"mode must be separate or joint, not {mode!r}")
+    if frames > integration.window:
+        raise ValueError(f"the recording has {frames} mel frames and the model reads "
+                         f"{integration.window} at a time: answer_per_talker reads longer ones")
+    if slots is None:
+        if mode == "joint":
+            raise ValueError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
+        for name in () if integration.separator.is_spectrogram else READ_AGAIN:
+            value = generation_option(model, args, kwargs, name)
+            if value and not (name == "temperature" and isinstance(value, (int, float))):
+                raise ValueError(f"{name} makes Whisper read the recording again, which a "
+                                 "separator of hidden features cannot serve: use a spectrogram "
+                                 "separator")
+    elif features is None:
+        if any(slots) and kwargs.get("past_key_values", kwargs.get("cache")) is None:
+            raise ValueError("the prompt has an audio slot but no audio came with it: give the "
+                             "processor audio=... (it ignores audios=)")
+    elif sum(slots) != len(features):
+        raise ValueError(f"{len(slots)} prompts with {sum(slots)} audio slots came with "
+                         f"{len(features)} recordings: give one per slot")
+    elif mode == "separate" and (wrong := [count for count in slots if count != 1]):
+        raise ValueError(f"a prompt has {wrong[0]} audio slots: one answer per talker takes one "
+                         "slot each; mode='joint' puts the talkers of every slot in its place")
+
+
 def repeat_rows(kwargs: dict, rows: list[int], A: int) -> dict:
     """Repeat what belongs to one of ``A`` recordings for each of its rows."""
 
-    def expand(name, value):
+    def repeat(name, value):
         if isinstance(value, Tensor) and value.dim() > 1 and len(value) == A:
             return value[rows]
         per_sample = name == "language" and isinstance(value, (list, tuple))
         return [value[row] for row in rows] if per_sample else value
 
-    return {name: expand(name, value) for name, value in kwargs.items()}
+    return {name: repeat(name, value) for name, value in kwargs.items()}
 
 
-def joint_prompts(model, ids: Tensor, chosen: list[int], labels: list[int], kwargs: dict):
+def joint_prompts(model, ids: Tensor, recordings: list[int], labels: list[int], kwargs: dict):
     """Put a labelled audio slot for every talker where a prompt had one for the recording.
 
-    Returns the new prompts with their attention mask (padded on the left) and the prompt of each
-    row; prompts without any talker are left out.
+    Returns new prompts and their mask [P, L], padded on the left, and the numbers of the prompts
+    they were made from; those without any talker are left out.
     """
     tokenizer, mask = kwargs.get("tokenizer"), kwargs.get("attention_mask", torch.ones_like(ids))
     if tokenizer is None:
         raise ValueError("mode='joint' labels the talkers: give tokenizer=processor.tokenizer")
-    around = set(tokenizer.convert_tokens_to_ids(["<|audio_bos|>", "<|audio_eos|>"]))
-    words = {n: tokenizer(f"Speaker {n}: ", add_special_tokens=False)["input_ids"] for n in labels}
-    prompts, built, recording = [], [], -1
+    around = tokenizer.convert_tokens_to_ids(["<|audio_bos|>", "<|audio_eos|>"])
+    prompts, recording = {}, 0
     for b, row in enumerate(ids):
-        pieces, rest, talkers = [], 0, 0
+        pieces, rest, talkers = [], int((mask[b] == 0).sum()), 0
         for start, end in audio_slots(model, row):
-            recording += 1
             start -= start > 0 and int(row[start - 1]) in around
             end += end < len(row) and int(row[end]) in around
             pieces.append(row[rest:start])
-            for label in (labels[i] for i, a in enumerate(chosen) if a == recording):
-                pieces += [row.new_tensor(words[label]), row[start:end]]
+            for label in (labels[i] for i, a in enumerate(recordings) if a == recording):
+                words = tokenizer(f"Speaker {label}: ", add_special_tokens=False)["input_ids"]
+                pieces += [row.new_tensor(words), row[start:end]]
                 talkers += 1
-            rest = end
-        text = torch.cat([*pieces, row[rest:]])[int((mask[b] == 0).sum()) :]
-        prompts += [b] * talkers
-        built += [text] if talkers else []
+            rest, recording = end, recording + 1
+        if talkers:
+            prompts[b] = torch.cat([*pieces, row[rest:]])
     padded = nn.utils.rnn.pad_sequence(
-        built, batch_first=True, padding_value=-1, padding_side="left")
-    pad = model.generation_config.pad_token_id or 0
-    mask = (padded >= 0).to(mask.dtype)
-    return padded.where(padded >= 0, pad), {"attention_mask": mask}, prompts
-
-
-def restore_prompts(output, ids: Tensor, length: int):
-    """Put the caller's own prompts [B, L] before the answers, that they cut off by that length."""
-    sequences = output if isinstance(output, Tensor) else output["sequences"]
-    own = ids.repeat_interleave(len(sequences) // len(ids), dim=0)
-    restored = torch.cat([own, sequences[:, length:]], dim=1)
-    if not isinstance(output, Tensor):
-        output["sequences"] = restored
-    return restored if isinstance(output, Tensor) else output
+        list(prompts.values()), batch_first=True, padding_value=-1, padding_side="left")
+    filled = padded.where(padded >= 0, model.generation_config.pad_token_id or 0)
+    return filled, (padded >= 0).to(mask.dtype), list(prompts)
 
 
 def no_rows(model, ids, args: tuple, kwargs: dict):
@@ -2259,14 +1860,176 @@ def no_rows(model, ids, args: tuple, kwargs: dict):
     from transformers.generation import GenerateDecoderOnlyOutput
 
     empty = torch.zeros(0, 0, dtype=torch.long) if ids is None else ids[:0]
-    asked = generation_option(model, args, kwargs, "return_dict_in_generate")
     if kwargs.get("return_segments"):
         return {"sequences": empty, "segments": []}
+    asked = generation_option(model, args, kwargs, "return_dict_in_generate")
     return GenerateDecoderOnlyOutput(sequences=empty) if asked else empty
 
 
 # --------------------------------------------------------------------------------------------------
+# Integrate: what generate does with a separator in the model
+
+
+class Integration:
+    """What an integrated model does differently; lives on the model until it is removed."""
+
+    def __init__(self, model, separator, layer: int | None, threshold: float | None):
+        self.model, self.separator, self.layer = model, separator, layer
+        self.threshold = separator.threshold if threshold is None else threshold
+        config = getattr(model, "config", None)
+        self.is_qwen = hasattr(config, "audio_config")
+        encoder = getattr(config, "audio_config", config)
+        self.window = 2 * getattr(encoder, "max_source_positions", math.inf)  # mel frames
+        self.trained = separator.training  # the separator's own state, for removal
+        self.gradients = [p.requires_grad for p in separator.parameters()]
+        separator.eval().requires_grad_(False)
+        # Libraries keep wrappers on the object itself (accelerate its hooks): call and restore it.
+        self.own_generate = vars(model).get("generate")
+
+    @property
+    def tower(self) -> nn.Module:
+        """The model's encoder."""
+        return audio_tower_of(self.model)
+
+    def original_generate(self):
+        """Return the ``generate`` that this integration stands before."""
+        return self.own_generate or type(self.model).generate.__get__(self.model)
+
+    @torch.no_grad()
+    def split(self, features: Tensor, mel_mask: Tensor | None):
+        """Separate ``features [A, mel bins, mel frames]`` of A recordings.
+
+        Returns streams [A, S, T, D], frame masks [A, T] and probabilities [A, S].
+        """
+        mixture = features.transpose(1, 2)
+        if self.is_qwen and mel_mask is not None:
+            inside = mel_mask.bool()
+        else:  # Whisper's processor gives no mask unless asked: audio ends where the floor begins
+            inside = speaking_frames(mixture.float()).flip(1).cummax(1).values.flip(1)
+        if not self.separator.is_spectrogram:
+            mixture, inside = tower_front(self.tower, features, inside, self.layer)
+        weight = self.separator.to(mixture.device).speaker_queries
+        streams, probs = self.separator(mixture.to(weight.dtype), inside)
+        if not self.separator.is_spectrogram:  # past its end a talker is as silent as the mixture
+            streams = streams.to(mixture.dtype).where(inside[:, None, :, None], mixture[:, None])
+        return streams, inside, probs
+
+    def choose_rows(self, features, mel_mask, num_speakers: int | None):
+        """Return streams, masks, (recording, stream, probability) of talkers, their labels."""
+        streams, frame_mask, probs = self.split(features, mel_mask)
+        active = active_streams(probs, self.threshold, num_speakers)
+        talkers = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
+        return streams, frame_mask, talkers, active.cumsum(1)[active].tolist()
+
+    def active_in_window(self, probs: Tensor, num_speakers: int | None, alone: bool) -> Tensor:
+        """Return the active streams [S] of a window."""
+        return active_in_window(probs, self.threshold, num_speakers, alone)
+
+    def window_separator(self, num_speakers: int | None):
+        """Return the function that ``long_recordings.separate_recording`` calls on each window."""
+        self.separator.to(self.model.device)
+        return window_separator(self.separator, self.threshold, num_speakers)
+
+    def num_frames(self, samples: int) -> int:
+        """Return the frames, of the features that are separated, in so many samples."""
+        if self.separator.is_spectrogram:
+            return samples // 160
+        return samples // 160 // (4 if self.layer is None and self.is_qwen else 2)
+
+    def generate(
+        self, inputs=None, *args, num_speakers=None, mode="separate", choose_rows=None, **kwargs
+    ):
+        """Stand before the model's ``generate``; ``integrate_speaker_separator`` explains it."""
+        model, ids, joint = self.model, None, mode == "joint"
+        model.speaker_rows = None
+        if self.is_qwen:
+            ids, features = kwargs.pop("input_ids", inputs), kwargs.get("input_features")
+        else:
+            features = kwargs.pop("input_features", inputs)
+        check_call(self, ids, features, mode, args, kwargs)
+        if features is None:
+            return self.original_generate()(ids, *args, **kwargs)
+        mask_name = "feature_attention_mask" if self.is_qwen else "attention_mask"
+        mel_mask = kwargs.get(mask_name)
+        choose_rows = choose_rows or self.choose_rows
+        streams, frame_mask, talkers, labels = choose_rows(features, mel_mask, num_speakers)
+        if not talkers:
+            model.speaker_rows = []
+            return no_rows(model, ids, args, kwargs)
+        if not (self.is_qwen or self.separator.is_spectrogram):
+            # Whisper repeats spectrograms for several answers each, but no encoder_outputs.
+            copies = generation_option(model, args, kwargs, "num_return_sequences") or 1
+            talkers = [talker for talker in talkers for _ in range(copies)]
+            kwargs |= {"num_return_sequences": 1, **without_timestamps(model, args, kwargs)}
+        recordings, numbers = [a for a, _, _ in talkers], [s for _, s, _ in talkers]
+        if joint:
+            prompts, mask, kept = joint_prompts(model, ids, recordings, labels, kwargs)
+            kwargs |= {"attention_mask": mask, mask_name: mel_mask[recordings]}
+        else:
+            prompts = ids[recordings] if self.is_qwen else None
+            kwargs = repeat_rows(kwargs, recordings, len(features))
+        main, kwargs = self._model_inputs(
+            prompts, streams[recordings, numbers], frame_mask[recordings], features.dtype, kwargs,
+            joint)
+        output = self.original_generate()(main, *args, **kwargs)
+        sequences = output if isinstance(output, Tensor) else output["sequences"]
+        copies = 1 if joint else len(sequences) // len(talkers)
+        model.speaker_rows = [talker for talker in talkers for _ in range(copies)]
+        if joint:  # the caller cuts off its own prompts by their length
+            own = ids[kept].repeat_interleave(len(sequences) // len(kept), dim=0)
+            sequences = torch.cat([own, sequences[:, prompts.shape[1] :]], dim=1)
+        if isinstance(output, Tensor):
+            return sequences
+        output["sequences"] = sequences
+        return output
+
+    @torch.no_grad()
+    def _model_inputs(self, ids, streams: Tensor, frame_mask, dtype, kwargs: dict, joint: bool):
+        """Return the first argument and keywords of ``generate`` for streams [R, T, D]."""
+        if self.separator.is_spectrogram:
+            spectrograms = streams.transpose(1, 2).to(dtype)
+            if not self.is_qwen:
+                return spectrograms, kwargs
+            if not joint:
+                return ids, kwargs | {"input_features": spectrograms}
+            # generate would repeat the recordings of one prompt for beams in the wrong order.
+            hidden, _ = tower_front(self.tower, spectrograms, frame_mask, None)
+        else:
+            hidden = tower_rest(self.tower, streams, frame_mask, self.layer)
+        kwargs = dict(kwargs)
+        if not self.is_qwen:
+            from transformers.modeling_outputs import BaseModelOutput
+
+            kwargs.pop("attention_mask", None)
+            return None, kwargs | {"encoder_outputs": BaseModelOutput(hidden)}
+        del kwargs["input_features"]
+        audio = getattr(self.model, "model", self.model).multi_modal_projector(hidden)
+        inside = audio_frames(
+            kwargs.pop("feature_attention_mask"), audio.shape[1], True, audio.device)
+        embeds = self.model.get_input_embeddings()(ids)
+        slots = (ids == self.model.config.audio_token_id)[..., None].to(embeds.device)
+        embeds = embeds.masked_scatter(slots, audio[inside].to(embeds))
+        return ids, kwargs | {"inputs_embeds": embeds}
+
+
+# --------------------------------------------------------------------------------------------------
 # Integrate: put a separator into a model and take it out
+
+
+def check_fit(separator, config, layer: int | None) -> None:
+    """Fail unless a separator fits an encoder of this configuration, cut after block ``layer``."""
+    if separator.is_spectrogram:
+        if layer is not None:
+            raise ValueError("--layer is for separators of hidden features; this one reads "
+                             "spectrograms")
+        return
+    if separator.feature_dim != config.d_model:
+        raise ValueError(f"the separator reads features {separator.feature_dim} wide and the model "
+                         f"has {config.d_model}: train one on these features, or use a spectrogram "
+                         "separator, which fits every model")
+    if layer is not None and not 0 <= layer <= config.encoder_layers:
+        raise ValueError(
+            f"layer must be 0 to {config.encoder_layers} for this encoder, not {layer}")
 
 
 def integrate_speaker_separator(
@@ -2275,17 +2038,14 @@ def integrate_speaker_separator(
 ):
     """Put a separator into a speech model, in place: ``generate`` then answers per talker.
 
-    After this ``model.generate(**inputs)`` returns one row per active talker, grouped by sample;
-    ``model.speaker_rows`` lists their (sample, stream, probability), counted from 0. Where no
-    talker is found in the whole batch the result is empty, ``[0, L]``. Text-only calls are
-    untouched. A spectrogram separator hands each talker's spectrogram to the untouched
-    ``generate``; one of hidden features separates after encoder block ``layer``, runs the later
-    blocks on each stream and hands over ``encoder_outputs`` or ``inputs_embeds``.
+    ``model.generate(**inputs)`` returns one row per active talker, grouped by sample, ``[0, L]`` if
+    there is none; ``model.speaker_rows`` lists their (sample, stream, probability), from 0. A
+    spectrogram separator hands each talker's spectrogram to the untouched ``generate``; one of
+    hidden features separates after encoder block ``layer`` and runs the rest on each stream.
 
     ``generate`` takes two more options: ``num_speakers``, when it is known, and ``mode="joint"``
-    with ``tokenizer=processor.tokenizer``: all talkers of a recording in one prompt, each in an
-    audio slot of its own after the words "Speaker 1:", for one answer about the conversation (one
-    row per prompt; ``speaker_rows`` then lists the slots).
+    with ``tokenizer=processor.tokenizer``: one row per prompt, in which every talker has an audio
+    slot after the words "Speaker 1:"; ``speaker_rows`` then lists the slots.
 
     Parameters
     ----------
@@ -2296,12 +2056,9 @@ def integrate_speaker_separator(
     max_speakers : int, optional
         Fail if the checkpoint has fewer streams; without a checkpoint, the number of streams.
     separator_checkpoint : path, hub id or separator, optional
-        ``best_model.pt``, an exported folder, a hub id or a loaded one; without it the separator
-        is one of hidden features with random weights, good for tests only.
-    layer : int, optional
-        Encoder block to separate after; default: what the checkpoint was trained on.
-    threshold : float, optional
-        Probability from which a stream is a talker; default: the checkpoint's, else 0.5.
+        Without it: a separator of hidden features with random weights, good for tests only.
+    layer, threshold : int and float, optional
+        Default: those of the checkpoint.
 
     Raises
     ------
@@ -2310,36 +2067,25 @@ def integrate_speaker_separator(
     """
     remove_speaker_separator(model)
     whole = getattr(model, "_orig_mod", model)  # of a compiled one
-    tower = audio_tower_of(whole)
-    if separator_checkpoint is None:
-        separator = SpeakerSeparatorTransformer(tower.conv2.out_channels, max_speakers or 3).eval()
-    elif isinstance(separator_checkpoint, nn.Module):
-        separator = separator_checkpoint
-    else:
-        separator = load_separator(separator_checkpoint)
-    check_fit(separator, tower, max_speakers)
-    if separator.is_spectrogram and layer is not None:
-        raise ValueError("layer is for separators of hidden features; this one reads spectrograms")
+    separator = separator_checkpoint
+    if separator is None:
+        width = audio_tower_of(whole).config.d_model
+        separator = SpeakerSeparatorTransformer(width, max_speakers or 3).eval()
+    elif not isinstance(separator, nn.Module):
+        separator = load_separator(separator)
+    if not callable(getattr(whole, "generate", None)):
+        raise ValueError(f"{type(whole).__name__} has no generate to put a separator before")
     layer = separator.feature_source.get("layer") if layer is None else layer
-    check_layer(tower, layer)
+    check_fit(separator, None if separator.is_spectrogram else audio_tower_of(whole).config, layer)
+    if max_speakers is not None and separator.max_speakers < max_speakers:
+        raise ValueError(f"the separator has {separator.max_speakers} streams and "
+                         f"max_speakers={max_speakers} was asked for")
     integration = Integration(whole, separator, layer, threshold)
     # Set past nn.Module: the separator is no part of the model's weights and keeps its precision.
     vars(whole).update(
         _speaker_integration=integration, speaker_separator=separator, speaker_rows=None,
         generate=integration.generate)
     return model
-
-
-def check_fit(separator, tower: nn.Module, max_speakers: int | None) -> None:
-    """Fail unless a separator reads this encoder's features and has enough streams."""
-    width = tower.conv2.out_channels
-    if not separator.is_spectrogram and separator.feature_dim != width:
-        raise ValueError(f"the separator reads features {separator.feature_dim} wide and the model "
-                         f"has {width}: train one on these features, or use a spectrogram "
-                         "separator, which fits every model")
-    if max_speakers is not None and separator.max_speakers < max_speakers:
-        raise ValueError(f"the separator has {separator.max_speakers} streams and "
-                         f"max_speakers={max_speakers} was asked for")
 
 
 def remove_speaker_separator(model):
@@ -2403,26 +2149,25 @@ def evaluate_words(
     from audio import read_audio
     from scoring import cp_word_errors
 
-    texts, samples = texts_of_recordings(dataset), dataset.samples
+    said, samples = texts_of_recordings(dataset), dataset.samples
     mixtures = [read_audio(dataset.folder / sample["mixed_wav"]) for sample in samples]
     alone = [read_audio(dataset.folder / speaker["wav_file"])
              for sample in samples for speaker in sample["speakers"]]
     mixed = transcribe(model, processor, mixtures, "mixtures", **options)
     singles = iter(transcribe(model, processor, alone, "talkers", **options))
+    oracle = [[text for _ in talkers for text in next(singles)] for talkers in said]
     integrate_speaker_separator(model, None, separator, threshold=threshold)
     try:
         separated = transcribe(model, processor, mixtures, "streams", num_speakers=num_speakers,
                                **options)
     finally:
         remove_speaker_separator(model)
-    rows = []
-    for sample, said, whole, streams in zip(samples, texts, mixed, separated, strict=True):
-        oracle = [text for _ in said for text in next(singles)]
-        answers = {"mixture": whole, "separated": streams, "oracle": oracle}
-        errors = {name: cp_word_errors(said, heard) for name, heard in answers.items()}
+    heard, rows = {"mixture": mixed, "separated": separated, "oracle": oracle}, []
+    for i, sample in enumerate(samples):
+        errors = {name: cp_word_errors(said[i], texts[i]) for name, texts in heard.items()}
         rows.append({
-            "id": sample["id"], "talkers": len(said), "overlap": sample.get("overlap"),
-            "words": errors["oracle"][1], "found": len(streams),
+            "id": sample["id"], "talkers": len(said[i]), "overlap": sample.get("overlap"),
+            "words": errors["oracle"][1], "found": len(separated[i]),
             **{name: count for name, (count, _) in errors.items()}})
     return rows
 
@@ -2432,23 +2177,19 @@ def evaluate_words(
 
 
 def cmd_train(args) -> None:
-    """Train, after making the default dataset when there is none."""
+    """Train a separator; writes checkpoints, a report and curves."""
     given = vars(args)  # holds no option that was not given
-    options = {name: given[name] for name in TrainOptions._fields if name in given}
     pick_device(given.get("device", "auto"))
     if args.export:
         prepare_folder(Path(args.export))
-    if args.data_dir == DEFAULT_DATA_DIR and not Path(args.data_dir).exists():
-        generator = import_sibling("generate_multi_speaker_dataset")
-        if generator is None:
-            raise FileNotFoundError(f"no dataset at {args.data_dir}, and no "
-                                    "generate_multi_speaker_dataset.py beside this script to make "
-                                    "the default one")
+    missing = args.data_dir == DEFAULT_DATA_DIR and not Path(args.data_dir).exists()
+    if missing and (generator := import_sibling("generate_multi_speaker_dataset")):
         print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
         if generator.main([]):
             raise ValueError("could not make the default dataset")
     folder = Path(args.checkpoint_dir)
-    train_speaker_separator(args.data_dir, folder, **options)
+    train_speaker_separator(
+        args.data_dir, folder, **{k: v for k, v in given.items() if k in TrainOptions._fields})
     reports = [folder / name for name in ("training_report.md", "training_curves.png")]
     names = [str(p) for p in reports if p.exists()] + [p.name for p in list_checkpoints(folder)]
     print(f"{folder} holds " + ", ".join(names))
@@ -2457,58 +2198,20 @@ def cmd_train(args) -> None:
         print(f"exported the best weights to {args.export}")
 
 
+def check_writable(*files: str | None) -> None:
+    """Fail unless result files could be written, before the work that fills them."""
+    for file in filter(None, files):
+        if not os.access(Path(file).resolve().parent, os.W_OK):
+            raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")
+
+
 def open_separator(args, spectrograms: bool, device: str):
     """Load the checkpoint asked for, else the default one for the kind of input; say which."""
-    checkpoint = args.checkpoint
-    if checkpoint is None:
-        checkpoint = Path(DEFAULT_CHECKPOINT_DIR) / "best_model.pt"
-        if spectrograms:
-            checkpoint = SHIPPED_SEPARATOR
+    default = SHIPPED_SEPARATOR if spectrograms else Path(DEFAULT_CHECKPOINT_DIR) / "best_model.pt"
+    checkpoint = str(args.checkpoint or default)
     separator = load_separator(checkpoint, device)
     check_num_speakers(args.num_speakers, separator.max_speakers)
-    return separator, str(checkpoint)
-
-
-def cmd_evaluate(args) -> None:
-    """Print the score table of a separator on one split."""
-    import scoring
-
-    device = pick_device(args.device)
-    if not args.model and (args.prompt or args.max_new_tokens):
-        raise ValueError("--prompt and --max_new_tokens are for counting words: add --model")
-    check_writable(args.json)
-    check_writable(args.picture)
-    dataset = MultiSpeakerDataset(args.data_dir, args.split)
-    separator, checkpoint = open_separator(args, dataset.is_spectrogram, device)
-    if separator.feature_dim != dataset.feature_dim:
-        kinds = {None: "spectrograms of recordings"}
-        reads, has = (kinds.get(x.feature_dim, f"features {x.feature_dim} wide")
-                      for x in (separator, dataset))
-        raise ValueError(f"the separator {checkpoint} reads {reads} and {args.data_dir} has {has}")
-    if separator.max_speakers < dataset.max_speakers:
-        raise ValueError(f"the separator has {separator.max_speakers} streams and {args.data_dir} "
-                         f"up to {dataset.max_speakers} talkers")
-    if args.model:
-        texts_of_recordings(dataset)
-    dtype, _ = pick_dtype(args.dtype, device)
-    scores = evaluate_separator(
-        separator, dataset, batch_size=args.batch_size, device=device, dtype=dtype,
-        threshold=args.threshold, num_speakers=args.num_speakers)
-    chosen = (f"talkers from probability {scores['threshold']:.2f} on" if args.num_speakers is None
-              else f"{args.num_speakers} talkers taken as known")
-    print(f"{len(dataset)} mixtures of {args.data_dir}/{args.split}, separator {checkpoint}, "
-          f"{chosen}\n")
-    print("\n".join(scoring.score_table(scores)))
-    print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
-    if args.model:
-        scores["words"] = count_words(args, separator, dataset, device)
-        print("\n" + "\n".join(scoring.word_table(scores["words"])))
-    if args.json:
-        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
-    if args.picture:
-        rows = sample_panels(separator, dataset, device)
-        rate = 100 if separator.is_spectrogram else separator.feature_source.get("frame_rate")
-        scoring.plot_streams(args.picture, rows, rate, separator.is_spectrogram)
+    return separator, checkpoint
 
 
 def count_words(args, separator, dataset, device: str) -> list[dict]:
@@ -2516,13 +2219,12 @@ def count_words(args, separator, dataset, device: str) -> list[dict]:
     from audio import load_model
     from scoring import word_scores
 
-    model, processor = load_model(args.model, device, model_dtype(args.dtype))
+    model, processor = load_model(args.model, device, args.dtype)
     options = {"max_new_tokens": args.max_new_tokens or 64}
     if hasattr(processor, "audio_token"):
         options["prompt"] = args.prompt
-    rows = evaluate_words(separator, dataset, model, processor, threshold=args.threshold,
-                          num_speakers=args.num_speakers, **options)
-    return word_scores(rows)
+    return word_scores(evaluate_words(separator, dataset, model, processor, **options,
+                                      threshold=args.threshold, num_speakers=args.num_speakers))
 
 
 @torch.inference_mode()
@@ -2543,100 +2245,105 @@ def sample_panels(separator, dataset, device: str, count: int = 3) -> list[dict]
     return rows
 
 
-def cmd_infer(args) -> None:
-    """Separate one feature file or recording into files."""
-    device, path = pick_device(args.device), Path(args.input)
-    is_features = path.suffix == ".npy"
-    if not path.is_file():
-        raise FileNotFoundError(f"no such feature file: {path}" if is_features
-                                else f"no such audio file: {path}")
-    separator, checkpoint = open_separator(args, not is_features, device)
-    if (args.encoder or args.layer is not None) and (is_features or separator.is_spectrogram):
-        raise ValueError("--encoder and --layer are for audio and a separator of hidden features")
-    if is_features:
-        about, files = infer_features(path, separator, args.threshold, args.num_speakers)
-    else:
-        encoder = None
-        if not separator.is_spectrogram:
-            encoder = open_encoder(args, separator, device)
-        about, files = infer_recording(
-            path, separator, encoder, args.threshold, args.num_speakers)
-    about = {"input": str(path), "checkpoint": checkpoint, **about}
-    write_separation(Path(args.output_dir), about, files, separator.is_spectrogram)
-    probabilities = about.get("probabilities") or [r["probability"] for r in about["speakers"]]
-    words = "stream probabilities" if "probabilities" in about else "probabilities"
-    print(f"{about['num_speakers']} talkers ({words} "
-          f"{', '.join(f'{p:.2f}' for p in probabilities)}) -> {args.output_dir} "
-          f"(separator {checkpoint})")
+def cmd_evaluate(args) -> None:
+    """Score a separator beside the trivial outputs."""
+    import scoring
+
+    device = pick_device(args.device)
+    if not args.model and (args.prompt or args.max_new_tokens):
+        raise ValueError("--prompt and --max_new_tokens are for counting words: add --model")
+    check_writable(args.json, args.picture)
+    dataset = MultiSpeakerDataset(args.data_dir, args.split)
+    separator, checkpoint = open_separator(args, dataset.is_spectrogram, device)
+    check_data(f"the separator {checkpoint}", separator.config, dataset)
+    if args.model:
+        texts_of_recordings(dataset)
+    scores = evaluate_separator(
+        separator, dataset, batch_size=args.batch_size, device=device,
+        dtype=pick_dtype(args.dtype, device)[0], threshold=args.threshold,
+        num_speakers=args.num_speakers)
+    chosen = (f"talkers from probability {scores['threshold']:.2f} on" if args.num_speakers is None
+              else f"{args.num_speakers} talkers taken as known")
+    print(f"{len(dataset)} mixtures of {args.data_dir}/{args.split}, separator {checkpoint}, "
+          f"{chosen}\n")
+    print("\n".join(scoring.score_table(scores)))
+    print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
+    if args.model:
+        scores["words"] = count_words(args, separator, dataset, device)
+        print("\n" + "\n".join(scoring.word_table(scores["words"])))
+    if args.json:
+        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
+    if args.picture:
+        rate = 100 if separator.is_spectrogram else separator.feature_source.get("frame_rate")
+        scoring.plot_streams(args.picture, sample_panels(separator, dataset, device), rate,
+                             separator.is_spectrogram)
 
 
 def open_encoder(args, separator, device: str):
     """Load the encoder whose features a separator reads, from the flags or its checkpoint."""
     from audio import load_audio_encoder
 
-    source = separator.feature_source
-    name, layer = args.encoder or source.get("encoder"), args.layer
+    name = args.encoder or separator.feature_source.get("encoder")
     if not name:
         raise ValueError("the separator was trained on simulated features; audio needs a "
                          "spectrogram separator, or --encoder of a separator of its features")
-    layer = source.get("layer") if layer is None else layer
+    layer = separator.feature_source.get("layer") if args.layer is None else args.layer
     encoder = load_audio_encoder(name, layer, device)
-    check_fit(separator, encoder.tower, None)
+    check_fit(separator, encoder.tower.config, layer)
     return encoder
 
 
-def model_dtype(name: str):
-    """Return the precision to load a frozen model in; "auto" is that of its file."""
-    return name if name == "auto" else getattr(torch, name)
+def cmd_infer(args) -> None:
+    """Separate one mixture into a file per talker."""
+    device, path = pick_device(args.device), Path(args.input)
+    is_features = path.suffix == ".npy"
+    if not path.is_file():
+        raise FileNotFoundError(f"no such {'feature' if is_features else 'audio'} file: {path}")
+    separator, checkpoint = open_separator(args, not is_features, device)
+    reads_hidden = not (is_features or separator.is_spectrogram)
+    if (args.encoder or args.layer is not None) and not reads_hidden:
+        raise ValueError("--encoder and --layer are for audio and a separator of hidden features")
+    options = args.threshold, args.num_speakers
+    if is_features:
+        about, mixture, talkers = infer_features(path, separator, *options)
+    else:
+        encoder = open_encoder(args, separator, device) if reads_hidden else None
+        about, mixture, talkers = infer_recording(path, separator, encoder, *options)
+    about = {"input": str(path), "checkpoint": checkpoint, **about}
+    write_separation(Path(args.output_dir), about, mixture, talkers, separator.is_spectrogram)
+    probabilities = about.get("probabilities") or [facts["probability"] for facts, *_ in talkers]
+    print(f"{len(talkers)} talkers ({'stream ' * is_features}probabilities "
+          f"{', '.join(f'{p:.2f}' for p in probabilities)}) -> {args.output_dir} "
+          f"(separator {checkpoint})")
 
 
 def check_integration(args, separator) -> None:
     """Check everything that can be before the model is loaded."""
-    from audio import load_config, load_pretrained, recording_length
+    from audio import load_config, recording_length
 
-    config, processor = load_config(args.model), load_pretrained("AutoProcessor", args.model)
-    if not separator.is_spectrogram:
-        tower = getattr(config, "audio_config", config)
-        if separator.feature_dim != tower.d_model:
-            raise ValueError(f"the separator reads features {separator.feature_dim} wide and "
-                             f"{args.model} has {tower.d_model}: use a spectrogram separator, "
-                             "which fits every model")
-        if args.layer is not None and not 0 <= args.layer <= tower.encoder_layers:
-            raise ValueError(f"layer must be 0 to {tower.encoder_layers} for this model, not "
-                             f"{args.layer}")
-    elif args.layer is not None:
-        raise ValueError("--layer is for separators of hidden features; this one reads "
-                         "spectrograms")
+    config = load_config(args.model)
+    check_fit(separator, getattr(config, "audio_config", config), args.layer)
     if config.model_type == "whisper" and (args.prompt is not None or args.mode == "joint"):
         raise ValueError("--prompt and --mode=joint are for Qwen2-Audio; Whisper takes no prompt")
-    token = getattr(processor, "audio_token", "<|AUDIO|>")
-    if token in (args.prompt or ""):
-        raise ValueError(f"--prompt must not hold {token}: there is one audio each")
+    if "<|AUDIO|>" in (args.prompt or ""):
+        raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
     for audio in args.audio:
         recording_length(audio)
     check_writable(args.json)
 
 
-def check_writable(file: str | None) -> None:
-    """Fail unless a result file could be written, before the work that fills it."""
-    if file and not os.access(Path(file).resolve().parent, os.W_OK):
-        raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")
-
-
 def cmd_integrate(args) -> None:
-    """Print what each talker of each recording says."""
+    """Print what each talker of a recording says."""
     from audio import load_model
     from long_recordings import answer_per_talker
 
     device = pick_device(args.device)
     separator, checkpoint = open_separator(args, True, "cpu")
     check_integration(args, separator)
-    model, processor = load_model(args.model, device, model_dtype(args.dtype))
+    model, processor = load_model(args.model, device, args.dtype)
     integrate_speaker_separator(model, None, separator, args.layer, args.threshold)
-    options = {"max_new_tokens": args.max_new_tokens} if args.max_new_tokens else {}
-    if hasattr(processor, "audio_token"):
-        options = {"max_new_tokens": 256, **options}
-    answers = {}
+    length = args.max_new_tokens or (256 if hasattr(processor, "audio_token") else None)
+    options, answers = {"max_new_tokens": length} if length else {}, {}
     print(f"separator {checkpoint}")
     for audio in args.audio:
         answers[audio] = answer_per_talker(
@@ -2645,7 +2352,7 @@ def cmd_integrate(args) -> None:
         if len(args.audio) > 1:
             print(audio)
         for row in answers[audio]:
-            numbers = row["speakers"] if args.mode == "joint" else [row["speaker"]]
+            numbers = row.get("speakers") or [row["speaker"]]
             who = f"Speaker{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
             print(f"{who} ({row['probability']:.2f}): {row['text']}")
         if not answers[audio]:
@@ -2671,134 +2378,120 @@ def number(kind: type, low: float, high: float = math.inf):
     return parse
 
 
-positive_int, positive_float = number(int, 1), number(float, 1e-12)
-probability, weight = number(float, 0, 1), number(float, 0)
+count, positive, weight = number(int, 1), number(float, 1e-12), number(float, 0)
+share, workers, seed = number(float, 0, 1), number(int, 0, 1024), number(int, 0, 2**62)
 
 
 def add_train_arguments(add) -> None:
     """Add the options of ``train``; one that is not given is left out of the result.
 
-    ``TrainOptions`` knows the defaults, and a resumed run keeps what it was started with.
+    ``TrainOptions`` knows the defaults, and a resumed run keeps what it was started with. Here and
+    below a default that depends on data, model or checkpoint follows the colon of a help text.
     """
-    defaults = TrainOptions._field_defaults
 
-    def option(name: str, help: str, flag: str | None = None, **kwargs):
-        if defaults[name] is not None and flag is None:
-            help += f" (default: {defaults[name]})"
-        add(f"--{flag or name}", dest=name, default=argparse.SUPPRESS, help=help, **kwargs)
+    def option(name: str, kind, help: str):
+        default = getattr(TrainOptions(), name)
+        help += "" if default is None else f" (default: {default})"
+        add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help)
 
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
-    option("epochs", type=positive_int, help="passes over the training mixtures")
-    option("batch_size", type=positive_int, help="mixtures per step")
-    option("lr", type=positive_float, help="learning rate at the start of the cosine; without it "
-           "2e-3 for recordings, 0.128 / width for features")
-    option("weight_decay", type=weight, help="weight decay of AdamW")
-    option("num_layers", type=positive_int, help="blocks on the mixture; without it 4")
-    option("num_heads", type=positive_int, help="attention heads; 4 for recordings, else 8")
-    option("ff_dim", type=positive_int, help="feed-forward width; 768 for recordings, else 2048")
-    option("dim", type=positive_int, help="width of the blocks; recordings only, 256")
-    option("dropout", type=probability, help="dropout in every block; features only, 0.1")
-    option("max_speakers", type=positive_int, help="streams; without it the data's most talkers")
-    option("reconstruction_weight", type=weight, help="weight of 'streams sum to the mixture'; "
-           "without it 0.5 where features add up, else 0")
-    option("activity_weight", type=weight, help="weight of the talker activity loss; without it "
-           "0.07 for recordings, else 0.5")
-    option("remix", flag="no_remix", action="store_false",
-           help="the same mixtures every epoch instead of fresh ones")
-    option("mixtures_per_epoch", type=positive_int,
-           help="fresh mixtures in an epoch; without it twice the data's, 120 or more")
-    option("crop_seconds", type=positive_float,
-           help="train on a random part of longer mixtures; recordings only")
-    option("workers", type=number(int, 0, 1024), help="processes that load or mix; 0: this one")
-    option("save_every", type=positive_int, help="epochs between periodic checkpoints")
-    option("patience", type=positive_int, help="stop after this many epochs without a better one")
+    option("epochs",                count,    "passes over the training mixtures")
+    option("batch_size",            count,    "mixtures per step")
+    option("lr",                    positive, "rate at the start: 2e-3; features 0.128 / width")
+    option("weight_decay",          weight,   "weight decay of the optimizer")
+    option("num_layers",            count,    "blocks on the mixture: 4")
+    option("num_heads",             count,    "attention heads: 4; features 8")
+    option("ff_dim",                count,    "feed-forward width: 768; features 2048")
+    option("dim",                   count,    "width of the blocks: 256; recordings only")
+    option("dropout",               share,    "dropout in every block: 0.1; features only")
+    option("max_speakers",          count,    "streams: as many as the data has talkers")
+    option("reconstruction_weight", weight,   "weight of that loss: 0.5 if features add up, else 0")
+    option("activity_weight",       weight,   "weight of that loss: 0.07; features 0.5")
+    option("mixtures_per_epoch",    count,    "fresh mixtures: twice the data's, at least 120")
+    option("crop_seconds",          positive, "train on a random part so long; recordings only")
+    option("workers",               workers,  "processes that load or mix; 0: this one")
+    option("save_every",            count,    "epochs between periodic checkpoints")
+    option("patience",              count,    "stop after so many epochs without a better one")
+    option("seed",                  seed,     "seed of weights, order, mixtures and dropout")
+    add("--no_remix", dest="remix", action="store_false", default=argparse.SUPPRESS,
+        help="the same mixtures every epoch instead of fresh ones")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
-    option("seed", type=number(int, 0, 2**62), help="seed of weights, order, mixtures and dropout")
     add("--export", metavar="DIR", help="also save the best weights alone, for from_pretrained")
 
 
 def add_evaluate_arguments(add) -> None:
     """Add the options of ``evaluate``."""
-    add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset")
-    add("--split", default="val", choices=["val", "train"], help="which mixtures to score")
-    add("--batch_size", type=positive_int, default=8, help="mixtures per step")
-    add("--model", metavar="PATH_OR_ID",
-        help="also count word errors of this Qwen2-Audio or Whisper (needs recordings)")
-    add("--prompt", help="question to Qwen2-Audio, without it 'What does the person say?'")
-    add("--max_new_tokens", type=positive_int, help="length limit of each answer, without it 64")
-    add("--json", metavar="FILE", help="also write every number to this file")
-    add("--picture", metavar="FILE", help="also draw mixtures, talkers and streams to this .png")
+    add("--data_dir",       default=DEFAULT_DATA_DIR, help="dataset")
+    add("--split",          default="val", choices=["val", "train"], help="which mixtures to score")
+    add("--batch_size",     default=8, type=count, help="mixtures per step")
+    add("--model",          metavar="PATH_OR_ID", help="also count word errors of this model")
+    add("--prompt",         help="question to Qwen2-Audio: What does the person say?")
+    add("--max_new_tokens", type=count, help="length limit of each answer: 64")
+    add("--json",           metavar="FILE", help="also write every number to this file")
+    add("--picture",        metavar="FILE", help="also draw mixtures, talkers and streams (.png)")
 
 
 def add_infer_arguments(add) -> None:
     """Add the options of ``infer``."""
-    add("--input", required=True, help="features [T, D] as .npy, or an audio file")
-    add("--encoder", help="model that makes the features; only for separators of features, and "
-        "without it the one it was trained on")
-    add("--layer", type=int, help="encoder block to separate after, without it the checkpoint's")
+    add("--input",      required=True, help="features [T, D] as .npy, or an audio file")
+    add("--encoder",    help="model that makes the features: that of the checkpoint")
+    add("--layer",      type=int, help="encoder block to separate after: that of the checkpoint")
     add("--output_dir", default="separated", help="where speaker_1.npy ... go")
 
 
 def add_integrate_arguments(add) -> None:
     """Add the options of ``integrate``."""
-    add("--model", required=True, help="Qwen2-Audio or Whisper: a local folder or a hub id")
-    add("--audio", required=True, nargs="+", action="extend", help="recordings of any length")
-    add("--prompt", help="what to ask Qwen2-Audio, without it 'What does the person say?'")
-    add("--mode", default="separate", choices=["separate", "joint"],
+    add("--model",          required=True, help="Qwen2-Audio or Whisper: a folder or a hub id")
+    add("--audio",          required=True, nargs="+", action="extend", help="recordings")
+    add("--prompt",         help="question to Qwen2-Audio: What does the person say?")
+    add("--mode",           default="separate", choices=["separate", "joint"],
         help="an answer per talker, or one about all of them in one prompt")
-    add("--layer", type=int, help="encoder block to separate after, without it the checkpoint's")
-    add("--max_new_tokens", type=positive_int,
-        help="length limit of each answer; without it 256, or what Whisper has")
-    add("--json", metavar="FILE", help="also write the answers, by window too, to this file")
+    add("--layer",          type=int, help="encoder block to separate after: the checkpoint's")
+    add("--max_new_tokens", type=count, help="length limit of each answer: 256, or Whisper's own")
+    add("--json",           metavar="FILE", help="also write the answers, by window too")
 
 
 def add_shared_arguments(name: str, add) -> None:
     """Add the options that several commands have."""
     if name != "train":
-        default = "checkpoints/best_model.pt for features, the shipped separator for recordings"
-        add("--checkpoint", help=f"trained separator; without it {default}")
-        add("--threshold", type=probability,
-            help="a stream is a talker from this probability on; without it the checkpoint's")
-        add("--num_speakers", type=positive_int, help="how many talkers there are, when known")
+        add("--checkpoint",   help="separator: checkpoints/best_model.pt, the shipped for audio")
+        add("--threshold",    type=share, help="least probability of a talker: the checkpoint's")
+        add("--num_speakers", type=count, help="how many talkers there are, when known")
     default = argparse.SUPPRESS if name == "train" else "auto"
     add("--device", default=default, help="where to compute: auto, cpu, cuda or mps")
     add("--dtype", default=default, choices=["auto", "float32", "bfloat16"],
         help="precision; auto is bfloat16 where the device has units for it")
 
 
-COMMANDS = {
-    "train": (cmd_train, add_train_arguments,
-              "Train a separator; writes checkpoints, a report and curves.",
-              "train --epochs=20 --batch_size=8 --lr=1e-4"),
+COMMANDS = {  # function, its options and an example
+    "train": (cmd_train, add_train_arguments, "--epochs=20 --batch_size=8 --lr=1e-4"),
     "evaluate": (cmd_evaluate, add_evaluate_arguments,
-                 "Score a separator beside the trivial outputs.",
-                 "evaluate --checkpoint checkpoints/best_model.pt --json scores.json"),
-    "infer": (cmd_infer, add_infer_arguments,
-              "Separate one mixture into a file per talker.",
-              "infer --input multi_speaker_data/val/mixed/val_00000.npy"),
+                 "--checkpoint checkpoints/best_model.pt --json scores.json"),
+    "infer": (cmd_infer, add_infer_arguments, "--input multi_speaker_data/val/mixed/val_00000.npy"),
     "integrate": (cmd_integrate, add_integrate_arguments,
-                  "Print what each talker of a recording says.",
-                  "integrate --model openai/whisper-tiny.en --audio meeting.wav"),
+                  "--model openai/whisper-tiny.en --audio meeting.wav"),
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of one command; what it refuses it names in one line."""
+
+    def error(self, message: str):
+        """Print the fault and stop with exit status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of every subcommand."""
-    def one_line(parser):
-        parser.error = lambda message: parser.exit(
-            2, f"error: {message} (see {parser.prog} --help)\n")
-        return parser
-
-    example = "example: python speaker_separator_module.py {}"
-    parser = one_line(argparse.ArgumentParser(
-        description="Train and use a speaker separator inside a frozen speech model.",
-        epilog=example.format(COMMANDS["train"][3])))
+    example = "example: python speaker_separator_module.py {} {}"
+    parser = Parser(description="Train and use a speaker separator inside a frozen speech model.",
+                    epilog=example.format("train", COMMANDS["train"][2]))
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (_, add_arguments, description, call) in COMMANDS.items():
-        command = one_line(subparsers.add_parser(
-            name, help=description, description=description, epilog=example.format(call),
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter))
+    for name, (run, add_arguments, flags) in COMMANDS.items():
+        command = subparsers.add_parser(
+            name, help=run.__doc__, description=run.__doc__, epilog=example.format(name, flags),
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add_arguments(command.add_argument)
         add_shared_arguments(name, command.add_argument)
     return parser

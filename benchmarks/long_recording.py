@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--seconds", type=float, default=240, help="length of each recording")
     add("--seeds", type=int, default=5, help="recordings")
     add("--num_speakers", type=int, help="give the number of talkers")
+    add("--window", type=int, default=long_recordings.WINDOW_SECONDS, help="seconds of a window")
     args = parser.parse_args(argv)
+    long_recordings.WINDOW_SECONDS = args.window
     if not any(args.recordings.glob("*.wav")):
         print(f"error: no recordings in {args.recordings}", file=sys.stderr)
         return 2

@@ -57,6 +57,12 @@ def test_half_precision_tensor_that_asks_for_gradients():
     assert audio.read_audio(wave).tolist() == [0.5, -0.5]
 
 
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_16_bit_samples_in_memory_are_scaled(kind):
+    samples = kind(np.array([-32768, 0, 16384], np.int16))
+    assert audio.read_audio(samples).tolist() == [-1, 0, 0.5]
+
+
 @pytest.mark.parametrize(
     ("samples", "words"),
     [([], "no samples"), ([0.0, float("nan")], "NaN"), ([0.0, float("inf")], "infinite"),
@@ -320,6 +326,20 @@ def test_no_model_there(load):
     with pytest.raises(ValueError, match="cannot load .* from /no/such/model: .") as error:
         load("/no/such/model")
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_as_they_were(shown, whisper_folder):
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    switch = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
+    try:
+        switch[shown]()
+        audio.load_config(str(whisper_folder))
+        assert logging.is_progress_bar_enabled() == shown
+    finally:
+        switch[before]()
 
 
 @pytest.mark.parametrize("kind", ["truncated", "missing", "other model"])

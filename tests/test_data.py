@@ -788,6 +788,14 @@ def test_manifest_that_gives_some_splits_is_refused(manifest, tmp_path, capsys):
                      main=generator.main)
 
 
+def test_recording_in_both_splits_of_a_manifest_is_refused(manifest, tmp_path, capsys):
+    rows = [json.loads(line) for line in manifest.read_text().splitlines() if line]
+    twice = {**rows[0], "split": "val"}
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, [*rows, twice])))
+    argv = [f"--speech_dir={tmp_path / 'list.jsonl'}", f"--output_dir={tmp_path / 'data'}"]
+    assert_fails(capsys, argv, twice["audio"], "in both splits", main=generator.main)
+
+
 def test_librispeech_layout(tmp_path, ten_speakers):
     """Speaker, chapter, FLAC files and one list of transcripts per chapter."""
     for speaker in ("19", "26"):

@@ -1012,6 +1012,34 @@ def test_model_of_another_kind():
         ssm.integrate_speaker_separator(torch.nn.Linear(2, 2))
 
 
+class Listener(torch.nn.Module):
+    """A model of another kind: its ``generate`` says how loud a spectrogram is, bin by bin."""
+
+    def generate(self, input_features, **options):
+        return (1000 * (input_features.amax(-1) + 10)).long()
+
+
+def test_any_model_that_reads_spectrograms():
+    """A spectrogram separator needs no encoder that it knows; one of hidden features does."""
+    model, separator = Listener(), make_separator("spectrogram")
+    features = listen(RECORDINGS)["input_features"]
+    assert ssm.integrate_speaker_separator(model, 3, separator, threshold=0.0) is model
+    got = model.generate(input_features=features)
+    streams, _, _ = model._speaker_integration.split(features, None)
+    assert torch.equal(got, Listener().generate(streams.flatten(0, 1).mT))
+    assert len(got.unique(dim=0)) == 9
+    assert [row[:2] for row in model.speaker_rows] == [(b, s) for b in range(3) for s in range(3)]
+    assert model.generate(features, num_speakers=0).shape == (0, 0)
+    with pytest.raises(ValueError, match="layer is for separators of hidden features"):
+        ssm.integrate_speaker_separator(model, None, separator, layer=1)
+    ssm.remove_speaker_separator(model)
+    assert torch.equal(model.generate(features), Listener().generate(features))
+    with pytest.raises(ValueError, match="Listener is neither"):
+        ssm.integrate_speaker_separator(model, None, tiny_separator())
+    with pytest.raises(ValueError, match="Linear has no generate"):
+        ssm.integrate_speaker_separator(torch.nn.Linear(2, 2), None, separator)
+
+
 # --------------------------------------------------------------------------------------------------
 # One call for an answer per talker
 

@@ -77,15 +77,20 @@ def test_few_items_are_overfitted(dataset, tmp_path):
     assert scores["count_accuracy"] == 1
 
 
-def test_few_recordings_are_overfitted(recordings, tmp_path):
-    options = {**SPECTROGRAM_SIZES, "dim": 64, "ff_dim": 128, "lr": 1e-2, "remix": False}
-    history = train_tiny(recordings, tmp_path, epochs=40, save_every=40, **options)
+def test_few_recordings_are_overfitted(speech_dir, tmp_path):
+    """Talkers overlap fully, so that the mixture itself is far from each of them."""
+    argv = [f"--speech_dir={speech_dir}", f"--output_dir={tmp_path / 'data'}", "--overlap", "0.8",
+            "1", "--train_samples=3", "--val_samples=1", "--min_speakers=2", "--max_speakers=2",
+            "--split_by=utterance", "--join", "2", "3"]  # fmt: skip
+    assert generator.main(argv) == 0
+    options = {**SPECTROGRAM_SIZES, "dim": 64, "ff_dim": 128, "lr": 3e-3, "remix": False}
+    history = train_tiny(tmp_path / "data", tmp_path, epochs=60, save_every=60, **options)
     first, last = history[0]["train"], history[-1]["train"]
-    assert last["separation"] < 0.6 * first["separation"]
-    separator = ssm.load_separator(tmp_path / "checkpoint_epoch_40.pt")
-    train_set = ssm.MultiSpeakerDataset(recordings, "train")
+    assert last["separation"] < 0.7 * first["separation"]
+    separator = ssm.load_separator(tmp_path / "checkpoint_epoch_60.pt")
+    train_set = ssm.MultiSpeakerDataset(tmp_path / "data", "train")
     scores = ssm.evaluate_separator(separator, train_set, threshold=0.5)
-    assert scores["separation"] < 0.75 * min(scores["trivial_mse"].values())
+    assert scores["separation"] < 0.8 * min(scores["trivial_mse"].values())
     assert scores["si_sdr_improvement"] > 2
     assert scores["count_accuracy"] == 1
 
@@ -340,8 +345,8 @@ def test_trivial_outputs_of_recordings(recordings, scripted):
         spectrograms = extractor(samples, sampling_rate=16000)["input_features"]
         mixture, *sources = np.asarray(spectrograms)[:, :, : len(samples[0]) // 160]
         for source in sources:
-            errors["zeros"].append(np.mean((mixture.max() - 2 - source) ** 2))
-            errors["mixture"].append(np.mean((mixture - source) ** 2))
+            errors["zeros"].append(np.mean(np.abs(mixture.max() - 2 - source)))
+            errors["mixture"].append(np.mean(np.abs(mixture - source)))
     trivial = ssm.evaluate_separator(*scripted, batch_size=2)["trivial_mse"]
     for name, values in errors.items():
         assert trivial[name] == pytest.approx(np.mean(values), rel=1e-3)
@@ -385,7 +390,7 @@ def test_the_last_frame_does_not_depend_on_the_batch():
 @pytest.mark.parametrize("given", [{}, {"reconstruction_weight": 2.0, "activity_weight": 0.25}])
 def test_the_printed_total_is_the_sum_of_its_weighted_parts(given, kind, data, tmp_path, capsys):
     history = train_tiny(data, tmp_path, **given, **MORE[kind])
-    weights = {"features": (0.5, 0.5), "recordings": (0.0, 0.02)}[kind]
+    weights = {"features": (0.5, 0.5), "recordings": (0.0, 0.07)}[kind]
     if given:
         weights = tuple(given.values())
     for split in ("train", "val"):
@@ -542,7 +547,7 @@ def test_report(trained, dataset):
         for speaker in sample["speakers"]:
             source = np.load(dataset / "val" / speaker["feature_file"])
             errors["zeros"].append(np.mean(source**2))
-            errors["mixture"].append(np.mean((mixture - source) ** 2))
+            errors["mixture"].append(np.mean(np.abs(mixture - source)))
             errors["mixture / count"].append(
                 np.mean((mixture / len(sample["speakers"]) - source) ** 2))  # fmt: skip
     for name, values in errors.items():
