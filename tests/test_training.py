@@ -547,7 +547,7 @@ def test_report(trained, dataset):
         for speaker in sample["speakers"]:
             source = np.load(dataset / "val" / speaker["feature_file"])
             errors["zeros"].append(np.mean(source**2))
-            errors["mixture"].append(np.mean(np.abs(mixture - source)))
+            errors["mixture"].append(np.mean((mixture - source) ** 2))
             errors["mixture / count"].append(
                 np.mean((mixture / len(sample["speakers"]) - source) ** 2))  # fmt: skip
     for name, values in errors.items():
