@@ -22,6 +22,14 @@ N_FFT, HOP_LENGTH = 400, 160  # samples: 25 ms every 10 ms
 FRAME_RATE = SAMPLING_RATE // HOP_LENGTH  # spectrogram frames per second
 READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
 SHORTEST = 640  # samples: one output frame of Qwen2-Audio's encoder
+DIGITAL_SILENCE = -1.5  # what ``log_mel`` gives for it: (log10(1e-10) + 4) / 4
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 
 # --------------------------------------------------------------------------------------------------
 # Reading
@@ -201,8 +209,8 @@ def load_pretrained(kind, path_or_id: str, what: str = "a model", **options):
         loader = getattr(transformers, kind) if isinstance(kind, str) else kind
         return loader.from_pretrained(path_or_id, **options)
     except Exception as error:  # safetensors' and the hub's own kinds among them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load {what} from {path_or_id}: {reason}") from None
+        raise ValueError(
+            f"cannot load {what} from {path_or_id}: {first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
         if progress:

@@ -229,7 +229,7 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
     if args.encoder:
         from audio import SAMPLING_RATE, load_audio_encoder
 
-        encoder = load_audio_encoder(args.encoder, args.layer, args.device)
+        encoder = load_audio_encoder(args.encoder, args.layer, pick_device(args.device))
         local = Path(args.encoder).exists()
         about = {"kind": "speech", "layer": args.layer, "frame_rate": encoder.frame_rate,
                  "encoder": str(Path(args.encoder).resolve()) if local else args.encoder}
@@ -249,6 +249,17 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
                   f"{len(too_long)} recordings")
     rendered = render_mixtures(plans, options.max_seconds, args.workers)
     return _with_features(plans, rendered, encoder), about | {"mixing": options._asdict()}
+
+
+def pick_device(name: str) -> str:
+    """Return the device for the encoder; "auto" takes a GPU if there is one."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    best = found.type if found else "cpu"
+    if name not in ("auto", "cpu", best):
+        raise ValueError(f"no {name} device here; use --device=auto")
+    return best if name == "auto" else name
 
 
 def _with_features(plans: list, rendered: Iterator, encoder) -> Iterator[dict]:
@@ -433,7 +444,8 @@ def build_parser() -> argparse.ArgumentParser:
     speech("--split_by", choices=("speaker", "utterance"), default="speaker",
            help="what train and val do not share, unless the manifest gives the split")
     speech("--workers", type=int, default=0, help="processes that render; 0: this one")
-    speech("--device", choices=("cpu", "cuda", "mps"), default="cpu", help="where the encoder runs")
+    speech("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+           help="where the encoder runs")
     draw = parser.add_argument_group("mixing recorded talkers").add_argument
     range_of = {"nargs": 2, "metavar": ("MIN", "MAX")}
     draw("--join", type=int, default=mixing.join, **range_of,
@@ -510,13 +522,15 @@ def _speech_rules(args) -> list[tuple[bool, str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Make a dataset; return 0, or 2 after one line on standard error for bad input."""
+    from audio import first_line
+
     args = build_parser().parse_args(argv)
     arguments = sys.argv[1:] if argv is None else argv
     try:
         check_arguments(args)
         generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))
     except (ValueError, OSError) as error:
-        print(f"error: {(str(error).strip() or 'out of order').splitlines()[0]}", file=sys.stderr)
+        print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from audio import (
+    DIGITAL_SILENCE,
     FRAME_RATE,
     HOP_LENGTH,
     SAMPLING_RATE,
@@ -353,7 +354,7 @@ def answer_per_talker(
     call = partial(ask, model, processor, prompt=prompt, num_speakers=num_speakers, mode=mode,
                    **options)
     window, step = window_sizes(processor.feature_extractor.n_samples)
-    tracker = TalkerTracker(integration.num_frames(window - step), num_speakers)
+    tracker = TalkerTracker((window - step) // HOP_LENGTH // integration.stride, num_speakers)
     _, count, windows = read_windows(audio, window, sampling_rate)
     answers = (_answer_window(call, integration, model, tracker, *part, window - step, count == 1)
                for part in windows)
@@ -366,8 +367,7 @@ def _transcribe(integration, processor, recording: SeparatedRecording, options: 
         return []
     streams = torch.stack([recording.stream(t) for t in recording.talkers]).transpose(1, 2)
     frames, window = streams.shape[-1], processor.feature_extractor.nb_max_frames
-    digital_silence = -1.5  # log10(1e-10) in Whisper's units, before the floor of each stream
-    padded = floor_log_mel(F.pad(streams, (0, max(0, window - frames)), value=digital_silence))
+    padded = floor_log_mel(F.pad(streams, (0, max(0, window - frames)), value=DIGITAL_SILENCE))
     mask = (torch.arange(padded.shape[-1]) < frames).long().expand(len(streams), -1)
     model = integration.model
     inputs = {"input_features": padded.to(model.device, model.dtype),
@@ -395,7 +395,8 @@ def _answer_window(
     def choose_rows(features, mel_mask, num_speakers):
         streams, frame_mask, probs = integration.split(features, mel_mask)
         active = integration.active_in_window(probs[0], num_speakers, alone)
-        frames, sound = integration.num_frames(len(samples)), has_sound(samples[:shared], samples)
+        frames = len(samples) // HOP_LENGTH // integration.stride
+        sound = has_sound(samples[:shared], samples)
         numbers = tracker.number(streams[0][:, :frames].cpu(), active.cpu(), sound)
         order = sorted(numbers, key=numbers.get)
         talkers = [(0, s, float(probs[0, s])) for s in order]

@@ -38,7 +38,7 @@ import shutil
 import sys
 import time
 import warnings
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import permutations
 from pathlib import Path
 from pickle import UnpicklingError
@@ -444,7 +444,7 @@ class SeparatorLoss(NamedTuple):
     """The combined loss, its parts before their weights (all scalars) and the assignment."""
 
     total: Tensor
-    separation: Tensor  # mean squared error per active talker
+    separation: Tensor  # mean squared or absolute error per active talker
     reconstruction: Tensor  # mean squared error of the active streams' sum against the mixture
     activity: Tensor  # binary cross-entropy of the probabilities
     assignment: Tensor  # [B, S], the stream of each talker
@@ -459,13 +459,19 @@ def pairwise_mse(separated: Tensor, targets: Tensor, frame_mask: Tensor) -> Tens
     return (squares - 2 * a @ b.transpose(1, 2)).clamp(min=0) / size[:, None, None]
 
 
+@cache
+def assignments(S: int, device: torch.device) -> Tensor:
+    """Return every assignment [S!, S] of streams to talkers, sent to a device once."""
+    return torch.tensor(list(permutations(range(S))), device=device)
+
+
 def best_assignment(cost: Tensor, speaker_mask: Tensor) -> Tensor:
     """Return the stream of each talker, [B, S], with the least total ``cost [B, S, S]``.
 
     The cost has streams first; talkers outside ``speaker_mask [B, S]`` do not count.
     """
     S = cost.shape[1]
-    orders = torch.tensor(list(permutations(range(S))), device=cost.device)  # [S!, S]
+    orders = assignments(S, cost.device)
     talkers = torch.arange(S, device=cost.device)
     scores = (cost[:, orders, talkers] * speaker_mask[:, None].to(cost.dtype)).sum(-1)  # [B, S!]
     return orders[scores.argmin(1)]
@@ -685,9 +691,9 @@ class MultiSpeakerDataset(Dataset):
         mixed, single = (
             ("mixed_wav", "wav_file") if self.is_spectrogram else ("mixed_audio", "feature_file"))
         names = [sample[mixed], *(speaker[single] for speaker in sample["speakers"])]
-        paths = [self.folder / name for name in names]
+        paths, folder = [self.folder / name for name in names], self.folder.resolve()
         for path in paths:
-            if not path.resolve().is_relative_to(self.folder.resolve()):
+            if not path.resolve().is_relative_to(folder):
                 raise ValueError(
                     f"{self.folder / 'metadata.json'} names a file outside its folder: {path}")
         return paths
@@ -829,14 +835,18 @@ def collate(items: list[dict], max_speakers: int) -> dict:
     """Pad items into a batch with two masks.
 
     Features: ``mixture [B, T, D]``, ``targets [B, S, T, D]``, ``frame_mask [B, T]``. Recordings:
-    ``waveforms [B, 1 + S, samples]``, ``lengths [B]`` in samples. Both: ``speaker_mask [B, S]``.
+    ``waveforms [B, 1 + S, samples]``, ``lengths [B]`` in samples, and ``rows``, the numbers of the
+    waveforms that are there, mixtures among them. Both: ``speaker_mask [B, S]``.
     """
     S = max_speakers
     if "waveforms" in items[0]:
         waveforms = [item["waveforms"] for item in items]
         counts = torch.tensor([len(waves) - 1 for waves in waveforms])
         lengths = torch.tensor([waves.shape[1] for waves in waveforms])
-        batch = {"waveforms": pad_stack(waveforms, 1 + S, int(lengths.max())), "lengths": lengths}
+        # Numbers, since a GPU that is given a mask to index by has to be waited for.
+        rows = (torch.arange(1 + S) <= counts[:, None]).flatten().nonzero().flatten()
+        batch = {"waveforms": pad_stack(waveforms, 1 + S, int(lengths.max())), "lengths": lengths,
+                 "rows": rows}
     else:
         mixtures, targets = ([item[key] for item in items] for key in ("mixture", "targets"))
         counts = torch.tensor([len(talkers) for talkers in targets])
@@ -853,12 +863,14 @@ def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> 
         return batch
     from audio import HOP_LENGTH, N_FFT, floor_log_mel, log_mel
 
-    present = F.pad(batch["speaker_mask"], (1, 0), value=True)  # [B, 1 + S]
+    B, rows = len(batch["waveforms"]), batch["rows"]
     T = max(1, batch["waveforms"].shape[-1] // HOP_LENGTH)
     # Zeros after the longest recording too: the last frame of each is the same in every batch.
     waveforms = F.pad(batch["waveforms"], (0, N_FFT))
-    spectrograms = waveforms.new_zeros(*present.shape, T, num_bins)
-    spectrograms[present] = floor_log_mel(log_mel(waveforms[present], num_bins)[:, :T])
+    waveforms = waveforms.flatten(0, 1)  # [B (1 + S), samples]
+    spectrograms = waveforms.new_zeros(len(waveforms), T, num_bins)
+    spectrograms[rows] = floor_log_mel(log_mel(waveforms[rows], num_bins)[:, :T])
+    spectrograms = spectrograms.unflatten(0, (B, -1))
     lengths = (batch["lengths"] // HOP_LENGTH).clamp(min=1)
     return batch | {"mixture": spectrograms[:, 0], "targets": spectrograms[:, 1:],
                     "frame_mask": torch.arange(T, device=lengths.device) < lengths[:, None]}
@@ -1011,8 +1023,8 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """Return the precision of matrix products and the reason for it.
 
     "auto" is bfloat16 where the device has units for its products: CUDA from Ampere on, and CPUs
-    with AMX (9 times the float32 rate, measured). Other CPUs may have bfloat16 instructions and be
-    slower with them; MPS gains nothing.
+    with AMX (6 to 10 times the float32 rate, measured). Other CPUs may have bfloat16 instructions
+    and be slower with them; MPS gains nothing.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name], "as asked"
@@ -1033,8 +1045,8 @@ def autocast(device: str, dtype: torch.dtype):
 def attention_kernel(device: str, dtype: torch.dtype):
     """Return the context for attention in training.
 
-    On CPUs in bfloat16 that is plain products: with heads 48 wide the step takes 0.7 of the time of
-    that with the fused kernel, whose backward pass is slow (measured).
+    On CPUs in bfloat16 that is plain products: forward and backward pass of the spectrogram
+    separator take 0.8 to 0.9 of the time with the fused kernel, which is slow backward (measured).
     """
     plain = device == "cpu" and dtype == torch.bfloat16
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
@@ -1262,8 +1274,9 @@ def average_of(separator: nn.Module, steps: int = 0):
     It reaches back a tenth of the run; without it a step more or less moves the validation loss by
     a tenth (measured).
     """
-    def average(averaged: list[Tensor], current: list[Tensor], done) -> None:
-        torch._foreach_lerp_(averaged, current, 10 / (int(done) + 10))
+    def average(weights: list[Tensor], current: list[Tensor], _) -> None:
+        done = int(averaged.n_averaged)  # the counter on the CPU: reading it waits for no GPU
+        torch._foreach_lerp_(weights, current, 10 / (done + 10))
 
     averaged = torch.optim.swa_utils.AveragedModel(separator, multi_avg_fn=average)
     averaged.n_averaged.fill_(steps)
@@ -1401,12 +1414,11 @@ def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset
 
 def loss_weights(options: TrainOptions, train_set) -> LossWeights:
     """Return the weights asked for, else those of the data's kind."""
-    reconstruction, activity = options.reconstruction_weight, options.activity_weight
-    if reconstruction is None:
-        reconstruction = 0.5 if train_set.is_sum else 0.0
-    if activity is None:
-        activity = SPECTROGRAM_WEIGHTS.activity if train_set.is_spectrogram else 0.5
-    return LossWeights(reconstruction, activity)
+    default = SPECTROGRAM_WEIGHTS if train_set.is_spectrogram else LossWeights()
+    if not train_set.is_sum:
+        default = default._replace(reconstruction=0.0)
+    asked = {"reconstruction": options.reconstruction_weight, "activity": options.activity_weight}
+    return default._replace(**{k: v for k, v in asked.items() if v is not None})
 
 
 def prepare_folder(folder: Path) -> None:
@@ -1930,11 +1942,12 @@ class Integration:
         self.separator.to(self.model.device)
         return window_separator(self.separator, self.threshold, num_speakers)
 
-    def num_frames(self, samples: int) -> int:
-        """Return the frames, of the features that are separated, in so many samples."""
+    @property
+    def stride(self) -> int:
+        """Spectrogram frames to a frame of the features that are separated."""
         if self.separator.is_spectrogram:
-            return samples // 160
-        return samples // 160 // (4 if self.layer is None and self.is_qwen else 2)
+            return 1
+        return 4 if self.layer is None and self.is_qwen else 2
 
     def generate(
         self, inputs=None, *args, num_speakers=None, mode="separate", choose_rows=None, **kwargs

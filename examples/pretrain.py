@@ -16,19 +16,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import digits_manifest  # noqa: E402
 import torch  # noqa: E402
+from overlapped_digits import run  # noqa: E402
 
 import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 
 SIZES = ["--dim=240", "--num_heads=4", "--ff_dim=640"]  # 5.9 million weights, 12 MB in bfloat16
-
-
-def run(module, *words) -> None:
-    """Run one command of the project, printed as it would be typed."""
-    words = [str(word) for word in words]
-    print(f"$ python {Path(module.__file__).name} {' '.join(words)}", flush=True)
-    if status := module.main(words):
-        sys.exit(status)
 
 
 def write_manifest(args) -> Path:

@@ -582,3 +582,18 @@ def test_bad_recording(tmp_path, capsys):
     argv = flags_for(tmp_path / "speech", tmp_path / "data")
     assert_fails(capsys, argv, "NaN", main=generator.main)
     assert not (tmp_path / "data/train").exists()
+
+
+@pytest.mark.parametrize("there", [None, "cuda", "mps"])
+def test_device_of_the_encoder(there, monkeypatch):
+    """By default a GPU where there is one; a device that is not there is refused."""
+    import torch
+
+    found = there and torch.device(there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: found)
+    assert generator.build_parser().parse_args([]).device == "auto"
+    assert generator.pick_device("auto") == (there or "cpu")
+    assert generator.pick_device("cpu") == "cpu"
+    for name in {"cuda", "mps"} - {there}:
+        with pytest.raises(ValueError, match=f"no {name} device here"):
+            generator.pick_device(name)
