@@ -107,18 +107,22 @@ def read_audio(audio, given_rate: int | None = None) -> np.ndarray:
     return np.concatenate(list(audio_blocks(audio, given_rate)))
 
 
-def recording_length(audio, given_rate: int | None = None) -> int:
-    """Read a recording to its end and return its number of samples at 16 kHz.
-
-    Raises as ``read_audio`` does, and ValueError if it is shorter than ``SHORTEST``.
-    """
-    length = sum(map(len, audio_blocks(audio, given_rate)))
+def check_length(audio, length: int) -> int:
+    """Return a recording's number of samples; ValueError if it is shorter than ``SHORTEST``."""
     if length < SHORTEST:
         name = audio if isinstance(audio, (str, os.PathLike)) else "the recording"
         shortest = 1000 * SHORTEST // SAMPLING_RATE
         raise ValueError(f"{name} lasts {1000 * length / SAMPLING_RATE:.0f} ms; the shortest that "
                          f"can be separated is {shortest} ms")
     return length
+
+
+def recording_length(audio, given_rate: int | None = None) -> int:
+    """Read a recording to its end and return its number of samples at 16 kHz.
+
+    Raises as ``read_audio`` and ``check_length`` do.
+    """
+    return check_length(audio, sum(map(len, audio_blocks(audio, given_rate))))
 
 
 def write_wav(path, samples: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
@@ -25,9 +25,9 @@ from audio import (
     SAMPLING_RATE,
     AudioEncoder,
     audio_blocks,
+    check_length,
     floor_log_mel,
     log_mel,
-    recording_length,
 )
 
 WINDOW_SECONDS = 30
@@ -55,13 +55,22 @@ def audio_windows(
 
 
 def read_windows(audio, window: int, sampling_rate: int | None):
-    """Return the length of a recording, the number of its windows, and ``audio_windows``."""
+    """Yield first sample, samples and whether it is the only one of each window.
+
+    The recording is read once; ValueError if it is too short.
+    """
     from tqdm import tqdm
 
-    length, (_, step) = recording_length(audio, sampling_rate), window_sizes(window)
-    count = 1 + max(0, -(-(length - window) // step))
-    windows = audio_windows(audio_blocks(audio, sampling_rate), window, step)
-    return length, count, tqdm(windows, "windows", count, leave=False, disable=count < 2 or None)
+    windows = audio_windows(audio_blocks(audio, sampling_rate), window, window_sizes(window)[1])
+    first = next(windows)
+    check_length(audio, len(first[1]))
+    second = next(windows, None)
+    if second is None:
+        yield *first, True
+        return
+    for start, samples in tqdm(chain([first, second], windows), "windows", leave=False,
+                               disable=None):
+        yield start, samples, False
 
 
 def has_sound(part: np.ndarray, whole: np.ndarray) -> bool:
@@ -219,35 +228,34 @@ def separate_recording(
     window, rate = round(WINDOW_SECONDS * SAMPLING_RATE), FRAME_RATE
     if encoder is not None:
         window, rate = encoder.feature_extractor.n_samples, encoder.frame_rate
-    length, count, windows = read_windows(audio, window, sampling_rate)
-    frames = encoder.num_frames(length) if encoder else length // HOP_LENGTH
     shared = window - window_sizes(window)[1]
     tracker = TalkerTracker(round(shared / SAMPLING_RATE * rate), most)
-    mixture, talkers, end = None, {}, 0
-    for first, samples in windows:
+    parts, found, end = [], {}, 0
+    for first, samples, alone in read_windows(audio, window, sampling_rate):
         if encoder is None:
-            features = log_mel(torch.from_numpy(samples), num_bins)[:frames]
+            features = log_mel(torch.from_numpy(samples), num_bins)
         else:
             features = encoder.encode([samples])[0].cpu()
-        values, probs, active = separate(features, count == 1)
+        values, probs, active = separate(features, alone)
         streams = values if encoder else floor_log_mel(features + values)
         numbers = tracker.number(streams, active, has_sound(samples[:shared], samples))
-        if mixture is None:
-            mixture = features.new_zeros(frames, features.shape[1])
         start = round(first / SAMPLING_RATE * rate)
         skip = max(0, (end - start) // 2)  # of the frames shared, each window gives one half
-        end = min(start + len(features), frames)
-        part, inside = slice(start + skip, end), slice(skip, end - start)
-        mixture[part] = features[inside]
+        end = start + len(features)
+        parts.append((slice(start + skip, end), features[skip:],
+                      {n: values[s, skip:].clone() for s, n in numbers.items()}))
         for s, n in numbers.items():
-            if n not in talkers:
-                absent = torch.full_like(mixture, 0.0 if encoder else ABSENT)
-                talkers[n] = Talker(n + 1, absent, [])
-            talkers[n].values[part] = values[s, inside]
-            talkers[n].windows.append({
+            found.setdefault(n, []).append({
                 "start": first / SAMPLING_RATE, "end": (first + len(samples)) / SAMPLING_RATE,
                 "probability": round(float(probs[s]), 4)})
-    return SeparatedRecording(mixture, [talkers[n] for n in sorted(talkers)], rate, count)
+    mixture = parts[0][1].new_zeros(end, parts[0][1].shape[1])
+    talkers = {n: torch.full_like(mixture, 0.0 if encoder else ABSENT) for n in sorted(found)}
+    for place, features, values in parts:
+        mixture[place] = features
+        for n in values:
+            talkers[n][place] = values[n]
+    talkers = [Talker(n + 1, values, found[n]) for n, values in talkers.items()]
+    return SeparatedRecording(mixture, talkers, rate, len(parts))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -355,9 +363,8 @@ def answer_per_talker(
                    **options)
     window, step = window_sizes(processor.feature_extractor.n_samples)
     tracker = TalkerTracker((window - step) // HOP_LENGTH // integration.stride, num_speakers)
-    _, count, windows = read_windows(audio, window, sampling_rate)
-    answers = (_answer_window(call, integration, model, tracker, *part, window - step, count == 1)
-               for part in windows)
+    answers = (_answer_window(call, integration, model, tracker, window - step, *part)
+               for part in read_windows(audio, window, sampling_rate))
     return _by_talker(answers, mode, 1 - step / window)
 
 
@@ -389,7 +396,7 @@ def _transcribe(integration, processor, recording: SeparatedRecording, options: 
 
 
 def _answer_window(
-    call, integration, model, tracker, first: int, samples: np.ndarray, shared: int, alone: bool
+    call, integration, model, tracker, shared: int, first: int, samples: np.ndarray, alone: bool
 ):
     """Return start and end in seconds, (number, probability) of talkers, and a text for each."""
     def choose_rows(features, mel_mask, num_speakers):

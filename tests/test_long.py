@@ -703,3 +703,21 @@ def test_memory_does_not_grow(qwen_folder, qwen_checkpoint, spectrogram_checkpoi
     assert done.returncode == 0, done.stderr
     (short, _), (long, streams) = (map(int, line.split()) for line in done.stdout.splitlines())
     assert long - short < streams + 20e6
+
+
+@pytest.mark.parametrize("seconds", [1.0, 70.0])
+def test_a_recording_is_decoded_once(seconds, tmp_path, monkeypatch):
+    """Separation reads a file through one time, whatever its length."""
+    import audio
+    import long_recordings
+
+    path, opened = write_wav(tmp_path / "a.wav", sine(seconds, 200)), []
+    blocks = audio._blocks_of_file
+    monkeypatch.setattr(audio, "_blocks_of_file", lambda p: opened.append(p) or blocks(p))
+
+    def separate(features, alone):
+        return torch.zeros(1, *features.shape), torch.ones(1), torch.tensor([True])
+
+    recording = long_recordings.separate_recording(separate, path)
+    assert opened == [path]
+    assert len(recording.mixture) == 100 * seconds
