@@ -710,6 +710,7 @@ def test_a_recording_is_decoded_once(seconds, tmp_path, monkeypatch):
     """Separation reads a file through one time, whatever its length."""
     import audio
     import long_recordings
+    from conftest import write_wav
 
     path, opened = write_wav(tmp_path / "a.wav", sine(seconds, 200)), []
     blocks = audio._blocks_of_file
