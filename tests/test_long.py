@@ -708,9 +708,10 @@ def test_memory_does_not_grow(qwen_folder, qwen_checkpoint, spectrogram_checkpoi
 @pytest.mark.parametrize("seconds", [1.0, 70.0])
 def test_a_recording_is_decoded_once(seconds, tmp_path, monkeypatch):
     """Separation reads a file through one time, whatever its length."""
+    from conftest import write_wav
+
     import audio
     import long_recordings
-    from conftest import write_wav
 
     path, opened = write_wav(tmp_path / "a.wav", sine(seconds, 200)), []
     blocks = audio._blocks_of_file
