@@ -190,6 +190,26 @@ def tiny_extractor():
     return WhisperFeatureExtractor(feature_size=16, chunk_length=1, return_attention_mask=True)
 
 
+def tower_states(tower, input_features, mask):
+    """What the tower itself computes: hidden states after every block, its output, both masks."""
+    states, hooks = [], []
+    hooks.append(tower.layers[0].register_forward_pre_hook(lambda m, args: states.append(args[0])))
+    for block in tower.layers:
+        keep = lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
+        hooks.append(block.register_forward_hook(keep))
+    frames = mask.shape[1] // 2
+    lengths = (mask.sum(1) - 1) // 2 + 1
+    inside = torch.arange(frames) < lengths[:, None]
+    blocked = torch.zeros(len(mask), 1, frames, frames).masked_fill(
+        ~inside[:, None, None], torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        output = tower(input_features, attention_mask=blocked).last_hidden_state
+    for hook in hooks:
+        hook.remove()
+    halved = torch.arange(frames // 2) < ((lengths - 2) // 2 + 1)[:, None]
+    return states, output, inside, halved
+
+
 def tiny_processor():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2AudioProcessor

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import soxr
 import torch
-from conftest import RATE, WIDTH, sine
+from conftest import RATE, WIDTH, sine, tower_states
 
 import audio
 from speaker_separator_module import audio_tower_of
@@ -219,34 +219,14 @@ def test_gains_change_in_time():
 # Frozen models
 
 
-def tower_states(tower, inputs):
-    """What the tower itself computes: hidden states after every block, its output, both masks."""
-    states, hooks = [], []
-    hooks.append(tower.layers[0].register_forward_pre_hook(lambda m, args: states.append(args[0])))
-    for block in tower.layers:
-        keep = lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
-        hooks.append(block.register_forward_hook(keep))
-    mask = inputs["attention_mask"]
-    frames = mask.shape[1] // 2
-    lengths = (mask.sum(1) - 1) // 2 + 1
-    inside = torch.arange(frames) < lengths[:, None]
-    blocked = torch.zeros(len(mask), 1, frames, frames).masked_fill(
-        ~inside[:, None, None], torch.finfo(torch.float32).min)
-    with torch.no_grad():
-        output = tower(inputs["input_features"], attention_mask=blocked).last_hidden_state
-    for hook in hooks:
-        hook.remove()
-    halved = torch.arange(frames // 2) < ((lengths - 2) // 2 + 1)[:, None]
-    return states, output, inside, halved
-
-
 @pytest.mark.parametrize("layer", LAYERS)
 def test_encode_equals_the_models_own_tower(layer, qwen, qwen_folder, processor):
     encoder = audio.load_audio_encoder(str(qwen_folder), layer)
     inputs = processor.feature_extractor(
         RECORDINGS, sampling_rate=RATE, return_attention_mask=True, padding="max_length",
         return_tensors="pt")
-    states, output, inside, halved = tower_states(audio_tower_of(qwen), inputs)
+    states, output, inside, halved = tower_states(
+        audio_tower_of(qwen), inputs["input_features"], inputs["attention_mask"])
     expected, mask = (output, halved) if layer is None else (states[layer], inside)
     assert encoder.frame_rate == (25 if layer is None else 50)
     together = encoder.encode(RECORDINGS)

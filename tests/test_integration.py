@@ -21,6 +21,7 @@ from conftest import (
     tiny_extractor,
     tiny_separator,
     tiny_spectrogram_separator,
+    tower_states,
 )
 
 import speaker_separator_module as ssm
@@ -99,31 +100,11 @@ def integrate(tmp_path):
 # The encoder, cut at a block
 
 
-def tower_states(tower, inputs):
-    """What the tower itself computes: hidden states after every block, its output, both masks."""
-    states, hooks = [], []
-    hooks.append(tower.layers[0].register_forward_pre_hook(lambda m, args: states.append(args[0])))
-    for block in tower.layers:
-        keep = lambda m, a, out: states.append(out[0] if isinstance(out, tuple) else out)  # noqa: E731
-        hooks.append(block.register_forward_hook(keep))
-    mask = inputs["feature_attention_mask"]
-    frames = mask.shape[1] // 2
-    lengths = (mask.sum(1) - 1) // 2 + 1
-    inside = torch.arange(frames) < lengths[:, None]
-    blocked = torch.zeros(len(mask), 1, frames, frames).masked_fill(
-        ~inside[:, None, None], torch.finfo(torch.float32).min)  # fmt: skip
-    with torch.no_grad():
-        output = tower(inputs["input_features"], attention_mask=blocked).last_hidden_state
-    for hook in hooks:
-        hook.remove()
-    halved = torch.arange(frames // 2) < ((lengths - 2) // 2 + 1)[:, None]
-    return states, output, inside, halved
-
-
 @pytest.mark.parametrize("layer", LAYERS)
 def test_front_and_rest_make_the_tower(layer, qwen, processor):
     tower, inputs = ssm.audio_tower_of(qwen), processed(processor, RECORDINGS)
-    states, output, inside, halved = tower_states(tower, inputs)
+    states, output, inside, halved = tower_states(
+        tower, inputs["input_features"], inputs["feature_attention_mask"])
     with torch.no_grad():
         hidden, frame_mask = ssm.tower_front(
             tower, inputs["input_features"], inputs["feature_attention_mask"], layer)  # fmt: skip
