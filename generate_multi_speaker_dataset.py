@@ -450,6 +450,8 @@ def build_parser() -> argparse.ArgumentParser:
     range_of = {"nargs": 2, "metavar": ("MIN", "MAX")}
     draw("--join", type=int, default=mixing.join, **range_of,
          help="recordings said in a row by each talker")
+    draw("--min_seconds", type=float, default=mixing.min_seconds,
+         help="each talker says more recordings until it has talked so long")
     draw("--max_gap", type=float, default=mixing.max_gap,
          help="longest pause between them in seconds")
     draw("--max_onset", type=float, default=mixing.max_onset,
@@ -476,6 +478,9 @@ def check_arguments(args) -> None:
             raise ValueError(complaint)
 
 
+SECONDS_OR_DB = ("min_seconds", "max_gap", "max_onset", "level_difference")
+
+
 def _rules(args) -> list[tuple[bool, str]]:
     limits = {"join": (1, 1000), "overlap": (0, 1), "speed": (0.5, 2), "snr_db": (-100, 100)}
     ranges = [(f"--{name} needs two numbers from {low} to {high}, the smaller first",
@@ -488,8 +493,8 @@ def _rules(args) -> list[tuple[bool, str]]:
          f"--max_speakers ({args.max_speakers}), not {args.min_speakers}"),
         (args.seed >= 0, f"--seed must be 0 or more, not {args.seed}"),
         (args.workers >= 0, f"--workers must be 0 or more, not {args.workers}"),
-        (all(0 <= x < 1000 for x in (args.max_gap, args.max_onset, args.level_difference)),
-         "--max_gap, --max_onset and --level_difference must be numbers of 0 or more"),
+        (all(0 <= getattr(args, name) < 1000 for name in SECONDS_OR_DB),
+         f"--{', --'.join(SECONDS_OR_DB)} must be numbers of 0 or more"),
         *((all(a <= b for a, b in pairwise(values)), words) for words, values in ranges),
         (0 <= args.reverb <= 1, f"--reverb must be 0 to 1, not {args.reverb}"),
         (args.layer is None or bool(args.encoder), "--layer needs --encoder"),

@@ -44,6 +44,7 @@ class MixingOptions(NamedTuple):
     min_speakers: int = 2
     max_speakers: int = 3
     join: tuple[int, int] = (1, 1)
+    min_seconds: float = 0.0
     max_gap: float = 0.15
     max_onset: float = 0.4
     level_difference: float = 3.0
@@ -185,12 +186,13 @@ def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedT
     window = options.max_seconds or np.inf
     count = int(rng.integers(options.join[0], options.join[1] + 1))
     speed = float(rng.uniform(*options.speed))
-    picks = [_pick(rng, pool, window * speed) for _ in range(count)]
-    onset, *gaps = rng.uniform(0, [options.max_onset, *[options.max_gap] * (count - 1)]).tolist()
-    starts, end = [], 0.0
-    for utterance, gap in zip(picks, [0.0, *gaps], strict=True):
+    onset, gap = float(rng.uniform(0, options.max_onset)), 0.0
+    picks, starts, end = [], [], 0.0
+    while len(picks) < count or end < options.min_seconds:
+        picks.append(_pick(rng, pool, window * speed))
         starts.append(end + gap)
-        end = starts[-1] + recording_seconds(utterance.audio) / speed
+        end = starts[-1] + recording_seconds(picks[-1].audio) / speed
+        gap = float(rng.uniform(0, options.max_gap))
     half = options.level_difference / 2
     gain_db = float(rng.uniform(-half, half))
     talker = PlannedTalker(tuple(picks), speed, tuple(starts), end, onset, gain_db)

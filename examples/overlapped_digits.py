@@ -50,9 +50,9 @@ def make_data(args) -> tuple[Path, dict[str, Path]]:
     make_noises(noises / "train", seed=1)
     make_noises(noises / "test", seed=0)
     train = generate(
-        args, "data", "--min_speakers=1", "--join", 2, 6, "--max_onset=0.5", "--train_samples=10",
-        "--val_samples=120", "--speed", 0.8, 1.25, f"--noise_dir={noises / 'train'}",
-        "--snr_db", 15, 60)
+        args, "data", "--min_speakers=1", "--join", 1, 8, "--min_seconds=2", "--max_onset=0.5",
+        "--train_samples=10", "--val_samples=120", "--speed", 0.8, 1.25,
+        f"--noise_dir={noises / 'train'}", "--snr_db", 15, 60)
     tests = {}
     kinds = {"": [], ", noise": [f"--noise_dir={noises / 'test'}"], ", room": ["--reverb"]}
     for kind, flags in kinds.items():
@@ -81,7 +81,8 @@ def train(args, data: Path) -> Path:
     if not (folder / "training_report.md").is_file():
         resume = ["--resume"] if any(folder.glob("*.pt")) else []
         run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={folder}",
-            f"--epochs={args.epochs}", f"--mixtures_per_epoch={args.mixtures_per_epoch}", *resume)
+            f"--epochs={args.epochs}", f"--mixtures_per_epoch={args.mixtures_per_epoch}",
+            "--crop_seconds", 2, 3, *resume)
     return folder / "best_model.pt"
 
 
@@ -107,8 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--model", required=True, help="Qwen2-Audio that transcribes digits: folder or hub id")
     add("--work_dir", type=Path, default=Path("overlapped_digits"), help="where everything goes")
-    add("--epochs", type=int, default=17, help="training epochs")
-    add("--mixtures_per_epoch", type=int, default=2000, help="fresh mixtures in each")
+    add("--epochs", type=int, default=16, help="training epochs")
+    add("--mixtures_per_epoch", type=int, default=4000, help="fresh mixtures in each")
     add("--test_samples", type=int, default=100, help="mixtures in each test set")
     add("--find_count", action="store_true",
         help="let the separator find the number of talkers instead of giving it")

@@ -43,8 +43,9 @@ def make_data(args) -> Path:
     data = args.work_dir / "data"
     if not (data / "dataset.json").is_file():
         run(generator, f"--speech_dir={write_manifest(args)}", f"--output_dir={data}",
-            "--train_samples=10", "--val_samples=120", "--min_speakers=1", "--join", 1, 4,
-            "--max_onset=2", "--level_difference=5", "--speed", 0.85, 1.2, "--max_seconds=16",
+            "--train_samples=10", "--val_samples=120", "--min_speakers=1", "--join", 1, 3,
+            "--min_seconds=3", "--max_onset=3", "--level_difference=5", "--speed", 0.85, 1.2,
+            "--max_seconds=17",
             f"--noise_dir={Path(args.speech) / 'noise'}", "--snr_db", 5, 50, "--reverb", 0.2)
     return data
 
@@ -58,9 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
-    add("--epochs", type=int, default=60, help="epochs of --mixtures_per_epoch")
-    add("--mixtures_per_epoch", type=int, default=2000, help="fresh mixtures in an epoch")
-    add("--crop_seconds", type=float, default=5.0, help="longest part of a mixture in training")
+    add("--epochs", type=int, default=18, help="epochs of --mixtures_per_epoch")
+    add("--mixtures_per_epoch", type=int, default=4000, help="fresh mixtures in an epoch")
     add("--workers", type=int, default=0, help="processes that mix; 0: this one")
     add("--device", default="auto", help="where to compute: auto, cpu, cuda or mps")
     return parser
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     resume = ["--resume"] if any(checkpoints.glob("*.pt")) else []
     run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
         f"--epochs={args.epochs}", f"--mixtures_per_epoch={args.mixtures_per_epoch}",
-        f"--crop_seconds={args.crop_seconds}", f"--workers={args.workers}", "--save_every=2",
+        "--batch_size=12", "--crop_seconds", 2, 6, f"--workers={args.workers}", "--save_every=2",
         f"--device={args.device}", *resume)
     separator = ssm.load_separator(checkpoints / "best_model.pt")
     ssm.export_separator(separator, Path(args.output_dir), torch.bfloat16)

@@ -475,7 +475,7 @@ def slices(whole, part):
 def test_remixed_recordings_are_sums_with_many_talkers_more_often(recordings):
     mixtures, counts = remix_recordings(recordings, seed=3), []
     for number in range(150):
-        _, plan = mixtures.plan(number)
+        plan, *_ = mixtures.plan(number)
         counts.append(len(plan.talkers))
         said = {u.audio for t in plan.talkers for u in t.utterances}
         assert len({u.parent for u in said}) == len(plan.talkers)
@@ -510,9 +510,9 @@ def test_crops_are_parts_without_the_talkers_that_are_silent_there(
     response[40] = 1
     monkeypatch.setattr(mixing, "room_responses", lambda room: [(response, 40)] * 7)
     folder = shutil.copytree(recordings, tmp_path / "own")
-    edit_json(folder / "dataset.json", lambda about: about["mixing"].update(reverb=reverb))
+    edit_json(folder / "dataset.json", lambda about: about["mixing"].update(reverb=reverb, max_onset=2.0))
     whole = remix_recordings(folder, seed=3)
-    cropped = remix_recordings(folder, seed=3, crop_seconds=0.25)
+    cropped = remix_recordings(folder, seed=3, crop_seconds=(0.25, 0.25))
     starts, dropped = set(), 0
     for number in range(40):
         mixture, *talkers = whole[number]["waveforms"].numpy()
@@ -532,8 +532,28 @@ def test_crops_are_parts_without_the_talkers_that_are_silent_there(
     assert dropped > 5
 
 
+def test_crops_lie_where_all_talkers_talk(recordings, monkeypatch):
+    """Two talkers of 2 s overlap or pause for 0.5 s: the middle of the part is there."""
+    one = mixing.PlannedTalker((), 1.0, (), 2.0, 0.0, 0.0)
+    mixtures, middles, lengths = remix_recordings(recordings, crop_seconds=(0.2, 0.4)), [], []
+    for second in (1.5, 2.5):
+        plan = mixing.PlannedMixture((one, one._replace(onset=second)), second + 2, 0.0)
+        monkeypatch.setattr(mixing.SpeechSource, "draw", lambda *_, plan=plan: plan)
+        for number in range(60):
+            _, start, length = mixtures.plan(number)
+            middles.append((start + length / 2 - min(second, 2)) / 0.5)
+            lengths.append(length)
+    assert 0 <= min(middles) < 0.1
+    assert 0.9 < max(middles) <= 1
+    assert 0.2 <= min(lengths) < 0.22
+    assert 0.38 < max(lengths) <= 0.4
+    monkeypatch.setattr(mixing.SpeechSource, "draw", lambda *_: plan._replace(talkers=()))
+    parts = [mixtures.plan(number) for number in range(100)]
+    assert all(0 <= start <= 4.5 - length for _, start, length in parts)
+
+
 def test_short_mixtures_are_not_cropped(recordings):
-    whole, same = (remix_recordings(recordings, crop_seconds=s) for s in (None, 60.0))
+    whole, same = (remix_recordings(recordings, crop_seconds=s) for s in (None, (60.0, 60.0)))
     assert all(torch.equal(whole[i]["waveforms"], same[i]["waveforms"]) for i in range(10))
 
 

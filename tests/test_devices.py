@@ -57,11 +57,12 @@ def test_precision(machine, monkeypatch):
     for capability, expected in (((8, 0), torch.bfloat16), ((7, 5), torch.float32)):
         machine(cuda=True, capability=capability)
         assert ssm.pick_dtype("auto", "cuda")[0] == expected
-    for tiles, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda t=tiles: t)
+    for amx, avx, word in ((True, True, "AMX"), (False, True, "AVX512"), (False, False, "no")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
         dtype, reason = ssm.pick_dtype("auto", "cpu")
-        assert dtype == expected
-        assert ("AMX" in reason) is tiles
+        assert dtype == (torch.bfloat16 if avx else torch.float32)
+        assert word in reason
 
 
 @pytest.mark.parametrize(("device", "dtype", "plain"), [

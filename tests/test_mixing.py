@@ -301,6 +301,17 @@ def test_utterances_are_said_in_order_with_pauses(by_speaker):
                 assert np.corrcoef(part, original)[0, 1] > 0.999
 
 
+def test_talkers_go_on_until_min_seconds(by_speaker):
+    """They say no more recordings than that takes, nor fewer than ``join`` asks for."""
+    for least, join in ((1.5, (1, 1)), (0.1, (4, 4))):
+        for plan in plans(by_speaker, 10, join=join, min_seconds=least):
+            for talker in plan.talkers:
+                assert talker.seconds >= least
+                assert len(talker.utterances) >= join[0]
+                if len(talker.utterances) > join[0]:
+                    assert talker.starts[-1] < least + 0.15
+
+
 def test_level_difference(by_speaker):
     differences = []
     for plan in plans(by_speaker, 40, level_difference=12.0, max_speakers=2, max_onset=0):
