@@ -510,7 +510,8 @@ def test_crops_are_parts_without_the_talkers_that_are_silent_there(
     response[40] = 1
     monkeypatch.setattr(mixing, "room_responses", lambda room: [(response, 40)] * 7)
     folder = shutil.copytree(recordings, tmp_path / "own")
-    edit_json(folder / "dataset.json", lambda about: about["mixing"].update(reverb=reverb, max_onset=2.0))
+    changes = {"reverb": reverb, "max_onset": 2.0}
+    edit_json(folder / "dataset.json", lambda about: about["mixing"].update(changes))
     whole = remix_recordings(folder, seed=3)
     cropped = remix_recordings(folder, seed=3, crop_seconds=(0.25, 0.25))
     starts, dropped = set(), 0
