@@ -1,5 +1,6 @@
 """The README's commands are ones that the parsers take, and CI runs its test command."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -48,3 +49,14 @@ def test_ci_runs_the_test_command_of_the_readme():
     command = next(line for line in readme.splitlines() if "pytest" in line and "pip" in line)
     last_of_ci = (ROOT / ".ci/run").read_text(encoding="utf-8").strip().splitlines()[-1]
     assert command.endswith(last_of_ci)
+
+
+def test_contributing_names_what_exists():
+    """Files, functions and fixtures in backticks."""
+    words = re.findall(r"(?<!`)`([^`\s]+)`(?!`)", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    paths = [word for word in words if "/" in word or word.endswith(".py")]
+    assert not [path for path in paths if not (ROOT / path).exists()]
+    code = "".join(path.read_text("utf-8") for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
+    names = [word for word in words if word.isidentifier()]
+    assert len(names) > 20
+    assert not [name for name in names if not re.search(rf"\b{name}\b", code)]
