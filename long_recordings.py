@@ -400,14 +400,15 @@ def _answer_window(
 ):
     """Return start and end in seconds, (number, probability) of talkers, and a text for each."""
     def choose_rows(features, mel_mask, num_speakers):
-        streams, frame_mask, probs = integration.split(features, mel_mask)
-        active = integration.active_in_window(probs[0], num_speakers, alone)
+        streams, frame_mask, talkers, _ = integration.choose_rows(
+            features, mel_mask, num_speakers, at_most=not alone)
+        active = torch.zeros(streams.shape[1], dtype=torch.bool)
+        active[[stream for _, stream, _ in talkers]] = True
         frames = len(samples) // HOP_LENGTH // integration.stride
         sound = has_sound(samples[:shared], samples)
-        numbers = tracker.number(streams[0][:, :frames].cpu(), active.cpu(), sound)
-        order = sorted(numbers, key=numbers.get)
-        talkers = [(0, s, float(probs[0, s])) for s in order]
-        return streams, frame_mask, talkers, [numbers[s] + 1 for s in order]
+        numbers = tracker.number(streams[0][:, :frames].cpu(), active, sound)
+        talkers.sort(key=lambda talker: numbers[talker[1]])
+        return streams, frame_mask, talkers, [numbers[stream] + 1 for _, stream, _ in talkers]
 
     texts = call([samples], choose_rows=choose_rows)
     who = [(tracker.talker_of[stream] + 1, round(p, 4)) for _, stream, p in model.speaker_rows]

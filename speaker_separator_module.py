@@ -561,13 +561,21 @@ def check_num_speakers(num_speakers: int | None, streams: int) -> None:
                          "has no more streams")
 
 
-def active_streams(speaker_probs: Tensor, threshold: float = 0.5, num_speakers=None) -> Tensor:
-    """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest."""
+def active_streams(
+    speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None,
+    at_most: bool = False,
+) -> Tensor:
+    """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest.
+
+    With ``at_most``, only those of the likeliest that reach the threshold.
+    """
+    reached = speaker_probs >= threshold
     if num_speakers is None:
-        return speaker_probs >= threshold
+        return reached
     check_num_speakers(num_speakers, speaker_probs.shape[-1])
     likeliest = speaker_probs.topk(num_speakers, dim=-1).indices
-    return torch.zeros_like(speaker_probs, dtype=torch.bool).scatter(-1, likeliest, True)
+    chosen = torch.zeros_like(reached).scatter(-1, likeliest, True)
+    return chosen & reached if at_most else chosen
 
 
 def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor) -> float:
@@ -1616,14 +1624,11 @@ def separate(
         separated[0].float(), probs[0], active_streams(probs[0], threshold, num_speakers))
 
 
-def active_in_window(probs: Tensor, threshold: float, num_speakers, alone: bool) -> Tensor:
-    """Return the active streams [S] of a window; one not ``alone`` may lack known talkers."""
-    active = active_streams(probs, threshold, num_speakers)
-    return active if alone else active & active_streams(probs, threshold)
-
-
 def window_separator(separator, threshold: float | None, num_speakers: int | None):
-    """Return the function that ``long_recordings.separate_recording`` calls on each window."""
+    """Return the function that ``long_recordings.separate_recording`` calls on each window.
+
+    A window that is not ``alone`` may lack some of the ``num_speakers`` of the recording.
+    """
     threshold = separator.threshold if threshold is None else threshold
     weight = separator.eval().speaker_queries
     method = separator.gains if separator.is_spectrogram else separator
@@ -1631,7 +1636,7 @@ def window_separator(separator, threshold: float | None, num_speakers: int | Non
     @torch.inference_mode()
     def separate_window(features: Tensor, alone: bool):
         values, probs = method(features.to(weight.device, weight.dtype)[None])
-        active = active_in_window(probs[0], threshold, num_speakers, alone)
+        active = active_streams(probs[0], threshold, num_speakers, at_most=not alone)
         return values[0].float().cpu(), probs[0].cpu(), active.cpu()
 
     return separate_window
@@ -1709,11 +1714,8 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
 
 
 def audio_tower_of(model: nn.Module) -> nn.Module:
-    """Return the encoder of a Qwen2-Audio or Whisper model.
-
-    Newer transformers keep Qwen2-Audio's parts under ``model.model``, older ones on ``model``.
-    """
-    inner = getattr(model, "model", model)
+    """Return the encoder of a Qwen2-Audio or Whisper model; ValueError if it is neither."""
+    inner = getattr(model, "model", model)  # older versions keep Qwen2-Audio's parts on the model
     for owner, name in ((inner, "audio_tower"), (model, "audio_tower"), (inner, "encoder")):
         tower = getattr(owner, name, None)
         if hasattr(tower, "conv1"):
@@ -1773,75 +1775,58 @@ def tower_front(
 
 
 # --------------------------------------------------------------------------------------------------
-# Integrate: what a call of generate asks for, and what to answer for
+# Integrate: what a call of generate asks for
 
 # Options with which Whisper reads from a timestamp on, or once more; temperature if there are many.
 READ_AGAIN = ("return_timestamps", "temperature", "no_speech_threshold")
 
 
-def generation_option(model, args: tuple, kwargs: dict, name: str):
-    """Return an option of a call of ``generate``, or what its configuration says."""
-    config = kwargs.get("generation_config") or (
-        args[0] if args else getattr(model, "generation_config", None))
-    return kwargs.get(name, getattr(config, name, None))
+def audio_slots(model, ids: Tensor) -> list[list[int]]:
+    """Return [start, end] of every run of audio tokens in one prompt [L]."""
+    edges = F.pad((ids == model.config.audio_token_id).int(), (1, 1)).diff().nonzero()
+    return edges.view(-1, 2).tolist()
 
 
-def without_timestamps(model, args: tuple, kwargs: dict) -> dict:
-    """Return the option that keeps Whisper from saying a timestamp, at which it would read on."""
-    last = getattr(model.generation_config, "no_timestamps_token_id", None)
-    if last is None:
-        return {}
-    suppressed = generation_option(model, args, kwargs, "suppress_tokens")
-    return {"suppress_tokens": [*range(last + 1, model.config.vocab_size), *(suppressed or [])]}
-
-
-def audio_slots(model, ids: Tensor) -> list[tuple[int, int]]:
-    """Return (start, end) of every run of audio tokens in one prompt [L]."""
-    inside = F.pad((ids == model.config.audio_token_id).int(), (1, 1)).diff()
-    starts, ends = (inside > 0).nonzero().flatten(), (inside < 0).nonzero().flatten()
-    return list(zip(starts.tolist(), ends.tolist(), strict=True))
-
-
-def check_call(integration: Integration, ids, features, mode: str, args: tuple, kwargs) -> None:
+def check_call(integration: Integration, ids, features, mode: str, option) -> None:
     """Refuse calls of ``generate`` that would answer something else than was asked."""
-    model, frames = integration.model, 0 if features is None else features.shape[-1]
-    slots = None if ids is None else [len(audio_slots(model, row)) for row in ids]
+    frames = 0 if features is None else features.shape[-1]
     if mode not in ("separate", "joint"):
         raise ValueError(f"mode must be separate or joint, not {mode!r}")
     if frames > integration.window:
         raise ValueError(f"the recording has {frames} mel frames and the model reads "
                          f"{integration.window} at a time: answer_per_talker reads longer ones")
-    if slots is None:
+    if ids is None:
         if mode == "joint":
             raise ValueError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
         for name in () if integration.separator.is_spectrogram else READ_AGAIN:
-            value = generation_option(model, args, kwargs, name)
+            value = option(name)
             if value and not (name == "temperature" and isinstance(value, (int, float))):
                 raise ValueError(f"{name} makes Whisper read the recording again, which a "
                                  "separator of hidden features cannot serve: use a spectrogram "
                                  "separator")
-    elif features is None:
-        if any(slots) and kwargs.get("past_key_values", kwargs.get("cache")) is None:
+        return
+    slots = [len(audio_slots(integration.model, row)) for row in ids]
+    if features is None:
+        if any(slots) and option("past_key_values") is None:
             raise ValueError("the prompt has an audio slot but no audio came with it: give the "
                              "processor audio=... (it ignores audios=)")
     elif sum(slots) != len(features):
         raise ValueError(f"{len(slots)} prompts with {sum(slots)} audio slots came with "
                          f"{len(features)} recordings: give one per slot")
-    elif mode == "separate" and (wrong := [count for count in slots if count != 1]):
-        raise ValueError(f"a prompt has {wrong[0]} audio slots: one answer per talker takes one "
+    elif mode == "separate" and set(slots) != {1}:
+        raise ValueError(f"a prompt has {max(slots)} audio slots: one answer per talker takes one "
                          "slot each; mode='joint' puts the talkers of every slot in its place")
 
 
 def repeat_rows(kwargs: dict, rows: list[int], A: int) -> dict:
     """Repeat what belongs to one of ``A`` recordings for each of its rows."""
-
-    def repeat(name, value):
+    repeated = dict(kwargs)
+    for name, value in kwargs.items():
         if isinstance(value, Tensor) and value.dim() > 1 and len(value) == A:
-            return value[rows]
-        per_sample = name == "language" and isinstance(value, (list, tuple))
-        return [value[row] for row in rows] if per_sample else value
-
-    return {name: repeat(name, value) for name, value in kwargs.items()}
+            repeated[name] = value[rows]
+        elif name == "language" and isinstance(value, (list, tuple)):
+            repeated[name] = [value[row] for row in rows]
+    return repeated
 
 
 def joint_prompts(model, ids: Tensor, recordings: list[int], labels: list[int], kwargs: dict):
@@ -1874,14 +1859,14 @@ def joint_prompts(model, ids: Tensor, recordings: list[int], labels: list[int], 
     return filled, (padded >= 0).to(mask.dtype), list(prompts)
 
 
-def no_rows(model, ids, args: tuple, kwargs: dict):
+def no_rows(ids, option):
     """Return what ``generate`` does, for no row at all."""
     from transformers.generation import GenerateDecoderOnlyOutput
 
     empty = torch.zeros(0, 0, dtype=torch.long) if ids is None else ids[:0]
-    if kwargs.get("return_segments"):
+    if option("return_segments"):
         return {"sequences": empty, "segments": []}
-    asked = generation_option(model, args, kwargs, "return_dict_in_generate")
+    asked = option("return_dict_in_generate")
     return GenerateDecoderOnlyOutput(sequences=empty) if asked else empty
 
 
@@ -1899,16 +1884,13 @@ class Integration:
         self.is_qwen = hasattr(config, "audio_config")
         encoder = getattr(config, "audio_config", config)
         self.window = 2 * getattr(encoder, "max_source_positions", math.inf)  # mel frames
+        # Mel frames to a frame of what is separated.
+        self.stride = 1 if separator.is_spectrogram else 4 if self.is_qwen and layer is None else 2
         self.trained = separator.training  # the separator's own state, for removal
         self.gradients = [p.requires_grad for p in separator.parameters()]
         separator.eval().requires_grad_(False)
         # Libraries keep wrappers on the object itself (accelerate its hooks): call and restore it.
         self.own_generate = vars(model).get("generate")
-
-    @property
-    def tower(self) -> nn.Module:
-        """The model's encoder."""
-        return audio_tower_of(self.model)
 
     def original_generate(self):
         """Return the ``generate`` that this integration stands before."""
@@ -1926,47 +1908,45 @@ class Integration:
         else:  # Whisper's processor gives no mask unless asked: audio ends where the floor begins
             inside = speaking_frames(mixture.float()).flip(1).cummax(1).values.flip(1)
         if not self.separator.is_spectrogram:
-            mixture, inside = tower_front(self.tower, features, inside, self.layer)
+            mixture, inside = tower_front(audio_tower_of(self.model), features, inside, self.layer)
         weight = self.separator.to(mixture.device).speaker_queries
         streams, probs = self.separator(mixture.to(weight.dtype), inside)
         if not self.separator.is_spectrogram:  # past its end a talker is as silent as the mixture
             streams = streams.to(mixture.dtype).where(inside[:, None, :, None], mixture[:, None])
         return streams, inside, probs
 
-    def choose_rows(self, features, mel_mask, num_speakers: int | None):
-        """Return streams, masks, (recording, stream, probability) of talkers, their labels."""
-        streams, frame_mask, probs = self.split(features, mel_mask)
-        active = active_streams(probs, self.threshold, num_speakers)
-        talkers = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
-        return streams, frame_mask, talkers, active.cumsum(1)[active].tolist()
-
-    def active_in_window(self, probs: Tensor, num_speakers: int | None, alone: bool) -> Tensor:
-        """Return the active streams [S] of a window."""
-        return active_in_window(probs, self.threshold, num_speakers, alone)
-
     def window_separator(self, num_speakers: int | None):
         """Return the function that ``long_recordings.separate_recording`` calls on each window."""
         self.separator.to(self.model.device)
         return window_separator(self.separator, self.threshold, num_speakers)
 
-    @property
-    def stride(self) -> int:
-        """Spectrogram frames to a frame of the features that are separated."""
-        if self.separator.is_spectrogram:
-            return 1
-        return 4 if self.layer is None and self.is_qwen else 2
+    def choose_rows(self, features, mel_mask, num_speakers: int | None, at_most: bool = False):
+        """Return streams, masks, (recording, stream, probability) of talkers, their labels."""
+        streams, frame_mask, probs = self.split(features, mel_mask)
+        active = active_streams(probs, self.threshold, num_speakers, at_most)
+        talkers = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
+        return streams, frame_mask, talkers, active.cumsum(1)[active].tolist()
 
     def generate(
         self, inputs=None, *args, num_speakers=None, mode="separate", choose_rows=None, **kwargs
     ):
-        """Stand before the model's ``generate``; ``integrate_speaker_separator`` explains it."""
+        """Stand before the model's ``generate``; ``integrate_speaker_separator`` explains it.
+
+        Long recordings give a ``choose_rows`` of their own.
+        """
         model, ids, joint = self.model, None, mode == "joint"
         model.speaker_rows = None
+        config = kwargs.get("generation_config") or (
+            args[0] if args else getattr(model, "generation_config", None))
+
+        def option(name: str):
+            return kwargs.get(name, getattr(config, name, None))
+
         if self.is_qwen:
             ids, features = kwargs.pop("input_ids", inputs), kwargs.get("input_features")
         else:
             features = kwargs.pop("input_features", inputs)
-        check_call(self, ids, features, mode, args, kwargs)
+        check_call(self, ids, features, mode, option)
         if features is None:
             return self.original_generate()(ids, *args, **kwargs)
         mask_name = "feature_attention_mask" if self.is_qwen else "attention_mask"
@@ -1975,12 +1955,9 @@ class Integration:
         streams, frame_mask, talkers, labels = choose_rows(features, mel_mask, num_speakers)
         if not talkers:
             model.speaker_rows = []
-            return no_rows(model, ids, args, kwargs)
+            return no_rows(ids, option)
         if not (self.is_qwen or self.separator.is_spectrogram):
-            # Whisper repeats spectrograms for several answers each, but no encoder_outputs.
-            copies = generation_option(model, args, kwargs, "num_return_sequences") or 1
-            talkers = [talker for talker in talkers for _ in range(copies)]
-            kwargs |= {"num_return_sequences": 1, **without_timestamps(model, args, kwargs)}
+            talkers, kwargs = self._rows_of_whisper(talkers, kwargs, option)
         recordings, numbers = [a for a, _, _ in talkers], [s for _, s, _ in talkers]
         if joint:
             prompts, mask, kept = joint_prompts(model, ids, recordings, labels, kwargs)
@@ -2003,6 +1980,19 @@ class Integration:
         output["sequences"] = sequences
         return output
 
+    def _rows_of_whisper(self, talkers: list, kwargs: dict, option) -> tuple[list, dict]:
+        """Repeat talkers for several answers each, since Whisper does not repeat encoder_outputs.
+
+        Bars timestamps too: Whisper would read the recording on from the last one.
+        """
+        copies = option("num_return_sequences") or 1
+        kwargs = kwargs | {"num_return_sequences": 1}
+        last = getattr(self.model.generation_config, "no_timestamps_token_id", None)
+        if last is not None:
+            timestamps = range(last + 1, self.model.config.vocab_size)
+            kwargs["suppress_tokens"] = [*timestamps, *(option("suppress_tokens") or [])]
+        return [talker for talker in talkers for _ in range(copies)], kwargs
+
     @torch.no_grad()
     def _model_inputs(self, ids, streams: Tensor, frame_mask, dtype, kwargs: dict, joint: bool):
         """Return the first argument and keywords of ``generate`` for streams [R, T, D]."""
@@ -2013,10 +2003,9 @@ class Integration:
             if not joint:
                 return ids, kwargs | {"input_features": spectrograms}
             # generate would repeat the recordings of one prompt for beams in the wrong order.
-            hidden, _ = tower_front(self.tower, spectrograms, frame_mask, None)
+            hidden, _ = tower_front(audio_tower_of(self.model), spectrograms, frame_mask, None)
         else:
-            hidden = tower_rest(self.tower, streams, frame_mask, self.layer)
-        kwargs = dict(kwargs)
+            hidden = tower_rest(audio_tower_of(self.model), streams, frame_mask, self.layer)
         if not self.is_qwen:
             from transformers.modeling_outputs import BaseModelOutput
 
@@ -2042,12 +2031,11 @@ def check_fit(separator, config, layer: int | None) -> None:
         if layer is not None:
             raise ValueError("--layer is for separators of hidden features; this one reads "
                              "spectrograms")
-        return
-    if separator.feature_dim != config.d_model:
+    elif separator.feature_dim != config.d_model:
         raise ValueError(f"the separator reads features {separator.feature_dim} wide and the model "
                          f"has {config.d_model}: train one on these features, or use a spectrogram "
                          "separator, which fits every model")
-    if layer is not None and not 0 <= layer <= config.encoder_layers:
+    elif layer is not None and not 0 <= layer <= config.encoder_layers:
         raise ValueError(
             f"layer must be 0 to {config.encoder_layers} for this encoder, not {layer}")
 
@@ -2059,13 +2047,10 @@ def integrate_speaker_separator(
     """Put a separator into a speech model, in place: ``generate`` then answers per talker.
 
     ``model.generate(**inputs)`` returns one row per active talker, grouped by sample, ``[0, L]`` if
-    there is none; ``model.speaker_rows`` lists their (sample, stream, probability), from 0. A
-    spectrogram separator hands each talker's spectrogram to the untouched ``generate``; one of
-    hidden features separates after encoder block ``layer`` and runs the rest on each stream.
-
-    ``generate`` takes two more options: ``num_speakers``, when it is known, and ``mode="joint"``
-    with ``tokenizer=processor.tokenizer``: one row per prompt, in which every talker has an audio
-    slot after the words "Speaker 1:"; ``speaker_rows`` then lists the slots.
+    there is none; ``model.speaker_rows`` lists their (sample, stream, probability), from 0. Two
+    more options: ``num_speakers``, when it is known, and ``mode="joint"`` with
+    ``tokenizer=processor.tokenizer``: one row per prompt, in which every talker has an audio slot
+    after the words "Speaker 1:"; ``speaker_rows`` then lists the slots.
 
     Parameters
     ----------
@@ -2078,12 +2063,10 @@ def integrate_speaker_separator(
     separator_checkpoint : path, hub id or separator, optional
         Without it: a separator of hidden features with random weights, good for tests only.
     layer, threshold : int and float, optional
-        Default: those of the checkpoint.
+        Default: those of the checkpoint. A separator of hidden features separates after encoder
+        block ``layer``.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        If the model or checkpoint cannot be used or their sizes differ.
+    Raises FileNotFoundError or ValueError if model or checkpoint cannot be used or differ in size.
     """
     remove_speaker_separator(model)
     whole = getattr(model, "_orig_mod", model)  # of a compiled one
@@ -2128,14 +2111,12 @@ def remove_speaker_separator(model):
 # Evaluate words
 
 
-def transcribe(
-    model, processor, recordings: list, desc: str | None = None, **options
-) -> list[list[str]]:
+def transcribe(model, processor, recordings: list, **options) -> list[list[str]]:
     """Return what a model says of each recording: one text, or one per talker if integrated."""
     from long_recordings import ask
 
     answers: list[list[str]] = [[] for _ in recordings]
-    for start in tqdm(range(0, len(recordings), 16), desc, leave=False, disable=None):
+    for start in tqdm(range(0, len(recordings), 16), "answers", leave=False, disable=None):
         batch = recordings[start : start + 16]
         texts = ask(model, processor, batch, **options)
         rows = getattr(model, "speaker_rows", None)
@@ -2173,21 +2154,21 @@ def evaluate_words(
     mixtures = [read_audio(dataset.folder / sample["mixed_wav"]) for sample in samples]
     alone = [read_audio(dataset.folder / speaker["wav_file"])
              for sample in samples for speaker in sample["speakers"]]
-    mixed = transcribe(model, processor, mixtures, "mixtures", **options)
-    singles = iter(transcribe(model, processor, alone, "talkers", **options))
-    oracle = [[text for _ in talkers for text in next(singles)] for talkers in said]
+    answers = {"mixture": transcribe(model, processor, mixtures, **options)}
+    singles = iter(transcribe(model, processor, alone, **options))
+    answers["oracle"] = [[text for _ in talkers for text in next(singles)] for talkers in said]
     integrate_speaker_separator(model, None, separator, threshold=threshold)
     try:
-        separated = transcribe(model, processor, mixtures, "streams", num_speakers=num_speakers,
-                               **options)
+        answers["separated"] = transcribe(
+            model, processor, mixtures, num_speakers=num_speakers, **options)
     finally:
         remove_speaker_separator(model)
-    heard, rows = {"mixture": mixed, "separated": separated, "oracle": oracle}, []
+    rows = []
     for i, sample in enumerate(samples):
-        errors = {name: cp_word_errors(said[i], texts[i]) for name, texts in heard.items()}
+        errors = {name: cp_word_errors(said[i], texts[i]) for name, texts in answers.items()}
         rows.append({
             "id": sample["id"], "talkers": len(said[i]), "overlap": sample.get("overlap"),
-            "words": errors["oracle"][1], "found": len(separated[i]),
+            "words": errors["oracle"][1], "found": len(answers["separated"][i]),
             **{name: count for name, (count, _) in errors.items()}})
     return rows
 
