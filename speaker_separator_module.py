@@ -34,14 +34,16 @@ import json
 import math
 import operator
 import os
+import pickletools
+import re
 import shutil
 import sys
 import time
 import warnings
+import zipfile
 from functools import cache, cached_property, partial
 from itertools import permutations
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +61,8 @@ from tqdm import tqdm
 DEFAULT_DATA_DIR = "multi_speaker_data"
 DEFAULT_CHECKPOINT_DIR = "checkpoints"
 SHIPPED_SEPARATOR = Path(__file__).resolve().parent / "pretrained"
+MAX_VALUES = 1 << 27  # of one feature file: 0.5 GB as float32
+JSON_BYTES = 1 << 27  # a hundred thousand mixtures take less
 MAX_STREAMS = 7  # the loss scores every assignment of streams to talkers: 7! are 5,040
 
 
@@ -89,7 +93,18 @@ class TrainOptions(NamedTuple):
     dtype: str = "auto"
 
 
+LIMITS = {  # of the numbers among them: kind, least and most
+    "epochs": (int, 1, 1_000_000), "batch_size": (int, 1, 100_000), "lr": (float, 1e-12, 1e30),
+    "weight_decay": (float, 0, 1e30), "num_layers": (int, 1, 128), "num_heads": (int, 1, 1024),
+    "ff_dim": (int, 1, 1 << 16), "dim": (int, 1, 1 << 14), "dropout": (float, 0, 1),
+    "max_speakers": (int, 1, MAX_STREAMS), "reconstruction_weight": (float, 0, 1e30),
+    "activity_weight": (float, 0, 1e30), "mixtures_per_epoch": (int, 1, 1_000_000),
+    "crop_seconds": (float, 1e-12, 1e6), "workers": (int, 0, 1024), "patience": (int, 1, 1_000_000),
+    "save_every": (int, 1, 1_000_000), "seed": (int, 0, 1 << 62), "feature_dim": (int, 1, 1 << 16),
+    "threshold": (float, 0, 1),
+}
 SIZES = ("num_layers", "num_heads", "ff_dim", "dim", "dropout", "max_speakers")  # of a separator
+MAX_PARAMETERS = 300_000_000  # three times the largest default; training takes 20 bytes for each
 
 
 class LossWeights(NamedTuple):
@@ -100,6 +115,59 @@ class LossWeights(NamedTuple):
 
 
 SPECTROGRAM_WEIGHTS = LossWeights(0.0, 0.02)  # errors of log-mel spectra are small numbers
+
+
+# --------------------------------------------------------------------------------------------------
+# What comes from outside
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, of a worker process the last."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    return lines[-1 if " in DataLoader worker" in lines[0] else 0]
+
+
+@contextlib.contextmanager
+def reading(path, complaint: str):
+    """Turn whatever a library raises about a file into a ValueError that names it.
+
+    Damaged files make libraries raise dozens of kinds; only their calls stand inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} {complaint} ({first_line(error)})") from None
+
+
+def is_number(value, low: float, high: float, kind: type = float) -> bool:
+    """Say whether a value is a number, finite and in these bounds; True and False are none."""
+    kinds = (int, float) if kind is float else kind
+    return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
+
+
+def check_limits(values: dict) -> None:
+    """Fail if a number is not what ``LIMITS`` has under its name; None stands for a default."""
+    for name, value in values.items():
+        kind, low, high = LIMITS.get(name, (None, 0, 0))
+        several = value if isinstance(value, (list, tuple)) else [value]
+        if kind and not all(v is None or is_number(v, low, high, kind) for v in several):
+            bounds = f"{low:g} {'to' if high < 1e6 else 'or more, at most'} {high:g}"
+            raise ValueError(f"{name} must be {bounds}, not {value!r:.40}")
+
+
+def read_json(path: Path, kind: type = object):
+    """Return the content of a JSON file; ValueError if it is not JSON or not of ``kind``."""
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(f"{path} is larger than {JSON_BYTES >> 20} MB")
+
+    def refuse(name: str):
+        raise ValueError(f"{name} is no number of JSON")
+
+    with reading(path, "is not JSON"):
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} must hold an object, not a {type(content).__name__}")
+    return content
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,13 +205,19 @@ def check_features(features: Tensor, frame_mask: Tensor | None, width: int | Non
     return frame_mask.bool()
 
 
-def check_sizes(width_name: str, width: int, num_heads: int, max_speakers: int) -> None:
-    """Fail unless a separator of these sizes can be built."""
-    if not 1 <= max_speakers <= MAX_STREAMS:
-        raise ValueError(f"max_speakers must be 1 to {MAX_STREAMS}, not {max_speakers}")
+def check_sizes(config: dict, width_name: str) -> None:
+    """Fail unless a separator of this configuration can be built."""
+    check_limits(config)
+    width, num_heads = config[width_name], config["num_heads"]
     if num_heads < 2 or num_heads % 2 or width % num_heads:
         raise ValueError(
             f"num_heads must be even and divide {width_name}, not {num_heads} for {width}")
+    source = config.get("feature_source", {})
+    rate, layer = source.get("frame_rate"), source.get("layer")
+    if not ((rate is None or is_number(rate, 1e-3, 1e5))
+            and (layer is None or is_number(layer, 0, 1000, int))
+            and isinstance(source.get("encoder"), str | None)):
+        raise ValueError("its feature_source is damaged")
 
 
 class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
@@ -166,13 +240,13 @@ class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
         feature_source: dict | None = None,
     ):
         super().__init__()
-        check_sizes("feature_dim", feature_dim, num_heads, max_speakers)
         self.feature_dim, self.max_speakers, self.threshold = feature_dim, max_speakers, threshold
         self.feature_source = dict(feature_source or {})
         self.config = {  # what builds another of the kind
             "feature_dim": feature_dim, "max_speakers": max_speakers, "num_layers": num_layers,
             "num_heads": num_heads, "ff_dim": ff_dim, "dropout": dropout, "threshold": threshold,
             "feature_source": self.feature_source}
+        check_sizes(self.config, "feature_dim")
         options = {"dim_feedforward": ff_dim, "dropout": dropout, "activation": "gelu",
                    "batch_first": True, "norm_first": True}
         self.speaker_queries = nn.Parameter(torch.randn(max_speakers, feature_dim))
@@ -344,12 +418,12 @@ class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
         dim: int = 256, threshold: float = 0.5,
     ):
         super().__init__()
-        check_sizes("dim", dim, num_heads, max_speakers)
         self.max_speakers, self.threshold = max_speakers, threshold
         self.feature_source = {"kind": "recordings"}
         self.config = {  # what builds another of the kind
             "max_speakers": max_speakers, "num_layers": num_layers, "num_heads": num_heads,
             "ff_dim": ff_dim, "dim": dim, "threshold": threshold}
+        check_sizes(self.config, "dim")
         sizes = (dim, num_heads, ff_dim, self.KERNEL_SIZE)
         self.input = nn.Linear(self.BINS * self.STACK, dim)
         self.speaker_queries = nn.Parameter(torch.randn(max_speakers, dim))
@@ -523,7 +597,9 @@ def separator_loss(
     separation = masked_mean(errors, active, (0, 1))
     summed = (estimates * active[..., None, None]).sum(1)
     reconstruction = masked_mean((summed - mixture).square().mean(-1), frame_mask, (0, 1))
-    activity = F.binary_cross_entropy(reorder(speaker_probs.float(), assignment), active)
+    # binary_cross_entropy raises on NaN, on a GPU fatally: put in 0.5, and the NaN into the loss.
+    probs = reorder(speaker_probs.float(), assignment)
+    activity = F.binary_cross_entropy(probs.nan_to_num(0.5), active) + 0 * probs.sum()
     total = separation + reconstruction_weight * reconstruction + activity_weight * activity
     return SeparatorLoss(total, separation, reconstruction, activity, assignment)
 
@@ -587,6 +663,9 @@ def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor) -> float:
     return round(float(best[(best - 0.5).abs().argmin()]), 3)
 
 
+COUNT_SCORES = ("threshold", "count_accuracy", "majority_count_accuracy", "precision", "recall")
+
+
 def count_scores(probs: Tensor, truth: Tensor, threshold: float, num_speakers=None) -> dict:
     """Score talker counting and activity from [N, S] probabilities in the order of the talkers.
 
@@ -614,16 +693,18 @@ def open_features(path: Path, feature_dim: int | None = None) -> np.memmap:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such feature file: {path}")
-    try:
+    with reading(path, "is not a .npy file of numbers"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         features = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a .npy file of numbers ({error})") from None
-    if not isinstance(features, np.ndarray) or features.ndim != 2 or not len(features):
+    if not isinstance(features, np.ndarray) or features.ndim != 2 or not features.size:
         raise ValueError(f"{path} must hold [T, D] features, not {getattr(features, 'shape', '')}")
     if features.dtype.kind != "f":
         raise ValueError(f"{path} must hold floating-point features, not {features.dtype}")
     if feature_dim is not None and features.shape[1] != feature_dim:
         raise ValueError(f"{path} has width {features.shape[1]}, expected {feature_dim}")
+    if features.size > MAX_VALUES:
+        raise ValueError(f"{path} holds {features.size:,} values; {MAX_VALUES:,} are the most that "
+                         "are read at once: cut it")
     return features
 
 
@@ -634,17 +715,6 @@ def read_features(path: Path, feature_dim: int | None = None) -> Tensor:
     if not np.isfinite(features).all():
         raise ValueError(f"{path} holds NaN, infinite or too large values")
     return torch.from_numpy(features)
-
-
-def read_json(path: Path, kind: type = object):
-    """Return the content of a JSON file; ValueError if it is not JSON or not of ``kind``."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from None
-    if not isinstance(content, kind):
-        raise ValueError(f"{path} must hold an object, not a {type(content).__name__}")
-    return content
 
 
 class MultiSpeakerDataset(Dataset):
@@ -673,6 +743,7 @@ class MultiSpeakerDataset(Dataset):
             self.feature_dim = None if self.is_spectrogram else operator.index(first["feature_dim"])
             self.max_speakers = max(len(sample["speakers"]) for sample in self.samples)
             for sample in self.samples:
+                self._check_facts(sample)
                 self._check_lengths(sample)
         except KeyError as error:
             raise ValueError(f"{path} misses an entry: {error}") from None
@@ -699,6 +770,16 @@ class MultiSpeakerDataset(Dataset):
                 raise ValueError(
                     f"{self.folder / 'metadata.json'} names a file outside its folder: {path}")
         return paths
+
+    def _check_facts(self, sample: dict) -> None:
+        """Fail unless the entries that no file depends on are of their kind."""
+        overlap, names = sample.get("overlap"), [sample["id"]]
+        names += [str(speaker["speaker_id"]) for speaker in sample["speakers"]]
+        texts = [speaker.get("text") or "" for speaker in sample["speakers"]]
+        if not all(isinstance(text, str) for text in names + texts):
+            raise TypeError("id and text must be words")
+        if not (overlap is None or is_number(overlap, 0, 1)):
+            raise TypeError(f"overlap is {overlap!r:.40}")
 
     def _check_lengths(self, sample: dict) -> None:
         if self.is_spectrogram:
@@ -1039,7 +1120,7 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     CPUs bfloat16 is emulated, and MPS gains nothing.
     """
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name], "as asked"
+        return {"bfloat16": torch.bfloat16}.get(name, torch.float32), "as asked"
     if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8:
         return torch.bfloat16, "the GPU has bfloat16 units"
     if device == "cpu" and torch.cpu._is_amx_tile_supported():
@@ -1090,15 +1171,15 @@ def to_device(batch: dict, device: str) -> dict:
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 
-CHECKPOINT_KEYS = (
-    "epoch", "model_state_dict", "optimizer_state_dict", "scheduler_state_dict",
-    "train_loss", "val_loss", "train_history", "model_config",
-)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+NUMBER, FLOATS = (int, float), (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CHECKPOINT_KEYS = {
+    "epoch": int, "model_state_dict": dict, "optimizer_state_dict": dict,
+    "scheduler_state_dict": dict, "train_loss": NUMBER, "val_loss": NUMBER, "train_history": list,
+    "model_config": dict,
+}
+LATER_KEYS = {"options": dict, "training_state_dict": dict, "steps": int}  # older ones lack them
+PICKLED = re.compile(  # what tensors and plain values need
+    r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -1108,9 +1189,31 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
         torch.save(checkpoint, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
         raise ValueError(f"could not write {path} (is the disk full?); earlier checkpoints are "
                          f"intact ({first_line(error)})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_archive(path) -> None:
+    """Fail unless a checkpoint is whole, uncompressed and without code; takes little memory.
+
+    A compressed one could take any memory. The checksums find single flipped bits.
+    """
+    with reading(path, "is truncated or not a checkpoint"), zipfile.ZipFile(path) as archive:
+        files = archive.infolist()
+        if any(file.compress_type or file.flag_bits & 1 for file in files):
+            raise ValueError("compressed")
+        if sum(file.file_size for file in files) > Path(path).stat().st_size:
+            raise ValueError("it claims more than it holds")
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} is damaged")
+        pickles = [archive.read(file) for file in files if file.filename.endswith("data.pkl")]
+        named = [arg for data in pickles for code, arg, _ in pickletools.genops(data)
+                 if code.name in ("GLOBAL", "INST", "STACK_GLOBAL")]
+    if foreign := [name for name in named if not PICKLED.fullmatch(str(name))]:
+        raise ValueError(f"{path} holds more than tensors and plain values ({foreign[0]!r:.60}); "
+                         "not opened")
 
 
 def load_checkpoint(path) -> dict:
@@ -1120,20 +1223,17 @@ def load_checkpoint(path) -> dict:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train one first")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError:
-        raise ValueError(f"{path} is no checkpoint, or holds more than tensors and plain values; "
-                         "not opened") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError):
-        raise ValueError(f"{path} is truncated or not a checkpoint") from None
-    for key in CHECKPOINT_KEYS:
-        if not isinstance(checkpoint, dict) or key not in checkpoint:
-            raise ValueError(f"{path} is not a separator checkpoint: it has no {key!r}")
-    if not isinstance(checkpoint["model_config"], dict):
-        raise ValueError(f"{path} is not a separator checkpoint: its configuration is damaged")
+    check_archive(path)
+    with reading(path, "is truncated or not a checkpoint"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} is not a separator checkpoint")
+    there = {key: kind for key, kind in LATER_KEYS.items() if key in checkpoint}
+    for key, kind in {**CHECKPOINT_KEYS, **there}.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise ValueError(f"{path} is not a separator checkpoint: its {key!r} is missing or "
+                             "damaged")
     return checkpoint
 
 
@@ -1142,14 +1242,36 @@ def separator_class(config: dict) -> type:
     return SpeakerSeparatorTransformer if "feature_dim" in config else SpectrogramSeparator
 
 
+def empty_separator(config: dict):
+    """Build a separator without memory for its weights; ValueError if it would be too large."""
+    with torch.device("meta"):
+        separator = separator_class(config)(**config)
+    if (count := sum(weight.numel() for weight in separator.parameters())) > MAX_PARAMETERS:
+        raise ValueError(f"a separator of {count:,} parameters; {MAX_PARAMETERS:,} are the most")
+    return separator
+
+
+def check_tensors(tensors: dict, shapes: dict) -> None:
+    """Fail unless the tensors have these names and shapes and are finite floating-point numbers."""
+    if odd := sorted(map(str, tensors.keys() ^ shapes.keys())):
+        raise ValueError(f"{odd[0]:.60} is missing or too much")
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.shape != shape:
+            raise ValueError(f"{name} is not floating-point {list(shape)}")
+        if not tensor.float().isfinite().all():
+            raise ValueError(f"{name} is not finite")
+
+
 def build_separator(config: dict, state: dict, origin):
     """Rebuild a separator from its configuration and weights; errors name ``origin``."""
     try:
-        separator = separator_class(config)(**config)
-        separator.load_state_dict(state)
-    except (TypeError, ValueError, RuntimeError) as error:
+        separator = empty_separator(config)
+        check_tensors(state, {name: w.shape for name, w in separator.state_dict().items()})
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{origin} does not fit this version of the separator: "
                          f"{first_line(error)}") from None
+    separator.to_empty(device="cpu").load_state_dict(state)
     return separator
 
 
@@ -1297,20 +1419,46 @@ def average_of(separator: nn.Module, steps: int = 0):
     return averaged.requires_grad_(False)
 
 
+def fitting_moments(optimizer, saved: dict) -> dict:
+    """Return a state to load: the saved moments, if they fit, and the optimizer's own settings."""
+    found = {(number, name): moment for number, moments in saved["state"].items()
+             for name, moment in moments.items()}
+    own, shapes = optimizer.state_dict()["param_groups"], {}
+    for group, numbers in zip(optimizer.param_groups, own, strict=True):
+        names = ("momentum_buffer",) if "momentum" in group else ("step", "exp_avg", "exp_avg_sq")
+        for number, weight in zip(numbers["params"], group["params"], strict=True):
+            shapes |= {(number, n): () if n == "step" else weight.shape for n in names}
+    check_tensors(found, shapes)
+    if any((moment < 0).any() for (_, name), moment in found.items() if name[-1] in "qp"):
+        raise ValueError("a step or second moment is negative")
+    return {"state": saved["state"], "param_groups": own}
+
+
+def check_history(history: list, epochs: int) -> None:
+    """Fail unless there is a row of finite numbers for each of the epochs."""
+    for number, row in enumerate(history, start=1):
+        train, val = row["train"], row["val"]
+        values = [row["lr"], row["seconds"], *(train[part] for part in LOSS_PARTS),
+                  *(val[name] for name in (*LOSS_PARTS, *SCORES[3:4], *COUNT_SCORES)),
+                  *(val["trivial_mse"][name] for name in SCORES[4:])]
+        if row["epoch"] != number or not all(is_number(v, -1e30, 1e30) for v in values):
+            raise ValueError(f"epoch {number} of its history is damaged")
+    if len(history) != epochs:
+        raise ValueError(f"it has {len(history)} rows of history after {epochs} epochs")
+
+
 def restore(separator, optimizer, checkpoint: dict, origin) -> list[dict]:
     """Put separator and optimizer back where a checkpoint left them; return its history."""
-    group = optimizer.param_groups[0]
-    settings = {"lr": group["lr"], "initial_lr": group["lr"], "weight_decay": group["weight_decay"]}
-    try:
-        separator.load_state_dict(checkpoint.get("training_state_dict", separator.state_dict()))
-        optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
-        history = list(checkpoint["train_history"])
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"cannot resume from {origin}: its optimizer state does not fit "
-                         f"({first_line(error)})") from None
+    state = checkpoint.get("training_state_dict", separator.state_dict())
+    with reading(f"cannot resume from {origin}: its state", "does not fit"):
+        check_tensors(state, {name: w.shape for name, w in separator.state_dict().items()})
+        check_history(checkpoint["train_history"], checkpoint["epoch"])
+        moments = fitting_moments(optimizer, checkpoint["optimizer_state_dict"])
+    separator.load_state_dict(state)
+    optimizer.load_state_dict(moments)
     for group in optimizer.param_groups:
-        group.update(settings)
-    return history
+        group["initial_lr"] = group["lr"]
+    return list(checkpoint["train_history"])
 
 
 class Run(NamedTuple):
@@ -1338,27 +1486,32 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
                           frame_mask, weights.reconstruction, weights.activity)
 
 
-def train_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Train for one epoch; return the mean of every loss part.
+def not_finite(loader: DataLoader, epoch: int, batch: int) -> str:
+    """Say which batch, counted from 0, of an epoch has no finite loss, and what is in it."""
+    numbers, data = list(loader.batch_sampler)[batch], loader.dataset
+    names = [s["id"] for s in map(data.samples.__getitem__, numbers)] if hasattr(
+        data, "samples") else [f"number {number}" for number in numbers]
+    return (f"the loss or its gradient is not finite in epoch {epoch}, batch {batch + 1} "
+            f"(mixtures {', '.join(names[:8])}{', ...' * (len(names) > 8)})")
 
-    Losses are read once at the end, so that a GPU is never waited for.
-    """
+
+def train_epoch(run: Run, epoch: int) -> dict[str, float]:
+    """Train for one epoch; return the mean of every loss part, read once at the end."""
     separator, losses, sizes = run.separator.train(), [], []
     for raw in tqdm(run.loader, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None):
         batch = add_spectrograms(to_device(raw, run.device))
         loss = batch_loss(separator, batch, run.weights, run.device, run.dtype)
         run.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
-        nn.utils.clip_grad_norm_(separator.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(separator.parameters(), 1.0)
+        if not (norm + loss.total.detach()).isfinite():  # a GPU is waited for here, once a step
+            raise ValueError(f"{not_finite(run.loader, epoch, len(losses))}; earlier checkpoints "
+                             "are intact: lower --lr or look at that data")
         run.optimizer.step()
         run.averaged.update_parameters(separator)
         losses.append(torch.stack([getattr(loss, part).detach() for part in LOSS_PARTS]))
         sizes.append(len(batch["mixture"]))
     losses = torch.stack(losses).cpu()  # [batches, parts]
-    broken = (~losses.isfinite().all(1)).nonzero()
-    if len(broken):
-        raise ValueError(f"the loss is not finite in epoch {epoch}, batch {int(broken[0]) + 1}; "
-                         "the last checkpoint is intact: lower --lr or look at that data")
     means = (losses * torch.tensor(sizes)[:, None]).sum(0) / sum(sizes)
     return dict(zip(LOSS_PARTS, means.tolist(), strict=True))
 
@@ -1390,8 +1543,9 @@ def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
         config |= {"feature_dim": train_set.feature_dim, "feature_source": source}
     name = f"the new separator (--max_speakers={config['max_speakers']})"
     check_data(name, config, train_set, val_set)
-    torch.manual_seed(options.seed)
     try:
+        empty_separator(config)
+        torch.manual_seed(options.seed)
         return separator_class(config)(**config)
     except TypeError as error:  # a size that this separator does not have
         name = str(error).split("'")[1]
@@ -1560,8 +1714,7 @@ def train_speaker_separator(
     if options.resume:
         checkpoint = newest_checkpoint(folder)
         options = resumed_options(given, checkpoint, folder)
-    if options.save_every < 1:
-        raise ValueError(f"save_every must be 1 or more, not {options.save_every}")
+    check_limits(options._asdict())
     pick_device(options.device)
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
     prepare_folder(folder)
@@ -2366,21 +2519,21 @@ def cmd_integrate(args) -> None:
 # Command line
 
 
-def number(kind: type, low: float, high: float = math.inf):
+def number(kind: type, low: float, high: float):
     """Return an argument type: a finite number from ``low`` to ``high``."""
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be between {low:g} and {high:g}, not {text}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(
+                f"must be between {low:g} and {high:g}, not {text:.40}")
         return value
 
     parse.__name__ = kind.__name__  # what argparse calls a text that is no number at all
     return parse
 
 
-count, positive, weight = number(int, 1), number(float, 1e-12), number(float, 0)
-share, workers, seed = number(float, 0, 1), number(int, 0, 1024), number(int, 0, 2**62)
+count, share = number(int, 1, 100_000), number(float, 0, 1)
 
 
 def add_train_arguments(add) -> None:
@@ -2390,32 +2543,32 @@ def add_train_arguments(add) -> None:
     below a default that depends on data, model or checkpoint follows the colon of a help text.
     """
 
-    def option(name: str, kind, help: str, **more):
+    def option(name: str, help: str, **more):
         default = getattr(TrainOptions(), name)
         help += "" if default is None else f" (default: {default})"
-        add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=help, **more)
+        add(f"--{name}", type=number(*LIMITS[name]), default=argparse.SUPPRESS, help=help, **more)
 
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
-    option("epochs",                count,    "passes over the training mixtures")
-    option("batch_size",            count,    "mixtures per step")
-    option("lr",                    positive, "rate at the start: 2e-3; features 0.128 / width")
-    option("weight_decay",          weight,   "weight decay of the optimizer")
-    option("num_layers",            count,    "blocks on the mixture: 4")
-    option("num_heads",             count,    "attention heads: 4; features 8")
-    option("ff_dim",                count,    "feed-forward width: 768; features 2048")
-    option("dim",                   count,    "width of the blocks: 256; recordings only")
-    option("dropout",               share,    "dropout in every block: 0.1; features only")
-    option("max_speakers",          count,    "streams: as many as the data has talkers")
-    option("reconstruction_weight", weight,   "weight of that loss: 0.5 if features add up, else 0")
-    option("activity_weight",       weight,   "weight of that loss: 0.02; features 0.5")
-    option("mixtures_per_epoch",    count,    "fresh mixtures: twice the data's, at least 120")
-    option("crop_seconds",          positive, "train on parts so long; recordings only",
+    option("epochs",                "passes over the training mixtures")
+    option("batch_size",            "mixtures per step")
+    option("lr",                    "rate at the start: 2e-3; features 0.128 / width")
+    option("weight_decay",          "weight decay of the optimizer")
+    option("num_layers",            "blocks on the mixture: 4")
+    option("num_heads",             "attention heads: 4; features 8")
+    option("ff_dim",                "feed-forward width: 768; features 2048")
+    option("dim",                   "width of the blocks: 256; recordings only")
+    option("dropout",               "dropout in every block: 0.1; features only")
+    option("max_speakers",          "streams: as many as the data has talkers")
+    option("reconstruction_weight", "weight of that loss: 0.5 if features add up, else 0")
+    option("activity_weight",       "weight of that loss: 0.02; features 0.5")
+    option("mixtures_per_epoch",    "fresh mixtures: twice the data's, at least 120")
+    option("crop_seconds",          "train on parts so long; recordings only",
            nargs=2, metavar=("MIN", "MAX"))
-    option("workers",               workers,  "processes that load or mix; 0: this one")
-    option("save_every",            count,    "epochs between periodic checkpoints")
-    option("patience",              count,    "stop after so many epochs without a better one")
-    option("seed",                  seed,     "seed of weights, order, mixtures and dropout")
+    option("workers",               "processes that load or mix; 0: this one")
+    option("save_every",            "epochs between periodic checkpoints")
+    option("patience",              "stop after so many epochs without a better one")
+    option("seed",                  "seed of weights, order, mixtures and dropout")
     add("--no_remix", dest="remix", action="store_false", default=argparse.SUPPRESS,
         help="the same mixtures every epoch instead of fresh ones")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
@@ -2479,9 +2632,16 @@ COMMANDS = {  # function, its options and an example
 class Parser(argparse.ArgumentParser):
     """Parser of one command; what it refuses it names in one line."""
 
+    def parse_args(self, args=None, namespace=None):
+        """Parse as argparse does, which stumbles over ``--name=--``."""
+        for text in sys.argv[1:] if args is None else args:
+            if text.endswith("=--"):
+                self.error(f"{text[:-3]} needs a value")
+        return super().parse_args(args, namespace)
+
     def error(self, message: str):
         """Print the fault and stop with exit status 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2501,10 +2661,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; return 0, or 2 after one line on standard error for bad input."""
-    args = build_parser().parse_args(argv)
     try:
+        args = build_parser().parse_args(argv)
         COMMANDS[args.command][0](args)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

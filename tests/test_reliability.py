@@ -1,0 +1,211 @@
+"""Damaged, hostile and interrupted: one clear line, nothing lost."""
+
+import pickletools
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU_FLAGS, assert_fails, train_flags
+
+import speaker_separator_module as ssm
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: every damage is named before anything is loaded
+
+
+def edited(change):
+    """Damage that changes the content of a checkpoint."""
+
+    def damage(path):
+        content = torch.load(path)
+        change(content)
+        torch.save(content, path)
+
+    return damage
+
+
+def moment(name, change):
+    """Damage to one moment of the optimizer."""
+
+    def spoil(content):
+        moments = content["optimizer_state_dict"]["state"][3]
+        moments[name] = change(moments[name])
+
+    return edited(spoil)
+
+
+def weight(change, key="model_state_dict"):
+    def spoil(content):
+        content[key]["speaker_queries"] = change(content[key]["speaker_queries"])
+
+    return edited(spoil)
+
+
+def compressed(path):
+    """A small file that unpacks to much."""
+    with zipfile.ZipFile(path) as archive:
+        files = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content + bytes(1 << 20 if name.endswith("pkl") else 0))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a bit flipped": flip_a_bit,
+    "compressed": compressed,
+    "more than tensors": lambda path: torch.save({**torch.load(path), "more": {1, 2}}, path),
+    "history a number": edited(lambda c: c.update(train_history=5)),
+    "configuration a list": edited(lambda c: c.update(model_config=[])),
+    "a billion wide": edited(lambda c: c["model_config"].update(feature_dim=10**9)),
+    "a billion layers": edited(lambda c: c["model_config"].update(num_layers=10**9)),
+    "huge feed-forward": edited(lambda c: c["model_config"].update(ff_dim=40_000_000)),
+    "dropout in words": edited(lambda c: c["model_config"].update(dropout="much")),
+    "threshold NaN": edited(lambda c: c["model_config"].update(threshold=float("nan"))),
+    "numbered weights": edited(lambda c: c["model_state_dict"].update({3: torch.zeros(2)})),
+    "weight in words": weight(str),
+    "weight NaN": weight(lambda w: w * torch.nan),
+    "weight infinite": weight(lambda w: w / 0),
+    "weight of integers": weight(torch.Tensor.long),
+    "weight cut": weight(lambda w: w[:1]),
+}
+RESUME_DAMAGE = {
+    **{kind: damage for kind, damage in DAMAGE.items() if kind != "threshold NaN"},
+    "trained weight NaN": weight(lambda w: w * torch.nan, "training_state_dict"),
+    "history of another epoch": edited(lambda c: c["train_history"].pop()),
+    "history without losses": edited(lambda c: c["train_history"][0].update(train={})),
+    "loss in words": edited(lambda c: c["train_history"][0]["val"].update(total="low")),
+    "no moments": edited(lambda c: c.update(optimizer_state_dict={})),
+    "moment missing": edited(lambda c: c["optimizer_state_dict"]["state"][3].pop("exp_avg")),
+    "moment empty": moment("exp_avg", lambda m: m[:0]),
+    "moment of integers": moment("exp_avg", torch.Tensor.long),
+    "moment of another shape": moment("exp_avg_sq", lambda m: torch.ones(1000, 1000)),
+    "moment negative": moment("exp_avg_sq", lambda m: m - 1),
+    "step in words": moment("step", str),
+    "steps unknown": edited(lambda c: c["optimizer_state_dict"].update(state={})),
+    "options a list": edited(lambda c: c.update(options=[1])),
+    "workers negative": edited(lambda c: c["options"].update(workers=-3)),
+    "epochs in words": edited(lambda c: c["options"].update(save_every="often")),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoint(kind, best, dataset, tmp_path, capsys):
+    path = shutil.copy(best, tmp_path / "best_model.pt")
+    DAMAGE[kind](path)
+    argv = ["evaluate", f"--checkpoint={path}", f"--data_dir={dataset}", *CPU_FLAGS]
+    assert_fails(capsys, argv, path)
+
+
+@pytest.mark.parametrize("kind", RESUME_DAMAGE)
+def test_resume_from_damaged_checkpoint(kind, trained, dataset, tmp_path, capsys):
+    path = shutil.copy(trained / "checkpoint_epoch_3.pt", tmp_path / "checkpoint_epoch_3.pt")
+    RESUME_DAMAGE[kind](path)
+    assert_fails(capsys, train_flags(dataset, tmp_path, "--resume", "--epochs=4"))
+
+
+def test_checkpoints_hold_what_is_opened(trained):
+    """The list of allowed names is not wider than what training writes."""
+    with zipfile.ZipFile(trained / "best_model.pt") as archive:
+        data = archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+    names = {arg for code, arg, _ in pickletools.genops(data) if code.name == "GLOBAL"}
+    assert all(ssm.PICKLED.fullmatch(name) for name in names)
+    assert not ssm.PICKLED.fullmatch("builtins bytearray")
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses that are not finite
+
+
+def test_rate_that_explodes_stops_before_the_weights_take_it(dataset, tmp_path, capsys):
+    argv = train_flags(dataset, tmp_path / "run", "--lr=1e30", "--epochs=3")
+    assert_fails(capsys, argv, "not finite", "batch", "mixtures number")
+    for path in (tmp_path / "run").glob("*.pt"):
+        assert all(w.isfinite().all() for w in torch.load(path)["model_state_dict"].values())
+
+
+def test_mixtures_of_a_broken_batch_are_named(own_dataset, tmp_path, capsys, monkeypatch):
+    for path in (own_dataset / "train").rglob("*00002*.npy"):
+        np.save(path, np.full_like(np.load(path), 1e30))
+    argv = train_flags(own_dataset, tmp_path / "run", "--no_remix", "--batch_size=1")
+    assert_fails(capsys, argv, "epoch 1", "(mixtures train_00002)")
+
+
+# --------------------------------------------------------------------------------------------------
+# Metadata and arrays
+
+
+METADATA = {
+    "nested": lambda text: "[" * 100_000,
+    "a number of 5,000 digits": lambda text: text.replace(": 32", ": " + "9" * 5000),
+    "infinite width": lambda text: text.replace(": 32", ": Infinity"),
+    "width of 1e999": lambda text: text.replace(": 32", ": 1e999"),
+    "no speaker": lambda text: text.replace('"speaker_id"', '"name"'),
+    "text a list": lambda text: text.replace('"text": ', '"text": [1], "was": '),
+    "path a number": lambda text: text.replace('"feature_file": ', '"feature_file": 3, "was": '),
+    "null byte": lambda text: text.replace("mixed/", "mixed/\\u0000"),
+    "overlap of 7": lambda text: text.replace('"id"', '"overlap": 7, "id"'),
+}
+
+
+@pytest.mark.parametrize("kind", METADATA)
+def test_damaged_metadata(kind, own_dataset, tmp_path, capsys):
+    path = own_dataset / "train/metadata.json"
+    path.write_text(METADATA[kind](path.read_text()))
+    assert_fails(capsys, train_flags(own_dataset, tmp_path / "run"))
+
+
+HEADERS = {
+    "no dictionary": "(" * 200,
+    "open string": "{'descr': '<f4",
+    "huge shape": "{'descr': '<f4', 'fortran_order': False, 'shape': (9" + "0" * 30 + ", 32)}",
+    "negative shape": "{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 32)}",
+    "objects": "{'descr': '|O', 'fortran_order': False, 'shape': (1, 32)}",
+    "claims more": "{'descr': '<f4', 'fortran_order': False, 'shape': (10000000, 32)}",
+    "zero wide": "{'descr': '<f4', 'fortran_order': False, 'shape': (5, 0)}",
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_damaged_header_of_an_array(kind, best, tmp_path, capsys):
+    header = HEADERS[kind].encode() + b"\n"
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(640)
+    (tmp_path / "mixture.npy").write_bytes(content)
+    argv = ["infer", f"--input={tmp_path / 'mixture.npy'}", f"--checkpoint={best}", *CPU_FLAGS]
+    assert_fails(capsys, argv, "mixture.npy")
+
+
+def test_zip_in_place_of_an_array(best, tmp_path, capsys):
+    (tmp_path / "mixture.npy").write_bytes(b"PK\x03\x04" + bytes(50))
+    argv = ["infer", f"--input={tmp_path / 'mixture.npy'}", f"--checkpoint={best}", *CPU_FLAGS]
+    assert_fails(capsys, argv, "mixture.npy")
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+@pytest.mark.parametrize("flag", [
+    "--input=--", "--threshold=--", "--num_speakers=99999999999999999999", "--device=\n\n",
+    "--unknown=a\nb", "--threshold=nan",
+])  # fmt: skip
+def test_odd_values(flag, best, capsys, tmp_path):
+    (tmp_path / "x.npy").write_bytes(b"")
+    argv = ["infer", "--input=x.npy", f"--checkpoint={best}", *CPU_FLAGS, flag]
+    assert_fails(capsys, argv)
+
+
+@pytest.mark.parametrize("flag", [
+    "--batch_size=99999999999999999999", "--mixtures_per_epoch=4000000000", "--epochs=1e9",
+    "--ff_dim=40000000", "--num_layers=1000000", "--dim=16", "--save_every=9" + "0" * 400,
+])  # fmt: skip
+def test_sizes_are_bounded(flag, dataset, tmp_path, capsys):
+    assert_fails(capsys, train_flags(dataset, tmp_path / "run", flag), flag[2:].split("=")[0])
+    assert not list(tmp_path.glob("run/*.pt"))
