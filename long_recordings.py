@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import chain, product
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from audio import (
     DIGITAL_SILENCE,
@@ -35,42 +36,28 @@ ABSENT = -2.0  # gain of a talker in windows without it: 80 dB down
 DEFAULT_PROMPT = "What does the person say?"
 
 
-def window_sizes(window: int) -> tuple[int, int]:
-    """Return the samples of a window and of the step to the next, in whole frames of encoders."""
-    frame = 4 * HOP_LENGTH  # of the coarsest encoder
-    return window, window * 3 // 4 // frame * frame
+def window_step(window: int) -> int:
+    """Return the samples from one window to the next, in whole frames of the coarsest encoder."""
+    frame = 4 * HOP_LENGTH
+    return window * 3 // 4 // frame * frame
 
 
-def audio_windows(
-    blocks: Iterator[np.ndarray], window: int, step: int
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (first sample, samples) of overlapping windows; the last one may be shorter."""
-    held, start = np.zeros(0, np.float32), 0
-    for block in blocks:
+def read_windows(
+    audio, window: int, sampling_rate: int | None = None
+) -> Iterator[tuple[int, np.ndarray, bool]]:
+    """Yield first sample, samples and whether it is the only one of each overlapping window.
+
+    The recording is read once, the last window may be shorter; ValueError if all is too short.
+    """
+    held, start, step = np.zeros(0, np.float32), 0, window_step(window)
+    for block in audio_blocks(audio, sampling_rate):
         held = np.concatenate([held, block])
         while len(held) > window:
-            yield start, held[:window]
+            yield start, held[:window], False
             held, start = held[step:], start + step
-    yield start, held
-
-
-def read_windows(audio, window: int, sampling_rate: int | None):
-    """Yield first sample, samples and whether it is the only one of each window.
-
-    The recording is read once; ValueError if it is too short.
-    """
-    from tqdm import tqdm
-
-    windows = audio_windows(audio_blocks(audio, sampling_rate), window, window_sizes(window)[1])
-    first = next(windows)
-    check_length(audio, len(first[1]))
-    second = next(windows, None)
-    if second is None:
-        yield *first, True
-        return
-    for start, samples in tqdm(chain([first, second], windows), "windows", leave=False,
-                               disable=None):
-        yield start, samples, False
+    if start == 0:
+        check_length(audio, len(held))
+    yield start, held, start == 0
 
 
 def has_sound(part: np.ndarray, whole: np.ndarray) -> bool:
@@ -100,35 +87,41 @@ class TalkerTracker:
 
     def __init__(self, shared: int, most: int | None = None):
         self.shared, self.most = shared, most
-        self.voices: list[tuple[Tensor, int]] = []  # mean voice and windows of each talker
+        self.voices: list[Tensor] = []  # mean voice [2 D] of each talker
+        self.windows: list[int] = []  # windows that each was found in
         self.same: list[float] = []  # distances between voices of one talker,
         self.different: list[float] = []  # and of two
         self.talker_of: dict[int, int] = {}  # {stream: talker} of the last window with any talker
         self.tail = self.scale = None
 
     def number(self, streams: Tensor, active: Tensor, sound: bool = True) -> dict[int, int]:
-        """Return {stream: talker}, from 0, of the next window's ``streams [S, T, D]``.
+        """Return {stream: talker}, from 0, of the ``active [S]`` among ``streams [S, T, D]``.
 
         ``sound`` says whether the frames shared with the window before hold any.
         """
         streams, known = streams.float(), len(self.voices)
         present = active.nonzero().flatten().tolist()
+        if not present:
+            self.tail = None
+            return {}
         voices = [self._voice(streams[s]) for s in present]
-        distance = np.array([[float((voice - mean).square().mean().sqrt())
-                              for mean, _ in self.voices] for voice in voices])
-        distance = distance.reshape(len(present), known)
+        distance = np.array([[float((voice - mean).square().mean().sqrt()) for mean in self.voices]
+                             for voice in voices])  # [present, known]
         alike = self._compare(streams[:, : self.shared] if sound else None, present)
         talkers = self._assign(distance, alike)
         for row, talker in enumerate(talkers):
             if talker < known and alike[row, talker] > self.ALIKE:
                 self.same.append(distance[row, talker])
             self.different += [distance[row, t] for t in talkers if t != talker and t < known]
-        for talker, row in sorted(zip(talkers, range(len(talkers)), strict=True)):
-            self._remember(talker, voices[row])
-        named = dict(zip(present, talkers, strict=True))
-        self.talker_of = named or self.talker_of
-        self.tail = streams[:, -self.shared :].clone() if present else None
-        return named
+        for talker, voice in sorted(zip(talkers, voices, strict=True), key=lambda pair: pair[0]):
+            if talker == len(self.voices):
+                self.voices.append(voice)
+                self.windows.append(0)
+            self.windows[talker] += 1
+            self.voices[talker] = torch.lerp(self.voices[talker], voice, 1 / self.windows[talker])
+        self.talker_of = dict(zip(present, talkers, strict=True))
+        self.tail = streams[:, -self.shared :].clone()
+        return self.talker_of
 
     def _voice(self, stream: Tensor) -> Tensor:
         """Return mean and spread [2 D] of a stream [T, D], in units of the features' spread."""
@@ -140,10 +133,6 @@ class TalkerTracker:
         mean = (weight * stream).sum(0)
         spread = (weight * (stream - mean).square()).sum(0).sqrt()
         return torch.cat([mean / self.scale, spread / self.scale])
-
-    def _remember(self, talker: int, voice: Tensor) -> None:
-        mean, count = self.voices[talker] if talker < len(self.voices) else (voice, 0)
-        self.voices[talker : talker + 1] = [((mean * count + voice) / (count + 1), count + 1)]
 
     def _compare(self, head: Tensor | None, present: list[int]) -> np.ndarray:
         """Correlate shared frames [S, T, D]: [present, known talkers], NaN where it cannot be.
@@ -159,23 +148,18 @@ class TalkerTracker:
             alike[:, talker] = correlation[present, stream]
         return alike
 
-    def _limit(self) -> float:
-        """Return the distance up to which two voices are taken for one talker's."""
-        # Measured: with a factor above 2 the second of two talkers is missed more often.
-        if self.same and self.different:
-            return 2 * math.sqrt(np.mean(self.same) * np.mean(self.different))
-        known = self.same or self.different
-        return 2 * np.mean(known) if known else 1e6
-
     def _assign(self, distance: np.ndarray, alike: np.ndarray) -> list[int]:
         """Return a talker for every stream, known or new, with the highest summed score."""
         from scipy.optimize import linear_sum_assignment
 
-        (streams, known), limit = distance.shape, self._limit()
+        # Voices are taken for one talker's up to twice the middle of both kinds of distances.
+        # Measured: with a factor above 2 the second of two talkers is missed more often.
+        means = [np.mean(distances) for distances in (self.same, self.different) if distances]
+        limit = 2 * math.sqrt(means[0] * means[-1]) if means else 1e6
         unit = np.mean(self.same) if self.same else limit / 4
-        often = np.log([count for _, count in self.voices])
         shared = np.nan_to_num(alike - self.ALIKE)
-        score = self.SHARED * shared - distance / unit + self.OFTEN * often
+        score = self.SHARED * shared - distance / unit + self.OFTEN * np.log(self.windows)
+        streams, known = alike.shape
         new = streams if self.most is None else min(streams, self.most - known)
         fresh = np.tile(-limit / unit - 1e-9 * np.arange(new), (streams, 1))  # the next first
         if not np.isnan(alike).any():  # all talkers were in the window before
@@ -228,10 +212,11 @@ def separate_recording(
     window, rate = round(WINDOW_SECONDS * SAMPLING_RATE), FRAME_RATE
     if encoder is not None:
         window, rate = encoder.feature_extractor.n_samples, encoder.frame_rate
-    shared = window - window_sizes(window)[1]
+    shared = window - window_step(window)
     tracker = TalkerTracker(round(shared / SAMPLING_RATE * rate), most)
     parts, found, end = [], {}, 0
-    for first, samples, alone in read_windows(audio, window, sampling_rate):
+    for first, samples, alone in tqdm(
+            read_windows(audio, window, sampling_rate), "windows", leave=False, disable=None):
         if encoder is None:
             features = log_mel(torch.from_numpy(samples), num_bins)
         else:
@@ -289,8 +274,7 @@ def ask(model, processor, recordings: list, prompt: str | None = None, **options
 
 def decode(processor, ids: Tensor) -> list[str]:
     """Return the texts of token rows."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
 def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
@@ -317,6 +301,79 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
     return ("" if by_character else " ").join(joined)
 
 
+def _transcribe(integration, processor, recording: SeparatedRecording, options: dict) -> list[dict]:
+    """Let Whisper decode every talker's spectrogram, all as one batch."""
+    if not recording.talkers:
+        return []
+    streams = torch.stack([recording.stream(t) for t in recording.talkers]).transpose(1, 2)
+    frames, window = streams.shape[-1], processor.feature_extractor.nb_max_frames
+    padded = floor_log_mel(F.pad(streams, (0, max(0, window - frames)), value=DIGITAL_SILENCE))
+    mask = (torch.arange(padded.shape[-1]) < frames).long().expand(len(streams), -1)
+    model = integration.model
+    if frames > window:
+        options = {"return_timestamps": True, "return_segments": True, **options}
+    output = integration.original_generate()(
+        input_features=padded.to(model.device, model.dtype), attention_mask=mask.to(model.device),
+        **options)
+    if frames <= window:
+        whole = {"start": 0.0, "end": frames / FRAME_RATE}
+        texts = decode(processor, output)
+        segments = [[{**whole, "text": text}] for text in texts]
+    else:
+        texts = decode(processor, output["sequences"])
+        segments = [[{"start": float(part["start"]), "end": float(part["end"]),
+                      "text": decode(processor, [part["tokens"]])[0]} for part in row]
+                    for row in output["segments"]]
+    return [{"speaker": t.number, "probability": t.probability, "text": text,
+             "windows": [{**part, "probability": t.probability} for part in parts]}
+            for t, text, parts in zip(recording.talkers, texts, segments, strict=True)]
+
+
+def _numbered_rows(
+    integration, tracker: TalkerTracker, samples: np.ndarray, alone: bool,
+    features: Tensor, mel_mask, num_speakers: int | None,
+):
+    """Choose the rows of a window as the integration does, in the order of their numbers."""
+    streams, frame_mask, talkers, _ = integration.choose_rows(
+        features, mel_mask, num_speakers, at_most=not alone)
+    active = torch.zeros(streams.shape[1], dtype=torch.bool)
+    active[[stream for _, stream, _ in talkers]] = True
+    hop = HOP_LENGTH * integration.stride
+    sound = has_sound(samples[: tracker.shared * hop], samples)
+    numbers = tracker.number(streams[0][:, : len(samples) // hop].cpu(), active, sound)
+    talkers.sort(key=lambda talker: numbers[talker[1]])
+    return streams, frame_mask, talkers, [numbers[stream] + 1 for _, stream, _ in talkers]
+
+
+def _answer_windows(
+    integration, model, processor, audio, sampling_rate: int | None, prompt: str | None,
+    options: dict,
+) -> list[dict]:
+    """Answer window by window, collect the answers by talker and join their texts."""
+    window, joint = processor.feature_extractor.n_samples, options["mode"] == "joint"
+    shared, key, found = window - window_step(window), "speakers" if joint else "speaker", {}
+    tracker = TalkerTracker(shared // HOP_LENGTH // integration.stride, options["num_speakers"])
+    for number, (first, samples, alone) in enumerate(read_windows(audio, window, sampling_rate)):
+        choose_rows = partial(_numbered_rows, integration, tracker, samples, alone)
+        texts = ask(model, processor, [samples], prompt, choose_rows=choose_rows, **options)
+        who = [(tracker.talker_of[stream] + 1, round(p, 4)) for _, stream, p in model.speaker_rows]
+        if joint and who:
+            who = [([talker for talker, _ in who], max(p for _, p in who))]
+        for (said_by, probability), text in zip(who, texts, strict=True):
+            part = {"start": first / SAMPLING_RATE, "end": (first + len(samples)) / SAMPLING_RATE,
+                    key: said_by, "probability": probability, "text": text}
+            found.setdefault(0 if joint else said_by, []).append((number, part))
+    rows = []
+    for said_by, numbered in sorted(found.items()):
+        windows = [part for _, part in numbered]
+        if joint:
+            said_by = sorted({talker for part in windows for talker in part[key]})
+        text = join_texts([(number, part["text"]) for number, part in numbered], shared / window)
+        rows.append({key: said_by, "probability": max(part["probability"] for part in windows),
+                     "text": text, "windows": windows})
+    return rows
+
+
 def answer_per_talker(
     model, processor, audio, prompt: str | None = None, sampling_rate: int | None = None,
     num_speakers: int | None = None, mode: str = "separate", **options,
@@ -326,26 +383,15 @@ def answer_per_talker(
     With a spectrogram separator Whisper decodes each talker's spectrogram with its own long-form
     algorithm. Otherwise each window is answered, and the texts of windows are joined.
 
-    Parameters
-    ----------
-    audio : path, or array or tensor [samples] at ``sampling_rate`` (default: 16 kHz)
-    prompt : str, optional
-        What to ask Qwen2-Audio about each talker; default: "What does the person say?".
-    num_speakers : int, optional
-        Talkers in the recording, when known; a window of a longer one may have fewer.
-    mode : "separate" or "joint"
-        An answer per talker, or one about all of them.
-    **options
-        For ``generate``.
+    ``audio`` is a path, or an array or tensor [samples] at ``sampling_rate`` (default: 16 kHz);
+    ``prompt`` asks Qwen2-Audio about each talker (default: "What does the person say?");
+    ``num_speakers`` talk in the recording, when it is known, perhaps fewer in a window of it;
+    ``options`` go to ``generate``.
 
-    Returns
-    -------
-    list of dict
-        By talker: ``speaker`` (from 1), ``probability`` (the highest), ``text`` and ``windows``,
-        dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``. With
-        ``mode="joint"`` one dict at most, with ``speakers``, a list, for ``speaker``.
-
-    Raises FileNotFoundError or ValueError if the recording cannot be read or arguments do not fit.
+    Returns one dict per talker: ``speaker`` (from 1), ``probability`` (the highest), ``text`` and
+    ``windows``, dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``. With
+    ``mode="joint"`` one about all talkers, with ``speakers``, a list, for ``speaker``. Raises
+    FileNotFoundError or ValueError if the recording cannot be read or arguments do not fit.
     """
     integration = vars(getattr(model, "_orig_mod", model)).get("_speaker_integration")
     if integration is None:
@@ -359,80 +405,6 @@ def answer_per_talker(
         return _transcribe(integration, processor, recording, options)
     if mode == "joint":
         options["tokenizer"] = processor.tokenizer
-    call = partial(ask, model, processor, prompt=prompt, num_speakers=num_speakers, mode=mode,
-                   **options)
-    window, step = window_sizes(processor.feature_extractor.n_samples)
-    tracker = TalkerTracker((window - step) // HOP_LENGTH // integration.stride, num_speakers)
-    answers = (_answer_window(call, integration, model, tracker, window - step, *part)
-               for part in read_windows(audio, window, sampling_rate))
-    return _by_talker(answers, mode, 1 - step / window)
-
-
-def _transcribe(integration, processor, recording: SeparatedRecording, options: dict) -> list[dict]:
-    """Let Whisper decode every talker's spectrogram, all as one batch."""
-    if not recording.talkers:
-        return []
-    streams = torch.stack([recording.stream(t) for t in recording.talkers]).transpose(1, 2)
-    frames, window = streams.shape[-1], processor.feature_extractor.nb_max_frames
-    padded = floor_log_mel(F.pad(streams, (0, max(0, window - frames)), value=DIGITAL_SILENCE))
-    mask = (torch.arange(padded.shape[-1]) < frames).long().expand(len(streams), -1)
-    model = integration.model
-    inputs = {"input_features": padded.to(model.device, model.dtype),
-              "attention_mask": mask.to(model.device)}
-    generate = integration.original_generate()
-    if frames <= window:
-        texts, seconds = decode(processor, generate(**inputs, **options)), frames / FRAME_RATE
-        segments = [[{"start": 0.0, "end": seconds, "text": text}] for text in texts]
-    else:
-        long_form = {"return_timestamps": True, "return_segments": True}
-        output = generate(**inputs, **{**long_form, **options})
-        texts = decode(processor, output["sequences"])
-        segments = [[{"start": float(part["start"]), "end": float(part["end"]),
-                      "text": decode(processor, [part["tokens"]])[0]} for part in row]
-                    for row in output["segments"]]
-    return [{"speaker": t.number, "probability": t.probability, "text": text,
-             "windows": [{**part, "probability": t.probability} for part in parts]}
-            for t, text, parts in zip(recording.talkers, texts, segments, strict=True)]
-
-
-def _answer_window(
-    call, integration, model, tracker, shared: int, first: int, samples: np.ndarray, alone: bool
-):
-    """Return start and end in seconds, (number, probability) of talkers, and a text for each."""
-    def choose_rows(features, mel_mask, num_speakers):
-        streams, frame_mask, talkers, _ = integration.choose_rows(
-            features, mel_mask, num_speakers, at_most=not alone)
-        active = torch.zeros(streams.shape[1], dtype=torch.bool)
-        active[[stream for _, stream, _ in talkers]] = True
-        frames = len(samples) // HOP_LENGTH // integration.stride
-        sound = has_sound(samples[:shared], samples)
-        numbers = tracker.number(streams[0][:, :frames].cpu(), active, sound)
-        talkers.sort(key=lambda talker: numbers[talker[1]])
-        return streams, frame_mask, talkers, [numbers[stream] + 1 for _, stream, _ in talkers]
-
-    texts = call([samples], choose_rows=choose_rows)
-    who = [(tracker.talker_of[stream] + 1, round(p, 4)) for _, stream, p in model.speaker_rows]
-    return first / SAMPLING_RATE, (first + len(samples)) / SAMPLING_RATE, who, texts
-
-
-def _by_talker(answers: Iterator, mode: str, shared: float) -> list[dict]:
-    """Collect the answers of windows by talker and join their texts."""
-    found: dict[int, list[tuple[int, dict]]] = {}
-    key = "speakers" if mode == "joint" else "speaker"
-    for number, (start, end, who, texts) in enumerate(answers):
-        if mode == "joint" and who:
-            who = [([n for n, _ in who], max(p for _, p in who))]
-        for (said_by, probability), text in zip(who, texts, strict=True):
-            window = {"start": start, "end": end, key: said_by, "probability": probability,
-                      "text": text}
-            row = 0 if mode == "joint" else said_by
-            found.setdefault(row, []).append((number, window))
-    rows = []
-    for said_by, parts in sorted(found.items()):
-        windows = [window for _, window in parts]
-        if mode == "joint":
-            said_by = sorted({n for window in windows for n in window[key]})
-        text = join_texts([(number, window["text"]) for number, window in parts], shared)
-        rows.append({key: said_by, "probability": max(w["probability"] for w in windows),
-                     "text": text, "windows": windows})
-    return rows
+    options |= {"num_speakers": num_speakers, "mode": mode}
+    return _answer_windows(
+        integration, model, processor, audio, sampling_rate, prompt, options)

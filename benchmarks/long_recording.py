@@ -72,7 +72,7 @@ def oracle(tracks: np.ndarray, step: int, seed: int):
 def measure(folder: Path, checkpoint, seconds: float, seed: int, num_speakers=None) -> dict:
     """Return windows with a talker, the share with the right numbers, and talkers found."""
     tracks = two_tracks(folder, seconds, seed)
-    window, step = long_recordings.window_sizes(long_recordings.WINDOW_SECONDS * SAMPLING_RATE)
+    step = long_recordings.window_step(long_recordings.WINDOW_SECONDS * SAMPLING_RATE)
     separate = oracle(tracks, step, seed)
     if checkpoint:
         separate = ssm.window_separator(ssm.load_separator(checkpoint), None, num_speakers)

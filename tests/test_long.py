@@ -20,20 +20,22 @@ from conftest import (
     sine,
     tiny_extractor,
     tiny_separator,
+    write_wav,
 )
 from test_integration import TIMES, ends_a_segment, make_separator, timed_whisper
 
+import audio
 import long_recordings
 import speaker_separator_module as ssm
 from audio import floor_log_mel, load_audio_encoder, log_mel, read_audio
 from long_recordings import (
     TalkerTracker,
     answer_per_talker,
-    audio_windows,
     has_sound,
     join_texts,
+    read_windows,
     separate_recording,
-    window_sizes,
+    window_step,
 )
 
 WINDOW, STEP = 16000, 11520  # of the tiny models
@@ -53,16 +55,18 @@ def short_windows(monkeypatch):
     monkeypatch.setattr(long_recordings, "WINDOW_SECONDS", 1)
 
 
-@pytest.mark.parametrize("length", [1, STEP, WINDOW, WINDOW + 1, WINDOW + STEP, 61234])
-def test_windows_cover_the_recording(length):
-    assert window_sizes(tiny_extractor().n_samples) == (WINDOW, STEP)
+@pytest.mark.parametrize("length", [640, STEP, WINDOW, WINDOW + 1, WINDOW + STEP, 61234])
+def test_windows_cover_the_recording(length, monkeypatch):
+    assert window_step(tiny_extractor().n_samples) == STEP
+    monkeypatch.setattr(audio, "READ_BLOCK", length // 7 + 1)
     samples = np.arange(length, dtype=np.float32)
-    windows = list(audio_windows(iter(np.array_split(samples, 7)), WINDOW, STEP))
-    assert [start for start, _ in windows] == [i * STEP for i in range(len(windows))]
-    for start, window in windows:
+    windows = list(read_windows(samples, WINDOW))
+    assert [start for start, *_ in windows] == [i * STEP for i in range(len(windows))]
+    for start, window, alone in windows:
         assert np.array_equal(window, samples[start : start + WINDOW])
+        assert alone == (length <= WINDOW)
     assert windows[-1][0] + len(windows[-1][1]) == length
-    assert all(len(window) > WINDOW - STEP for _, window in windows[1:])  # each has something new
+    assert all(len(window) > WINDOW - STEP for _, window, _ in windows[1:])  # something new
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,8 +398,8 @@ def test_answers_of_a_long_recording(integrated, processor, long_file):
 
 def test_samples_in_memory(integrated, processor, long_file):
     from_file = answer_per_talker(integrated, processor, long_file, max_new_tokens=2)
-    for audio in (LONG, torch.from_numpy(LONG)):
-        assert answer_per_talker(integrated, processor, audio, max_new_tokens=2) == from_file
+    for samples in (LONG, torch.from_numpy(LONG)):
+        assert answer_per_talker(integrated, processor, samples, max_new_tokens=2) == from_file
     twice = soxr.resample(LONG, RATE, 2 * RATE)
     changing_streams(integrated)
     rows = answer_per_talker(
@@ -708,11 +712,6 @@ def test_memory_does_not_grow(qwen_folder, qwen_checkpoint, spectrogram_checkpoi
 @pytest.mark.parametrize("seconds", [1.0, 70.0])
 def test_a_recording_is_decoded_once(seconds, tmp_path, monkeypatch):
     """Separation reads a file through one time, whatever its length."""
-    from conftest import write_wav
-
-    import audio
-    import long_recordings
-
     path, opened = write_wav(tmp_path / "a.wav", sine(seconds, 200)), []
     blocks = audio._blocks_of_file
     monkeypatch.setattr(audio, "_blocks_of_file", lambda p: opened.append(p) or blocks(p))
