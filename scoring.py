@@ -138,7 +138,8 @@ def write_report(
     checkpoints = sorted(path.name for path in folder.glob("*.pt"))
     lines = [
         "# Training report", "", "## Configuration", "",
-        *markdown_table(["setting", "value"], [[k, json.dumps(v)] for k, v in settings.items()]),
+        *markdown_table(["setting", "value"], [[k, json.dumps(v)] for k, v in settings.items()
+                                               if v is not None]),
         "", "## Data", "",
         *markdown_table(["split", "mixtures", "talkers", "mean per mixture",
                          "mixtures by talkers"], data),

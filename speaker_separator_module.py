@@ -9,8 +9,8 @@ for each stream. Two separators share the interface
 - ``SpeakerSeparatorTransformer``: feature vectors that add up, such as the simulated ones.
 
     python speaker_separator_module.py train --epochs=20
-    python speaker_separator_module.py evaluate --checkpoint checkpoints/best_model.pt
-    python speaker_separator_module.py integrate --model openai/whisper-tiny.en --audio meeting.wav
+    python speaker_separator_module.py evaluate
+    python speaker_separator_module.py integrate --model MODEL --audio a.wav
 
 The first makes its own small dataset when there is none and ends in minutes on a laptop's CPU.
 
@@ -1074,7 +1074,8 @@ def evaluate_separator(
     device = device or separator.speaker_queries.device.type
     weights = weights or (SPECTROGRAM_WEIGHTS if separator.is_spectrogram else LossWeights())
     sums, probabilities, truths = 0, [], []
-    for raw in make_loader(dataset, batch_size, separator.max_speakers, device):
+    loader = make_loader(dataset, batch_size, separator.max_speakers, device)
+    for raw in tqdm(loader, "evaluate", unit="batch", leave=False, disable=None):
         batch = add_spectrograms(to_device(raw, device))
         with autocast(device, dtype):
             separated, probs = separator(batch["mixture"], batch["frame_mask"])
@@ -1636,7 +1637,7 @@ def start_run(
     else:
         separator = new_separator(options, train_set, val_set)
     dtype, reason = pick_dtype(options.dtype, device)
-    options = options._replace(dtype=str(dtype).removeprefix("torch."))
+    options = options._replace(dtype=str(dtype).removeprefix("torch."), device=device)
     averaged = average_of(separator.to(device), checkpoint.get("steps", 0) if checkpoint else 0)
     optimizer = make_optimizer(separator, options)
     history = restore(separator, optimizer, checkpoint, folder) if checkpoint else []
@@ -1739,8 +1740,10 @@ def train_speaker_separator(
             print(f"no better epoch in {options.patience}; stopped, the best was {best}")
             break
     if scoring := import_sibling("scoring"):
-        used = run.options._asdict() | run.averaged.module.config
-        used |= {"lr": history[0]["lr"], "dataset": train_set.source.get("kind")}
+        used = run.options._asdict() | run.averaged.module.config | run.separator.feature_source
+        used |= {"lr": history[0]["lr"], "mixtures_per_epoch": len(run.loader.dataset)}
+        used.pop("feature_source", None)
+        used |= {f"{part}_weight": value for part, value in run.weights._asdict().items()}
         terms = {"separation": 1.0, **run.weights._asdict()}
         scoring.write_report(folder, used, terms, train_set, val_set, history)
         scoring.plot_history(folder / "training_curves.png", history)
@@ -1798,10 +1801,11 @@ def window_separator(separator, threshold: float | None, num_speakers: int | Non
 def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict, Tensor, list]:
     """Separate a .npy file; return facts, mixture, and (facts, features, audio) of each talker."""
     features, width = read_features(path), separator.feature_dim
-    if width is not None and features.shape[1] != width:
-        hint = f"; save them as [T, {width}], transposed" if features.shape[0] == width else ""
-        raise ValueError(f"{path} holds features {features.shape[1]} wide and the separator reads "
-                         f"{width}{hint}")
+    (T, D), widths = features.shape, [width] if width else [80, 128]  # Whisper's mel bins
+    if D not in widths and (width or T in widths):
+        hint = f"; save them as [T, {T}], transposed" if T in widths else ""
+        raise ValueError(f"{path} holds features {D} wide and the separator reads "
+                         f"{' or '.join(map(str, widths))}{hint}")
     streams, probs, active = separate(separator, features, threshold, num_speakers)
     probs = [round(p, 4) for p in probs.tolist()]
     talkers = [({"stream": s, "probability": probs[s]}, streams[s].cpu(), None)
@@ -2178,6 +2182,18 @@ class Integration:
 # Integrate: put a separator into a model and take it out
 
 
+def warn_of_other_features(separator, source: dict) -> None:
+    """Say in one line that a separator gets other features than those it was trained on."""
+    trained = {} if separator.is_spectrogram else separator.feature_source
+    for key, name in (("kind", "{} features"), ("layer", "features after layer {}")):
+        now = source.get(key, trained.get(key))
+        if key in trained and trained[key] != now:
+            print(f"warning: the separator was trained on {name.format(trained[key])} and gets "
+                  f"{name.format(now)}: its streams will mean nothing; for recordings use a "
+                  "spectrogram separator", file=sys.stderr)
+            return
+
+
 def check_fit(separator, config, layer: int | None) -> None:
     """Fail unless a separator fits an encoder of this configuration, cut after block ``layer``."""
     if separator.is_spectrogram:
@@ -2233,6 +2249,7 @@ def integrate_speaker_separator(
         raise ValueError(f"{type(whole).__name__} has no generate to put a separator before")
     layer = separator.feature_source.get("layer") if layer is None else layer
     check_fit(separator, None if separator.is_spectrogram else audio_tower_of(whole).config, layer)
+    warn_of_other_features(separator, {"kind": "speech", "layer": layer})
     if max_speakers is not None and separator.max_speakers < max_speakers:
         raise ValueError(f"the separator has {separator.max_speakers} streams and "
                          f"max_speakers={max_speakers} was asked for")
@@ -2410,8 +2427,12 @@ def cmd_evaluate(args) -> None:
     dataset = MultiSpeakerDataset(args.data_dir, args.split)
     separator, checkpoint = open_separator(args, dataset.is_spectrogram, device)
     check_data(f"the separator {checkpoint}", separator.config, dataset)
+    warn_of_other_features(separator, dataset.source)
     if args.model:
+        from audio import load_config
+
         texts_of_recordings(dataset)
+        load_config(args.model)
     scores = evaluate_separator(
         separator, dataset, batch_size=args.batch_size, device=device,
         dtype=pick_dtype(args.dtype, device)[0], threshold=args.threshold,
@@ -2444,15 +2465,25 @@ def open_encoder(args, separator, device: str):
     layer = separator.feature_source.get("layer") if args.layer is None else args.layer
     encoder = load_audio_encoder(name, layer, device)
     check_fit(separator, encoder.tower.config, layer)
+    warn_of_other_features(separator, {"kind": "speech", "layer": layer})
     return encoder
+
+
+def holds_features(path: Path) -> bool:
+    """Return whether an input is features, not audio; fail unless it is one file of either."""
+    if path.is_dir() or path.suffix == ".npz":
+        kind = "a folder" if path.is_dir() else "an archive of arrays"
+        raise ValueError(f"{path} is {kind}: give one audio file, or features [T, D] in one .npy")
+    is_features = path.suffix == ".npy"
+    if not path.is_file():
+        raise FileNotFoundError(f"no such {'feature' if is_features else 'audio'} file: {path}")
+    return is_features
 
 
 def cmd_infer(args) -> None:
     """Separate one mixture into a file per talker."""
     device, path = pick_device(args.device), Path(args.input)
-    is_features = path.suffix == ".npy"
-    if not path.is_file():
-        raise FileNotFoundError(f"no such {'feature' if is_features else 'audio'} file: {path}")
+    is_features = holds_features(path)
     separator, checkpoint = open_separator(args, not is_features, device)
     reads_hidden = not (is_features or separator.is_spectrogram)
     if (args.encoder or args.layer is not None) and not reads_hidden:
@@ -2466,34 +2497,32 @@ def cmd_infer(args) -> None:
     about = {"input": str(path), "checkpoint": checkpoint, **about}
     write_separation(Path(args.output_dir), about, mixture, talkers, separator.is_spectrogram)
     probabilities = about.get("probabilities") or [facts["probability"] for facts, *_ in talkers]
-    print(f"{len(talkers)} talkers ({'stream ' * is_features}probabilities "
+    print(f"{len(talkers)} talker{'s' * (len(talkers) != 1)} "
+          f"({'stream ' * is_features}probabilities "
           f"{', '.join(f'{p:.2f}' for p in probabilities)}) -> {args.output_dir} "
           f"(separator {checkpoint})")
 
 
-def check_integration(args, separator) -> None:
+def check_integration(args, config, separator) -> None:
     """Check everything that can be before the model is loaded."""
-    from audio import load_config, recording_length
-
-    config = load_config(args.model)
     check_fit(separator, getattr(config, "audio_config", config), args.layer)
     if config.model_type == "whisper" and (args.prompt is not None or args.mode == "joint"):
         raise ValueError("--prompt and --mode=joint are for Qwen2-Audio; Whisper takes no prompt")
     if "<|AUDIO|>" in (args.prompt or ""):
         raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
-    for audio in args.audio:
-        recording_length(audio)
     check_writable(args.json)
 
 
 def cmd_integrate(args) -> None:
     """Print what each talker of a recording says."""
-    from audio import load_model
+    from audio import load_config, load_model, recording_length
     from long_recordings import answer_per_talker
 
-    device = pick_device(args.device)
+    device, config = pick_device(args.device), load_config(args.model)
+    for audio in args.audio:
+        recording_length(audio)
     separator, checkpoint = open_separator(args, True, "cpu")
-    check_integration(args, separator)
+    check_integration(args, config, separator)
     model, processor = load_model(args.model, device, args.dtype)
     integrate_speaker_separator(model, None, separator, args.layer, args.threshold)
     length = args.max_new_tokens or (256 if hasattr(processor, "audio_token") else None)
@@ -2629,6 +2658,20 @@ COMMANDS = {  # function, its options and an example
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help within 80 columns: short value names, defaults where there are any, whole examples."""
+
+    def _get_default_metavar_for_optional(self, action):
+        kind = getattr(action.type, "__name__", "")
+        return {"int": "N", "float": "X"}.get(kind) or action.dest.upper()
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+    def _fill_text(self, text, width, indent):
+        return text
+
+
 class Parser(argparse.ArgumentParser):
     """Parser of one command; what it refuses it names in one line."""
 
@@ -2639,6 +2682,16 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{text[:-3]} needs a value")
         return super().parse_args(args, namespace)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse unknown flags where the command is known, so that its own help is named."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        for flag in (f"--{word.split('=')[0][2:].replace('-', '_')}" for word in unknown):
+            if flag in self._option_string_actions:
+                self.error(f"flags have underscores: {flag}")
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
+
     def error(self, message: str):
         """Print the fault and stop with exit status 2."""
         self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
@@ -2646,14 +2699,14 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of every subcommand."""
-    example = "example: python speaker_separator_module.py {} {}"
+    example = "example:\n  python speaker_separator_module.py {} \\\n      {}"
     parser = Parser(description="Train and use a speaker separator inside a frozen speech model.",
-                    epilog=example.format("train", COMMANDS["train"][2]))
+                    epilog=example.format("train", COMMANDS["train"][2]), formatter_class=Help)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (run, add_arguments, flags) in COMMANDS.items():
         command = subparsers.add_parser(
             name, help=run.__doc__, description=run.__doc__, epilog=example.format(name, flags),
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+            formatter_class=Help)
         add_arguments(command.add_argument)
         add_shared_arguments(name, command.add_argument)
     return parser
@@ -2661,6 +2714,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; return 0, or 2 after one line on standard error for bad input."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # none of its warnings can be mended
     try:
         args = build_parser().parse_args(argv)
         COMMANDS[args.command][0](args)

@@ -18,6 +18,7 @@ from conftest import (
     SHORT_FLAGS,
     WIDTH,
     assert_fails,
+    edit_json,
     run,
     save_tiny_checkpoint,
     sine,
@@ -55,7 +56,8 @@ class Untouched:
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "generate"])
-def test_help(command, capsys):
+def test_help(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     main, argv = (generator.main, []) if command == "generate" else (ssm.main, [command])
     assert run(main, [*argv, "--help"]) == 0
     text = capsys.readouterr().out
@@ -63,6 +65,7 @@ def test_help(command, capsys):
     assert description.strip().endswith(".")
     assert "example:" in text
     assert "(default:" in text
+    assert max(map(len, text.splitlines())) < 80
 
 
 def test_overall_help_lists_the_commands(capsys):
@@ -91,7 +94,6 @@ def test_both_spellings(epochs):
         ["train", "--save_every=0"],
         ["train", "--seed=-1"],
         ["train", "--optimizer=muon"],
-        ["evaluate", "--llm=x"],
         ["evaluate", "--threshold=2"],
         ["infer"],
         ["integrate", "--model=x"],
@@ -102,6 +104,13 @@ def test_both_spellings(epochs):
 def test_mistyped(argv, capsys):
     assert run(ssm.main, argv) == 2
     assert "error:" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--data-dir=x", "flags have underscores: --data_dir"), ("--llm=x", "arguments: --llm=x")])
+def test_unknown_flag(flag, words, capsys):
+    assert_fails(capsys, ["evaluate", flag], words, "evaluate --help")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -323,6 +332,7 @@ def test_evaluate_refusals(best, spectrogram_checkpoint, dataset, recordings, ca
         (flags(best, dataset, "--prompt=Who?"), "--prompt", "add --model"),
         (flags(best, dataset, "--max_new_tokens=5"), "--max_new_tokens", "add --model"),
         (flags(best, dataset, "--model=x"), "no recordings with transcripts"),
+        (flags(spectrogram_checkpoint, recordings, "--model=gone"), "cannot load a model", "gone"),
         (flags("gone.pt", dataset), "no checkpoint at gone.pt"),
     ):
         assert_fails(capsys, argv, *words)
@@ -590,8 +600,13 @@ def test_infer_bad_audio(kind, spectrogram_checkpoint, qwen_checkpoint, tmp_path
 def test_infer_refusals(best, mixture_file, qwen_checkpoint, spectrogram_checkpoint, recording,
                         tmp_path, capsys):  # fmt: skip
     (tmp_path / "file").write_text("in the way")
+    np.save(tmp_path / "whispers_own.npy", np.zeros((80, 30), np.float32))
     out = tmp_path / "out"
     for argv, *words in (
+        (infer_flags(best, tmp_path, out), "is a folder", "one audio file"),
+        (infer_flags(best, tmp_path / "a.npz", out), "a.npz is an archive", "in one .npy"),
+        (infer_flags(spectrogram_checkpoint, tmp_path / "whispers_own.npy", out),
+         "80 or 128; save them as [T, 80], transposed"),
         (infer_flags(best, recording, out), "simulated features", "spectrogram separator"),
         (infer_flags(best, recording, out, f"--encoder={tmp_path}"), tmp_path),
         (infer_flags(qwen_checkpoint, recording, out, "--layer=9"), "layer must be 0 to 2"),
@@ -646,6 +661,31 @@ def test_integrate_count(flag, rows, qwen_folder, qwen_checkpoint, tmp_path, cap
     assert ("no talker found" in printed) is (rows == 0)
 
 
+def test_integrate_prints_no_warnings_of_others(qwen_folder, qwen_checkpoint, recording, tmp_path):
+    """Transformers warns of max_length beside max_new_tokens, which no flag of ours can mend."""
+    model = shutil.copytree(qwen_folder, tmp_path / "model")
+    edit_json(model / "generation_config.json", lambda config: config.update(max_length=9))
+    argv = integrate_flags(model, qwen_checkpoint, [recording], "--threshold=0")
+    done = subprocess.run(
+        [sys.executable, ROOT / "speaker_separator_module.py", *argv], capture_output=True,
+        text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"})  # fmt: skip
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "given", "words"),
+    [({"kind": "simulated", "layer": None}, [], "simulated features and gets speech features"),
+     ({"kind": "speech", "layer": 1}, ["--layer=2"], "gets features after layer 2"),
+     ({"kind": "speech", "layer": 1}, [], "")])  # fmt: skip
+def test_integrate_warns_of_other_features(source, given, words, qwen_folder, recording, tmp_path,
+                                           capsys):  # fmt: skip
+    checkpoint = save_tiny_checkpoint(tmp_path / "a.pt", tiny_separator(feature_source=source))
+    assert ssm.main(integrate_flags(qwen_folder, checkpoint, [recording], *given)) == 0
+    errors = capsys.readouterr().err
+    assert words in errors
+    assert errors.count("warning") == len(errors.splitlines()) == bool(words)
+
+
 @pytest.mark.parametrize("kind", BAD_AUDIO)
 def test_integrate_bad_audio(kind, qwen_folder, qwen_checkpoint, tmp_path, capsys):
     make, words = BAD_AUDIO[kind]
@@ -665,6 +705,11 @@ def test_integrate_bad_audio(kind, qwen_folder, qwen_checkpoint, tmp_path, capsy
 )
 def test_integrate_refusals(flags, words, qwen_folder, qwen_checkpoint, recording, capsys):
     assert_fails(capsys, integrate_flags(qwen_folder, qwen_checkpoint, [recording], *flags), words)
+
+
+def test_integrate_looks_for_recordings_before_it_loads_a_separator(qwen_folder, tmp_path, capsys):
+    argv = integrate_flags(qwen_folder, "gone.pt", [tmp_path / "gone.wav"])
+    assert_fails(capsys, argv, "no such audio file", "gone.wav")
 
 
 def test_integrate_refuses_before_the_model_is_loaded(

@@ -552,7 +552,9 @@ def test_report(trained, dataset):
                 np.mean((mixture / len(sample["speakers"]) - source) ** 2))  # fmt: skip
     for name, values in errors.items():
         assert f"| {name} | {np.mean(values):.3f} |" in report
-    for words in ("feature_dim | 32", "max_speakers", "| train | 4 |", "| val | 3 |",
+    assert "null" not in report and '"auto"' not in report  # the values that were used
+    for words in ("feature_dim | 32", "max_speakers", "| train | 4 |", '| device | "cpu" |',
+                  "| reconstruction_weight | 0.5 |", "| mixtures_per_epoch | 4 |", "| val | 3 |",
                   "reconstruction", "best_model.pt", "checkpoint_epoch_2.pt",
                   "checkpoint_epoch_3.pt"):  # fmt: skip
         assert words in report
