@@ -7,14 +7,12 @@
 Simulated talkers (the default) are feature vectors. A voice is a set of feature bands and a rate of
 modulation, the same in all datasets. An utterance is its voice's bands, swelling and fading in
 phrases with gaps between, each feature modulated by a sine of its own phase; the mixture is the
-sum. No utterance occurs twice. The bands of two voices overlap only in part, so that an oracle that
-knows the voices beats every trivial output; sources have unit power (zeros score 1). The tests
-measure all of them.
+sum. The bands of two voices overlap only in part, so that an oracle that knows the voices beats
+every trivial output; sources have unit power (zeros score 1).
 
 Recordings (``--speech_dir``) of different speakers are mixed as waveforms (``mixing.py``) and kept
 as wavs. With ``--encoder`` the dataset also keeps features of a frozen Whisper or Qwen2-Audio, and
-the mixtures fit into its window. The plan of all mixtures is drawn first and rendering draws
-nothing more, so any number of ``--workers`` writes the same bytes.
+the mixtures fit into its window.
 """
 
 from __future__ import annotations
@@ -31,12 +29,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from tqdm import tqdm
+
+from audio import SAMPLING_RATE, first_line, load_audio_encoder, write_wav
+from mixing import (
+    MixingOptions,
+    SpeechSource,
+    Utterance,
+    group_by_speaker,
+    list_noises,
+    list_recordings,
+    plan_split,
+    render_mixtures,
+)
 
 NUM_VOICES = 12
 NUM_BANDS = 32
 BANDS_PER_VOICE = 6
 VOICE_SEED = 1280  # one inventory for all datasets; --seed draws utterances and mixtures
 MODULATION = 0.6
+
+
+def split_sizes(args) -> dict[str, int]:
+    """Return the number of mixtures of each split."""
+    return {"train": args.train_samples, "val": args.val_samples}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -106,7 +123,7 @@ def simulated_dataset(args) -> tuple[Iterator[dict], dict]:
 # Recorded talkers
 
 
-def read_speech(path: Path) -> list:
+def read_speech(path: Path) -> list[Utterance]:
     """List the utterances of a folder per speaker, or of a JSON-lines manifest.
 
     A manifest's lines have ``audio`` (relative to the manifest), ``speaker``, ``text`` and, if the
@@ -125,9 +142,7 @@ def read_speech(path: Path) -> list:
     return utterances
 
 
-def _read_manifest(manifest: Path) -> list:
-    from mixing import Utterance
-
+def _read_manifest(manifest: Path) -> list[Utterance]:
     try:
         lines, utterances = manifest.read_text(encoding="utf-8").splitlines(), []
     except UnicodeDecodeError:
@@ -148,16 +163,14 @@ def _read_manifest(manifest: Path) -> list:
     return utterances
 
 
-def _read_speaker_folders(path: Path) -> list:
-    from mixing import AUDIO_SUFFIXES, Utterance
-
+def _read_speaker_folders(path: Path) -> list[Utterance]:
     transcripts = {}
-    for listing in sorted(path.rglob("*.trans.txt")):
+    for listing in path.rglob("*.trans.txt"):
         for line in listing.read_text(encoding="utf-8").splitlines():
             name, _, text = line.partition(" ")
             transcripts[listing.parent / name] = text
     utterances = []
-    for audio in sorted(p for p in path.glob("*/**/*") if p.suffix.lower() in AUDIO_SUFFIXES):
+    for audio in list_recordings(path, "*/**/*"):
         text, beside = transcripts.get(audio.with_suffix(""), ""), audio.with_suffix(".txt")
         if not text and beside.is_file():
             text = beside.read_text(encoding="utf-8").strip()
@@ -171,8 +184,6 @@ def split_speech(utterances: list, split_by: str, seed: int) -> dict[str, list]:
     ``split_by`` "speaker" holds out a fifth of the speakers with all they say, "utterance" a fifth
     of what each speaker says, of two utterances one. A manifest gives the split of all or of none.
     """
-    from mixing import group_by_speaker
-
     if any(u.split for u in utterances):
         splits = {split: [u for u in utterances if u.split == split] for split in ("train", "val")}
         for u in utterances:
@@ -195,40 +206,24 @@ def split_speech(utterances: list, split_by: str, seed: int) -> dict[str, list]:
             "val": [u for u in utterances if u in held_out]}
 
 
-def divide_speech(args) -> dict[str, list]:
-    """List the utterances of each split; fail if there are too few speakers for a mixture."""
-    splits = split_speech(read_speech(Path(args.speech_dir)), args.split_by, args.seed)
+def _mixing_options(flags: dict) -> MixingOptions:
+    return MixingOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
+
+
+def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]:
+    """Plan mixtures of recordings; return those of train, then of val, and what they are.
+
+    ValueError if a split has too few speakers for a mixture.
+    """
     for split, utterances in splits.items():
         speakers = len({u.speaker for u in utterances})
         if speakers < args.max_speakers:
             hint = ", or use --split_by utterance" if args.split_by == "speaker" else ""
             raise ValueError(f"the {split} split has {speakers} speakers and mixtures of "
                              f"{args.max_speakers} were asked for: lower --max_speakers{hint}")
-    return splits
-
-
-def _mixing_options(flags: dict):
-    from mixing import MixingOptions
-
-    return MixingOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
-
-
-def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]:
-    """Plan mixtures of recordings; return those of train, then of val, and what they are."""
-    from mixing import (
-        MixingOptions,
-        SpeechSource,
-        group_by_speaker,
-        list_noises,
-        plan_split,
-        render_mixtures,
-    )
-
     options = _mixing_options({name: getattr(args, name) for name in MixingOptions._fields})
     encoder, about = None, {"kind": "recordings"}
     if args.encoder:
-        from audio import SAMPLING_RATE, load_audio_encoder
-
         encoder = load_audio_encoder(args.encoder, args.layer, pick_device(args.device))
         local = Path(args.encoder).exists()
         about = {"kind": "speech", "layer": args.layer, "frame_rate": encoder.frame_rate,
@@ -253,8 +248,6 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
 
 def pick_device(name: str) -> str:
     """Return the device for the encoder; "auto" takes a GPU if there is one."""
-    import torch
-
     found = torch.accelerator.current_accelerator(check_available=True)
     best = found.type if found else "cpu"
     if name not in ("auto", "cpu", best):
@@ -264,8 +257,7 @@ def pick_device(name: str) -> str:
 
 def _with_features(plans: list, rendered: Iterator, encoder) -> Iterator[dict]:
     """Yield arguments of ``write_mixture`` for rendered mixtures, encoded by an encoder if any."""
-    for plan in plans:
-        sources, mixture = next(rendered)
+    for plan, (sources, mixture) in zip(plans, rendered, strict=True):
         waveforms = [mixture, *sources]
         features = [f.cpu().numpy() for f in encoder.encode(waveforms)] if encoder else None
         speakers = [{"speaker_id": t.utterances[0].speaker, "text": t.text} for t in plan.talkers]
@@ -281,8 +273,6 @@ def load_source(data_dir, split: str):
     Raises FileNotFoundError or ValueError if the dataset was not made from recordings, its files
     are damaged, or a recording is gone.
     """
-    from mixing import SpeechSource, Utterance, group_by_speaker, list_noises
-
     listing = Path(data_dir) / split / "utterances.json"
     if not listing.is_file():
         raise FileNotFoundError(f"no {listing}: {data_dir} was not made with --speech_dir")
@@ -304,40 +294,30 @@ def load_source(data_dir, split: str):
 # Writing
 
 
-def split_sizes(args) -> dict[str, int]:
-    """Return the number of mixtures of each split."""
-    return {"train": args.train_samples, "val": args.val_samples}
-
-
 def write_mixture(
     folder: Path, name: str, speakers: list[dict], features=None, waveforms=None, **more
 ) -> dict:
     """Save features and waveforms, mixture first, of a mixture and return its metadata entry."""
     entry = {"id": name, "num_speakers": len(speakers), "conversation": speakers}
-    files = [{} for _ in range(1 + len(speakers))]
     stems = [f"mixed/{name}", *(f"separated/{name}_speaker_{i}" for i in range(len(speakers)))]
     if features is not None:
+        names = [f"{stem}.npy" for stem in stems]
+        for file, array in zip(names, features, strict=True):
+            np.save(folder / file, array)
         seq_len, feature_dim = features[0].shape
-        entry |= {"mixed_audio": f"{stems[0]}.npy", "seq_len": seq_len, "feature_dim": feature_dim}
-        for file, stem, array in zip(files, stems, features, strict=True):
-            file["feature_file"] = f"{stem}.npy"
-            np.save(folder / file["feature_file"], array)
+        entry |= {"mixed_audio": names[0], "seq_len": seq_len, "feature_dim": feature_dim}
+        speakers = [s | {"feature_file": f} for s, f in zip(speakers, names[1:], strict=True)]
     if waveforms is not None:
-        from audio import SAMPLING_RATE, write_wav
-
-        seconds = round(len(waveforms[0]) / SAMPLING_RATE, 4)
-        entry |= {"mixed_wav": f"{stems[0]}.wav", "seconds": seconds}
-        for file, stem, samples in zip(files, stems, waveforms, strict=True):
-            file["wav_file"] = f"{stem}.wav"
-            write_wav(folder / file["wav_file"], samples)
-    speakers = [speaker | file for speaker, file in zip(speakers, files[1:], strict=True)]
+        names = [f"{stem}.wav" for stem in stems]
+        for file, samples in zip(names, waveforms, strict=True):
+            write_wav(folder / file, samples)
+        entry |= {"mixed_wav": names[0], "seconds": round(len(waveforms[0]) / SAMPLING_RATE, 4)}
+        speakers = [s | {"wav_file": f} for s, f in zip(speakers, names[1:], strict=True)]
     return entry | {"speakers": speakers} | more
 
 
 def write_split(folder: Path, split: str, samples: int, mixtures: Iterator[dict]) -> list[dict]:
     """Write so many mixtures into ``folder`` as they come, and their metadata.json."""
-    from tqdm import tqdm
-
     (folder / "mixed").mkdir(parents=True)
     (folder / "separated").mkdir()
     entries = []
@@ -353,7 +333,7 @@ def write_json(path: Path, content) -> None:
 
 
 def print_statistics(split: str, entries: list[dict]) -> None:
-    """Print how many mixtures and talkers a split has and how the counts are distributed."""
+    """Print how many mixtures and talkers a split has, and of how many talkers they are."""
     counts = [entry["num_speakers"] for entry in entries]
     talkers = len({s["speaker_id"] for entry in entries for s in entry["speakers"]})
     spread = ", ".join(f"{n} talkers: {c}" for n, c in sorted(Counter(counts).items()))
@@ -361,14 +341,6 @@ def print_statistics(split: str, entries: list[dict]) -> None:
     overlap = f", overlap {min(overlaps):.2f} to {max(overlaps):.2f}" if overlaps else ""
     print(f"{split}: {len(counts)} mixtures of {talkers} different talkers, "
           f"{np.mean(counts):.2f} talkers on average ({spread}){overlap}")
-
-
-def check_replaceable(output_dir: Path) -> None:
-    """Fail if the dataset would take the place of something that is none."""
-    for split in ("train", "val"):
-        old = output_dir / split
-        if old.exists() and not (old / "metadata.json").is_file():
-            raise ValueError(f"{old} exists and is no dataset; choose another --output_dir")
 
 
 def replace_splits(output_dir: Path, staging: Path) -> None:
@@ -384,8 +356,12 @@ def replace_splits(output_dir: Path, staging: Path) -> None:
 def generate_dataset(args, command_line: str) -> None:
     """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
     output_dir = Path(args.output_dir)
-    check_replaceable(output_dir)
-    splits = divide_speech(args) if args.speech_dir else {}
+    for old in (output_dir / "train", output_dir / "val"):
+        if old.exists() and not (old / "metadata.json").is_file():
+            raise ValueError(f"{old} exists and is no dataset; choose another --output_dir")
+    splits = {}
+    if args.speech_dir:
+        splits = split_speech(read_speech(Path(args.speech_dir)), args.split_by, args.seed)
     mixtures, about = speech_dataset(args, splits) if splits else simulated_dataset(args)
     about |= {"seed": args.seed, "command_line": command_line}
     staging = output_dir / ".staging"
@@ -420,8 +396,6 @@ def generate_dataset(args, command_line: str) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; its defaults make the dataset of the README."""
-    from mixing import MixingOptions
-
     parser = argparse.ArgumentParser(
         description="Make mixtures of talkers with each talker alone.",
         epilog="example: python generate_multi_speaker_dataset.py --train_samples=100",
@@ -446,89 +420,71 @@ def build_parser() -> argparse.ArgumentParser:
     speech("--workers", type=int, default=0, help="processes that render; 0: this one")
     speech("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
            help="where the encoder runs")
-    draw = parser.add_argument_group("mixing recorded talkers").add_argument
-    range_of = {"nargs": 2, "metavar": ("MIN", "MAX")}
-    draw("--join", type=int, default=mixing.join, **range_of,
-         help="recordings said in a row by each talker")
-    draw("--min_seconds", type=float, default=mixing.min_seconds,
-         help="each talker says more recordings until it has talked so long")
-    draw("--max_gap", type=float, default=mixing.max_gap,
-         help="longest pause between them in seconds")
-    draw("--max_onset", type=float, default=mixing.max_onset,
-         help="latest start of a talker in seconds; of the first talker with --overlap")
-    draw("--overlap", type=float, default=mixing.overlap, **range_of,
-         help="share of the speech in which two or more talk, 0 to 1; none: onsets decide")
-    draw("--level_difference", type=float, default=mixing.level_difference,
-         help="most dB between two talkers")
-    draw("--speed", type=float, default=mixing.speed, **range_of,
-         help="all that a talker says is played this much faster")
-    draw("--noise_dir", help="recordings of noise to add to the mixture alone")
-    draw("--snr_db", type=float, default=mixing.snr_db, **range_of,
-         help="dB from that noise up to all talkers together")
-    draw("--reverb", type=float, nargs="?", const=1.0, default=mixing.reverb, metavar="SHARE",
-         help="share of the mixtures that are in a simulated room; all without a number")
-    draw("--max_seconds", type=float, help="length that no mixture exceeds")
+    group = parser.add_argument_group("mixing recorded talkers")
+    between = {"nargs": 2, "metavar": ("MIN", "MAX")}
+
+    def draw(name: str, kind: type, help: str, **more) -> None:
+        group.add_argument(
+            f"--{name}", type=kind, default=getattr(mixing, name), help=help, **more)
+
+    draw("join", int, "recordings said in a row by each talker", **between)
+    draw("min_seconds", float, "each talker says more recordings until it has talked so long")
+    draw("max_gap", float, "longest pause between them in seconds")
+    draw("max_onset", float,
+         "latest start of a talker in seconds; of the first talker with --overlap")
+    draw("overlap", float,
+         "share of the speech in which two or more talk, 0 to 1; none: onsets decide", **between)
+    draw("level_difference", float, "most dB between two talkers")
+    draw("speed", float, "all that a talker says is played this much faster", **between)
+    draw("noise_dir", str, "recordings of noise to add to the mixture alone")
+    draw("snr_db", float, "dB from that noise up to all talkers together", **between)
+    draw("reverb", float, "share of the mixtures in a simulated room; all without a number",
+         nargs="?", const=1.0, metavar="SHARE")
+    draw("max_seconds", float, "length that no mixture exceeds")
     return parser
 
 
 def check_arguments(args) -> None:
     """Raise ValueError if the arguments cannot make a dataset."""
-    for holds, complaint in _rules(args):
+    limits = {"join": (1, 1000), "overlap": (0, 1), "speed": (0.5, 2), "snr_db": (-100, 100)}
+    for name, (low, high) in limits.items():
+        values = [low, *(getattr(args, name) or ()), high]
+        if not all(a <= b for a, b in pairwise(values)):
+            raise ValueError(
+                f"--{name} needs two numbers from {low} to {high}, the smaller first")
+    for name in ("min_seconds", "max_gap", "max_onset", "level_difference"):
+        if not 0 <= getattr(args, name) < 1000:
+            raise ValueError(f"--{name} must be a number of 0 or more")
+    recorded = bool(args.speech_dir)
+    most = 7 if recorded else NUM_VOICES
+    needs_speech = args.encoder or args.overlap or args.noise_dir or args.reverb or args.max_seconds
+    rules = [
+        (args.train_samples >= 1 and args.val_samples >= 1,
+         "--train_samples and --val_samples must be 1 or more"),
+        (1 <= args.min_speakers <= args.max_speakers, "--min_speakers must be 1 to "
+         f"--max_speakers ({args.max_speakers}), not {args.min_speakers}"),
+        (args.max_speakers <= most, f"--max_speakers can be {most} at most"),
+        (args.seed >= 0, f"--seed must be 0 or more, not {args.seed}"),
+        (args.workers >= 0, f"--workers must be 0 or more, not {args.workers}"),
+        (0 <= args.reverb <= 1, f"--reverb must be 0 to 1, not {args.reverb}"),
+        (args.layer is None or args.encoder, "--layer needs --encoder"),
+        (args.max_seconds is None or 0 < args.max_seconds < 1e6,
+         f"--max_seconds must be more than 0, not {args.max_seconds}"),
+        (args.seq_len >= 1, f"--seq_len must be 1 or more, not {args.seq_len}"),
+        (args.feature_dim >= NUM_BANDS,
+         f"--feature_dim must be {NUM_BANDS} or more, not {args.feature_dim}"),
+        (recorded or not needs_speech, "--encoder, --overlap, --noise_dir, --reverb and "
+         "--max_seconds need recordings: give --speech_dir"),
+        (not args.reverb or find_spec("pyroomacoustics"),
+         "--reverb needs pyroomacoustics: pip install -r requirements.txt"),
+    ]
+    for holds, complaint in rules:
         if not holds:
             raise ValueError(complaint)
 
 
-SECONDS_OR_DB = ("min_seconds", "max_gap", "max_onset", "level_difference")
-
-
-def _rules(args) -> list[tuple[bool, str]]:
-    limits = {"join": (1, 1000), "overlap": (0, 1), "speed": (0.5, 2), "snr_db": (-100, 100)}
-    ranges = [(f"--{name} needs two numbers from {low} to {high}, the smaller first",
-               [low, *(getattr(args, name) or ()), high]) for name, (low, high) in limits.items()]
-    kind_rules = _speech_rules if args.speech_dir else _simulated_rules
-    return [
-        (args.train_samples >= 1 and args.val_samples >= 1, "--train_samples and --val_samples "
-         "must be 1 or more"),
-        (1 <= args.min_speakers <= args.max_speakers, "--min_speakers must be 1 to "
-         f"--max_speakers ({args.max_speakers}), not {args.min_speakers}"),
-        (args.seed >= 0, f"--seed must be 0 or more, not {args.seed}"),
-        (args.workers >= 0, f"--workers must be 0 or more, not {args.workers}"),
-        (all(0 <= getattr(args, name) < 1000 for name in SECONDS_OR_DB),
-         f"--{', --'.join(SECONDS_OR_DB)} must be numbers of 0 or more"),
-        *((all(a <= b for a, b in pairwise(values)), words) for words, values in ranges),
-        (0 <= args.reverb <= 1, f"--reverb must be 0 to 1, not {args.reverb}"),
-        (args.layer is None or bool(args.encoder), "--layer needs --encoder"),
-        (args.max_seconds is None or 0 < args.max_seconds < 1e6,
-         f"--max_seconds must be more than 0, not {args.max_seconds}"),
-        *kind_rules(args),
-    ]
-
-
-def _simulated_rules(args) -> list[tuple[bool, str]]:
-    return [
-        (args.max_speakers <= NUM_VOICES, f"--max_speakers can be {NUM_VOICES} at most: there are "
-         "no more simulated voices"),
-        (args.feature_dim >= NUM_BANDS, f"--feature_dim must be {NUM_BANDS} or more, not "
-         f"{args.feature_dim}"),
-        (args.seq_len >= 1, f"--seq_len must be 1 or more, not {args.seq_len}"),
-        (not (args.encoder or args.overlap or args.noise_dir or args.reverb or args.max_seconds),
-         "--encoder, --overlap, --noise_dir, --reverb and --max_seconds need recordings: give "
-         "--speech_dir"),
-    ]
-
-
-def _speech_rules(args) -> list[tuple[bool, str]]:
-    return [
-        (args.max_speakers <= 7, f"--max_speakers can be 7 at most, not {args.max_speakers}"),
-        (not args.reverb or find_spec("pyroomacoustics") is not None,
-         "--reverb needs pyroomacoustics: pip install -r requirements.txt"),
-    ]
-
-
 def main(argv: list[str] | None = None) -> int:
     """Make a dataset; return 0, or 2 after one line on standard error for bad input."""
-    from audio import first_line
-
     args = build_parser().parse_args(argv)
     arguments = sys.argv[1:] if argv is None else argv
     try:

@@ -7,13 +7,17 @@ first utterance to the end of the last, pauses included. Talkers who take turns 
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from audio import SAMPLING_RATE, audio_info, read_audio
 
@@ -64,10 +68,6 @@ class SpeechSource(NamedTuple):
     noises: list[str]
     split: str
 
-    def draw(self, rng: np.random.Generator, count: int | None = None) -> PlannedMixture:
-        """Plan one mixture; see ``plan_mixture``."""
-        return plan_mixture(rng, self, count)
-
 
 def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
     """Return the utterances of each speaker."""
@@ -77,13 +77,18 @@ def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utteranc
     return groups
 
 
+def list_recordings(folder: Path, pattern: str) -> list[Path]:
+    """Return the recordings in a folder that match a pattern, sorted."""
+    return sorted(p for p in folder.glob(pattern) if p.suffix.lower() in AUDIO_SUFFIXES)
+
+
 def list_noises(noise_dir: str | None) -> list[str]:
     """Return the recordings in a folder of noise and below it; none without a folder."""
     if noise_dir is None:
         return []
     if not Path(noise_dir).is_dir():
         raise FileNotFoundError(f"no noise folder at {noise_dir}")
-    noises = sorted(p for p in Path(noise_dir).rglob("*") if p.suffix.lower() in AUDIO_SUFFIXES)
+    noises = list_recordings(Path(noise_dir), "**/*")
     if not noises:
         raise ValueError(f"{noise_dir} holds no recordings of noise (.wav, .flac, .ogg, .mp3)")
     return [str(path) for path in noises]
@@ -143,7 +148,7 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
     """
     options, by_speaker = source.options, source.by_speaker
     if count is None:
-        count = int(rng.integers(options.min_speakers, options.max_speakers + 1))
+        count = int(rng.integers(options.min_speakers, options.max_speakers, endpoint=True))
     if max(count, 1) > len(by_speaker):
         raise ValueError(f"{count} talkers were asked for and there are {len(by_speaker)} speakers")
     names = sorted(by_speaker)
@@ -184,7 +189,7 @@ def _plan_talkers(rng, source: SpeechSource, names: list[str], target: float | N
 def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedTalker:
     """Draw utterances in a row with pauses; the last ones go while they exceed the window."""
     window = options.max_seconds or np.inf
-    count = int(rng.integers(options.join[0], options.join[1] + 1))
+    count = int(rng.integers(*options.join, endpoint=True))
     speed = float(rng.uniform(*options.speed))
     onset, gap = float(rng.uniform(0, options.max_onset)), 0.0
     picks, starts, end = [], [], 0.0
@@ -277,8 +282,6 @@ def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float
 
 def plan_split(source: SpeechSource, seed: int, samples: int) -> list[PlannedMixture]:
     """Draw all mixtures of a split."""
-    from tqdm import tqdm
-
     rng = np.random.default_rng([seed, source.split == "val"])
     steps = tqdm(range(samples), desc=f"plan {source.split}", leave=False, disable=None)
     return [plan_mixture(rng, source) for _ in steps]
@@ -308,8 +311,7 @@ def room_responses(number: int) -> list[tuple[np.ndarray, int]]:
     """Return (response, sample of its direct sound) from ``MOUTHS`` places to a room's microphone.
 
     The number is the seed of the room. Responses end RT60 after the direct sound. Simulated by the
-    image source method (Allen and Berkley, 1979) in one thread: the order of sums shows in the last
-    bits.
+    image source method (Allen and Berkley, 1979).
     """
     import pyroomacoustics
 
@@ -318,7 +320,7 @@ def room_responses(number: int) -> list[tuple[np.ndarray, int]]:
     floor = rng.uniform(WALL_DISTANCE, sides[:2] - WALL_DISTANCE, size=(1 + MOUTHS, 2))
     microphone = np.array([*floor[0], TABLE_HEIGHT])
     mouths = np.column_stack([floor[1:], rng.uniform(*MOUTH_HEIGHT, size=MOUTHS)])
-    pyroomacoustics.constants.set("num_threads", 1)
+    pyroomacoustics.constants.set("num_threads", 1)  # the order of sums shows in the last bits
     absorption, order = pyroomacoustics.inverse_sabine(rt60, sides)
     room = pyroomacoustics.ShoeBox(
         sides, fs=SAMPLING_RATE, materials=pyroomacoustics.Material(absorption),
@@ -378,11 +380,9 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     ``max_seconds`` cuts the tail of reverberation, and an utterance that is longer by itself, but
     nothing else. Raises as ``audio.read_audio`` does.
     """
-    responses = [None] * len(plan.talkers)
-    if plan.room is not None:
-        responses = room_responses(plan.room)[: len(plan.talkers)]
+    responses = [None] * MOUTHS if plan.room is None else room_responses(plan.room)
     waveforms = [render_talker(talker, response)
-                 for talker, response in zip(plan.talkers, responses, strict=True)]
+                 for talker, response in zip(plan.talkers, responses, strict=False)]
     lengths = [len(w) for w in waveforms] or [max(1, round(plan.seconds * SAMPLING_RATE))]
     limit = np.inf if max_seconds is None else round(max_seconds * SAMPLING_RATE)
     length = min(max(lengths), limit)
@@ -401,10 +401,6 @@ def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Ite
     if not workers:
         yield from (render_mixture(plan, max_seconds) for plan in plans)
         return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
     # spawned: neither torch's threads nor a CUDA context survive a fork
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
     waiting = deque()

@@ -881,8 +881,10 @@ class RemixedRecordings(RemixedDataset):
         The part is centred on a time between the last talker's start and the first one's end:
         where all of them talk, or else in the pause between two of them.
         """
+        from mixing import plan_mixture
+
         rng, count = self.draw_count(number)
-        plan = self.speech.draw(rng, count)
+        plan = plan_mixture(rng, self.speech, count)
         if self.crop_seconds is None:
             return plan, 0.0, math.inf
         last_start = max((talker.onset for talker in plan.talkers), default=0.0)

@@ -539,7 +539,7 @@ def test_crops_lie_where_all_talkers_talk(recordings, monkeypatch):
     mixtures, middles, lengths = remix_recordings(recordings, crop_seconds=(0.2, 0.4)), [], []
     for second in (1.5, 2.5):
         plan = mixing.PlannedMixture((one, one._replace(onset=second)), second + 2, 0.0)
-        monkeypatch.setattr(mixing.SpeechSource, "draw", lambda *_, plan=plan: plan)
+        monkeypatch.setattr(mixing, "plan_mixture", lambda *_, plan=plan: plan)
         for number in range(60):
             _, start, length = mixtures.plan(number)
             middles.append((start + length / 2 - min(second, 2)) / 0.5)

@@ -44,7 +44,7 @@ def noise_dir(tmp_path_factory):
 def plans(by_speaker, count, noises=(), talkers=None, split="train", **options):
     source = SpeechSource(MixingOptions(**options), by_speaker, noises, split)
     rng = np.random.default_rng(1)
-    return [source.draw(rng, talkers) for _ in range(count)]
+    return [mixing.plan_mixture(rng, source, talkers) for _ in range(count)]
 
 
 def one_talker(audio, **more):
