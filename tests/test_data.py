@@ -548,7 +548,7 @@ def test_crops_lie_where_all_talkers_talk(recordings, monkeypatch):
     assert 0.9 < max(middles) <= 1
     assert 0.2 <= min(lengths) < 0.22
     assert 0.38 < max(lengths) <= 0.4
-    monkeypatch.setattr(mixing.SpeechSource, "draw", lambda *_: plan._replace(talkers=()))
+    monkeypatch.setattr(mixing, "plan_mixture", lambda *_: plan._replace(talkers=()))
     parts = [mixtures.plan(number) for number in range(100)]
     assert all(0 <= start <= 4.5 - length for _, start, length in parts)
 
