@@ -96,8 +96,8 @@ def word_table(scores: list[dict]) -> list[str]:
         rates = ["-" if row[kind] is None else f"{row[kind]:.1%}"
                  for kind in ("mixture", "separated", "oracle")]
         rows.append([row["of"], row["mixtures"], *rates, f"{row['count_accuracy']:.1%}"])
-    return markdown_table(["cpWER", "mixtures", "no separator", "separated", "each talker alone",
-                           "talker count right"], rows)
+    return markdown_table(["cpWER", "mixtures", "no separator", "separated", "talker alone",
+                           "count right"], rows)  # 76 columns
 
 
 def score_table(scores: dict) -> list[str]:
@@ -121,6 +121,7 @@ def write_report(
     ``settings`` and ``weights`` (of the loss parts) are those that were used.
     """
     last, best = history[-1], min(history, key=lambda row: row["val"]["total"])
+    settings = settings | {"threshold": best["val"]["threshold"]}
     parts = ["total", *weights]
     data, losses = [], []
     for name, dataset in (("train", train_set), ("val", val_set)):
@@ -167,21 +168,22 @@ def plot_history(path: Path, history: list[dict]) -> None:
     best = min(history, key=lambda row: row["val"]["total"])["epoch"]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
     loss, separation, count = figure.subplots(1, 3)
-    for split, style in (("train", "--"), ("val", "-")):
-        loss.plot(epochs, [row[split]["total"] for row in history], style, label=split)
+    for split, style in (("train", "o--"), ("val", "o-")):
+        loss.plot(epochs, [row[split]["total"] for row in history], style, ms=3, label=split)
         values = [row[split]["separation"] for row in history]
-        separation.plot(epochs, values, style, label=f"separator, {split}")
+        separation.plot(epochs, values, style, ms=3, label=f"separator, {split}")
     trivial = history[-1]["val"]["trivial_mse"]
     for name, grey in zip(TRIVIAL_OUTPUTS, ("0.2", "0.45", "0.7"), strict=True):
         separation.axhline(trivial[name], color=grey, linestyle=":", label=name)
-    count.plot(epochs, [100 * row["val"]["count_accuracy"] for row in history], label="val")
+    count.plot(
+        epochs, [100 * row["val"]["count_accuracy"] for row in history], "o-", ms=3, label="val")
     count.set_ylim(0, 105)
-    labels = (("combined loss", "loss"), ("separation error per talker", "error"),
-              ("mixtures with the right talker count", "%"))
+    labels = (("combined loss", "loss"), ("separation error per talker", "mean squared error"),
+              ("talker count", "% of mixtures counted right"))
     for axes, (title, label) in zip((loss, separation, count), labels, strict=True):
-        axes.axvline(best, color="0.8", linewidth=1, zorder=0, label="best epoch")
-        axes.set(title=title, xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.axvline(best, color="0.8", linewidth=1, zorder=0, label=f"best epoch ({best})")
+        axes.set(title=title, xlabel="epoch", ylabel=label, xlim=(0.5, epochs[-1] + 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
     figure.savefig(path, dpi=120, format="png")
 
@@ -219,8 +221,8 @@ def plot_streams(path, rows: list[dict], frame_rate: float | None, log_mel: bool
             if log_mel:
                 _label_hertz(axes, values.shape[1])
         axes_row[0].set_ylabel("kHz" if log_mel else "feature", fontsize=8)
-        bar = figure.colorbar(image, ax=list(axes_row[: len(arrays)]), pad=0.01)
-        bar.set_label("dB below the mixture's peak" if log_mel else "feature value", fontsize=8)
+        bar = figure.colorbar(image, ax=list(axes_row), pad=0.01)
+        bar.set_label("dB, 0 at the mixture's peak" if log_mel else "feature value", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=120, format="png")
 

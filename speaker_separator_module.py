@@ -1847,7 +1847,7 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
             row["audio"] = f"speaker_{number}.wav"
             files[row["audio"]] = audio.numpy()
         about["speakers"].append(row | facts)
-        panels[f"speaker {number} ({facts['probability']:.2f})"] = values
+        panels[f"speaker {number}, probability {facts['probability']:.2f}"] = values
     if source in [(folder / name).resolve() for name in files]:
         raise ValueError(f"{source} is the input and would be overwritten: choose another "
                          "--output_dir")
