@@ -6,6 +6,7 @@ Spectrograms are those of every Whisper and of Qwen2-Audio: 16 kHz, 80 or 128 me
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,6 @@ DIGITAL_SILENCE = -1.5  # what ``log_mel`` gives for it: (log10(1e-10) + 4) / 4
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,17 +111,14 @@ def check_length(audio, length: int) -> int:
     """Return a recording's number of samples; ValueError if it is shorter than ``SHORTEST``."""
     if length < SHORTEST:
         name = audio if isinstance(audio, (str, os.PathLike)) else "the recording"
-        shortest = 1000 * SHORTEST // SAMPLING_RATE
-        raise ValueError(f"{name} lasts {1000 * length / SAMPLING_RATE:.0f} ms; the shortest that "
-                         f"can be separated is {shortest} ms")
+        raise ValueError(
+            f"{name} lasts {1000 * length / SAMPLING_RATE:.0f} ms; the shortest that can be "
+            f"separated is {1000 * SHORTEST // SAMPLING_RATE} ms")
     return length
 
 
 def recording_length(audio, given_rate: int | None = None) -> int:
-    """Read a recording to its end and return its number of samples at 16 kHz.
-
-    Raises as ``read_audio`` and ``check_length`` do.
-    """
+    """Read a recording to its end and return its samples at 16 kHz; errors as above."""
     return check_length(audio, sum(map(len, audio_blocks(audio, given_rate))))
 
 
@@ -201,7 +198,7 @@ def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
 # Frozen models
 
 
-def load_pretrained(kind, path_or_id: str, what: str = "a model", **options):
+def load_pretrained(kind, path_or_id: str, **options):
     """Load with a class of transformers, or its name, in silence; failures raise ValueError."""
     import transformers
     from transformers.utils import logging
@@ -213,17 +210,16 @@ def load_pretrained(kind, path_or_id: str, what: str = "a model", **options):
         loader = getattr(transformers, kind) if isinstance(kind, str) else kind
         return loader.from_pretrained(path_or_id, **options)
     except Exception as error:  # safetensors' and the hub's own kinds among them
-        raise ValueError(
-            f"cannot load {what} from {path_or_id}: {first_line(error)}") from None
+        raise ValueError(f"cannot load a model from {path_or_id}: {first_line(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
         if progress:
             logging.enable_progress_bar()
 
 
-def load_config(path_or_id: str, what: str = "a model"):
+def load_config(path_or_id: str):
     """Load the configuration of a Qwen2-Audio or Whisper model; ValueError if it is neither."""
-    config = load_pretrained("AutoConfig", path_or_id, what)
+    config = load_pretrained("AutoConfig", path_or_id)
     if config.model_type not in ("qwen2_audio", "whisper"):
         raise ValueError(f"{path_or_id} is {config.model_type}, not Qwen2-Audio or Whisper")
     return config
@@ -250,10 +246,6 @@ class AudioEncoder(NamedTuple):
         """Feature frames per second."""
         return FRAME_RATE / self.stride
 
-    def num_frames(self, samples: int) -> int:
-        """Return the feature frames in so many samples at 16 kHz."""
-        return (-(-samples // HOP_LENGTH) + 1) // self.stride
-
     @torch.no_grad()
     def encode(self, waveforms: list[np.ndarray]) -> list[Tensor]:
         """Return the feature frames [T, D] of each recording; ValueError if one is too long."""
@@ -272,8 +264,8 @@ class AudioEncoder(NamedTuple):
                 outside, torch.finfo(weight.dtype).min)[:, None, None]
         features = inputs["input_features"].to(weight.device, weight.dtype)
         hidden = self.tower(features, attention_mask=mask).last_hidden_state
-        return [h[: self.num_frames(len(w))].float()
-                for h, w in zip(hidden, waveforms, strict=True)]
+        lengths = [(math.ceil(len(w) / HOP_LENGTH) + 1) // self.stride for w in waveforms]
+        return [h[:length].float() for h, length in zip(hidden, lengths, strict=True)]
 
 
 def load_audio_encoder(path_or_id: str, layer: int | None = None, device="cpu") -> AudioEncoder:
@@ -281,23 +273,22 @@ def load_audio_encoder(path_or_id: str, layer: int | None = None, device="cpu") 
 
     Raises ValueError if it cannot be loaded, is neither Qwen2-Audio nor Whisper, or lacks a block.
     """
-    from transformers import Qwen2AudioEncoder
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-    what, kind, prefix = "an encoder", WhisperEncoder, "encoder"
-    config = load_config(path_or_id, what)
-    extractor = load_pretrained("AutoFeatureExtractor", path_or_id, what)
-    if config.model_type == "qwen2_audio":
-        kind, prefix, config = Qwen2AudioEncoder, "audio_tower", config.audio_config
+    config = load_config(path_or_id)
+    extractor = load_pretrained("AutoFeatureExtractor", path_or_id)
+    kind, prefix = WhisperEncoder, "encoder"
+    if halves := config.model_type == "qwen2_audio":
+        kind, prefix, config = "Qwen2AudioEncoder", "audio_tower", config.audio_config
     tower, loaded = load_pretrained(
-        kind, path_or_id, what, config=config, dtype=torch.float32,
+        kind, path_or_id, config=config, dtype=torch.float32,
         key_mapping={rf"^(model\.)?{prefix}\.": ""}, output_loading_info=True)
     if loaded["missing_keys"]:
         raise ValueError(f"{path_or_id} lacks the encoder's weight {min(loaded['missing_keys'])}")
-    halves, blocks = hasattr(tower, "avg_pooler"), len(tower.layers)
     if layer is not None:
-        if not 0 <= layer <= blocks:
-            raise ValueError(f"layer must be 0 to {blocks} for this encoder, not {layer}")
+        if not 0 <= layer <= len(tower.layers):
+            raise ValueError(
+                f"layer must be 0 to {len(tower.layers)} for this encoder, not {layer}")
         tower.layers, tower.layer_norm = tower.layers[:layer], nn.Identity()
         tower.avg_pooler = nn.Identity() if halves else None
     tower = tower.to(device).eval().requires_grad_(False)

@@ -233,7 +233,6 @@ def test_encode_equals_the_models_own_tower(layer, qwen, qwen_folder, processor)
     for b, samples in enumerate(RECORDINGS):
         (features,) = encoder.encode([samples])
         assert features.shape == (int(mask[b].sum()), WIDTH)
-        assert len(features) == encoder.num_frames(len(samples))
         torch.testing.assert_close(features, expected[b][mask[b]], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(together[b], features, rtol=1e-4, atol=1e-4)
 
@@ -258,7 +257,7 @@ def test_whisper_encoder(layer, whisper_folder):
     encoder = audio.load_audio_encoder(str(whisper_folder), layer)
     (features,) = encoder.encode([RECORDINGS[2]])
     assert encoder.frame_rate == 50
-    assert len(features) == encoder.num_frames(len(RECORDINGS[2])) == 31  # 0.61 s
+    assert len(features) == 31  # 0.61 s
     torch.testing.assert_close(features, expected[:31], rtol=1e-4, atol=1e-4)
 
 
@@ -332,7 +331,7 @@ def test_encoder_with_damaged_weights(kind, qwen_folder, whisper_folder, tmp_pat
         weights.write_bytes(content[:1000])
     elif kind == "other model":
         shutil.copy(whisper_folder / "model.safetensors", weights)
-    words = {"truncated": "cannot load an encoder", "missing": "no file named model.safetensors",
+    words = {"truncated": "cannot load a model", "missing": "no file named model.safetensors",
              "other model": "lacks the encoder's weight conv1.bias"}[kind]
     with pytest.raises(ValueError, match=words) as error:
         audio.load_audio_encoder(str(folder))
