@@ -11,6 +11,7 @@ for each stream. Two separators share the interface
     python speaker_separator_module.py train --epochs=20
     python speaker_separator_module.py evaluate
     python speaker_separator_module.py integrate --model MODEL --audio a.wav
+    torchrun --nproc_per_node=8 speaker_separator_module.py train ...
 
 The first makes its own small dataset when there is none and ends in minutes on a laptop's CPU.
 
@@ -22,7 +23,7 @@ count and separate (SepTDA, Lee et al., 2024, arXiv:2401.12473); separation insi
 (VoiceFilter-Lite, Wang et al., 2020, arXiv:2009.04323).
 
 Deliberately absent: waveform separation, diarisation beyond "which talker is this stream", training
-of the frozen model, configuration files, distributed training.
+of the frozen model, configuration files.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 # --------------------------------------------------------------------------------------------------
@@ -71,6 +73,7 @@ class TrainOptions(NamedTuple):
 
     epochs: int = 20
     batch_size: int = 8
+    accumulate: int = 1
     lr: float | None = None
     weight_decay: float = 0.01
     num_layers: int | None = None
@@ -94,7 +97,8 @@ class TrainOptions(NamedTuple):
 
 
 LIMITS = {  # of the numbers among them: kind, least and most
-    "epochs": (int, 1, 1_000_000), "batch_size": (int, 1, 100_000), "lr": (float, 1e-12, 1e30),
+    "epochs": (int, 1, 1_000_000), "batch_size": (int, 1, 100_000),
+    "accumulate": (int, 1, 100_000), "lr": (float, 1e-12, 1e30),
     "weight_decay": (float, 0, 1e30), "num_layers": (int, 1, 128), "num_heads": (int, 1, 1024),
     "ff_dim": (int, 1, 1 << 16), "dim": (int, 1, 1 << 14), "dropout": (float, 0, 1),
     "max_speakers": (int, 1, MAX_STREAMS), "reconstruction_weight": (float, 0, 1e30),
@@ -682,6 +686,73 @@ def count_scores(probs: Tensor, truth: Tensor, threshold: float, num_speakers=No
     }
 
 
+def loss_sizes(batch: dict) -> Tensor:
+    """Return how many talkers, frames and mixtures the parts of a batch's loss average: [3]."""
+    talkers, frames = batch["speaker_mask"].sum().float(), batch["frame_mask"].sum().float()
+    return torch.stack([talkers, frames, talkers.new_full((), len(batch["mixture"]))])
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes: torchrun starts several, which take the steps that one would on all their batches
+
+
+def process_rank() -> tuple[int, int]:
+    """Return the number of this process and how many there are; (0, 1) without torchrun."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Add up a tensor of the same shape in all processes, in place; each waits for the others."""
+    if process_rank()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def progress(batches, desc: str):
+    """Show a bar over batches, in the first process."""
+    return tqdm(batches, desc, unit="batch", leave=False, disable=process_rank()[0] > 0 or None)
+
+
+@contextlib.contextmanager
+def join_processes(device: str):
+    """Join the processes of torchrun, if it started this one; only the first one then prints.
+
+    ConnectionError if another process ends while this one needs it.
+    """
+    count, local = (int(os.environ.get(key, 0)) for key in ("WORLD_SIZE", "LOCAL_RANK"))
+    if count < 2:
+        yield
+        return
+    if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"there is no {device} device for process {local} of this machine: start "
+                         "as many as there are GPUs, or use --device=cpu")
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        with (open(os.devnull, "w") as nowhere,
+              contextlib.redirect_stdout(nowhere if dist.get_rank() else sys.stdout)):
+            yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ConnectionError("another process ended, and with it the run; train --resume "
+                                  "goes on from the last checkpoint") from None
+        raise
+    dist.destroy_process_group()
+
+
+def fails_first() -> bool:
+    """Return whether no other process failed before, so that one fault is reported in one line."""
+    if process_rank()[1] == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    except RuntimeError:  # the process that keeps the count is gone
+        return True
+
+
 # --------------------------------------------------------------------------------------------------
 # Data: what the generator wrote
 
@@ -980,33 +1051,49 @@ def batches_of_like_length(order: list[int], seconds, size: int, random: torch.G
 
 
 class EpochBatches:
-    """Batch sampler: shuffled item numbers of one epoch, of like length where lengths are known."""
+    """Batch sampler: shuffled item numbers of one epoch, of like length where lengths are known.
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, epoch: int):
-        self.dataset, self.batch_size, self.seed, self.epoch = dataset, batch_size, seed, epoch
+    A step takes ``accumulate`` batches in every process. They are parts of one large batch; what is
+    left at the end is used if each of them gets an item of it.
+    """
+
+    def __init__(
+        self, dataset: Dataset, batch_size: int, seed: int, epoch: int, accumulate: int = 1
+    ):
+        self.dataset, self.seed, self.epoch, self.accumulate = dataset, seed, epoch, accumulate
+        self.rank, self.ranks = process_rank()
+        self.parts = self.ranks * accumulate
+        self.step_size = batch_size * self.parts
 
     def __len__(self) -> int:
-        return math.ceil(len(self.dataset) / self.batch_size)
+        steps = (len(self.dataset) + self.step_size - self.parts) // self.step_size
+        return steps * self.accumulate
 
-    def __iter__(self):
+    def steps(self):
+        """Yield the item numbers of each step, of all processes together."""
         random = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.dataset), generator=random)
         if isinstance(self.dataset, RemixedDataset):
             order += self.epoch * len(self.dataset)
+        steps = BatchSampler(order.tolist(), self.step_size, drop_last=False)
         if isinstance(self.dataset, RemixedRecordings):
-            return batches_of_like_length(
-                order.tolist(), self.dataset.seconds, self.batch_size, random)
-        return iter(BatchSampler(order.tolist(), self.batch_size, drop_last=False))
+            steps = batches_of_like_length(
+                order.tolist(), self.dataset.seconds, self.step_size, random)
+        return (step for step in steps if len(step) >= self.parts)
+
+    def __iter__(self):
+        for step in self.steps():
+            yield from (step[i :: self.parts] for i in range(self.rank, self.parts, self.ranks))
 
 
 def make_loader(
     dataset: Dataset, batch_size: int, max_speakers: int, device: str = "cpu",
-    workers: int = 0, seed: int | None = None, epoch: int = 0,
+    workers: int = 0, seed: int | None = None, epoch: int = 0, accumulate: int = 1,
 ) -> DataLoader:
     """Return batches of a dataset: in order, or shuffled by a seed and epoch."""
     batches = {"batch_size": batch_size}
     if seed is not None:
-        batches = {"batch_sampler": EpochBatches(dataset, batch_size, seed, epoch)}
+        batches = {"batch_sampler": EpochBatches(dataset, batch_size, seed, epoch, accumulate)}
     return DataLoader(
         dataset, **batches, num_workers=workers, persistent_workers=workers > 0,
         collate_fn=partial(collate, max_speakers=max_speakers), pin_memory=pins_memory(device))
@@ -1045,12 +1132,11 @@ def score_batch(separated: Tensor, probs: Tensor, batch: dict, log_mel: bool):
               for output in trivial_outputs(mixture, speaker_mask, log_mel).values()]
     several = active * (active.sum(1, keepdim=True) > 1)
     improvement = si_sdr_improvement(reorder(separated, loss.assignment), batch) * several
-    talkers, frames = active.sum(), frame_mask.sum().float()
-    size = active.new_tensor(float(len(active)))
-    sums = [loss.separation * talkers, loss.reconstruction * frames, loss.activity * size,
-            improvement.sum(), *errors]
-    sizes = [talkers, frames, size, several.sum(), talkers, talkers, talkers]
-    return torch.stack([torch.stack(sums), torch.stack(sizes)]), loss.assignment
+    sizes = loss_sizes(batch)
+    sums = torch.stack([*loss[1:4], improvement.sum(), *errors])
+    sums[:3] *= sizes
+    sizes = torch.cat([sizes, several.sum()[None], sizes[:1].expand(3)])
+    return torch.stack([sums, sizes]), loss.assignment
 
 
 @torch.inference_mode()
@@ -1075,22 +1161,28 @@ def evaluate_separator(
     separator.eval()
     device = device or separator.speaker_queries.device.type
     weights = weights or (SPECTROGRAM_WEIGHTS if separator.is_spectrogram else LossWeights())
-    sums, probabilities, truths = 0, [], []
-    loader = make_loader(dataset, batch_size, separator.max_speakers, device)
-    for raw in tqdm(loader, "evaluate", unit="batch", leave=False, disable=None):
+    (rank, ranks), S = process_rank(), separator.max_speakers
+    sums = torch.zeros(2, len(SCORES), device=device)  # above what to divide them by
+    found = torch.zeros(2, len(dataset), S, device=device)  # probabilities above truths
+    own, done = range(rank, len(dataset), ranks), 0
+    loader = make_loader(Subset(dataset, own), batch_size, S, device)
+    for raw in progress(loader, "evaluate"):
         batch = add_spectrograms(to_device(raw, device))
         with autocast(device, dtype):
             separated, probs = separator(batch["mixture"], batch["frame_mask"])
         batch_sums, assignment = score_batch(
             separated.float(), probs.float(), batch, separator.is_spectrogram)
-        sums += batch_sums  # [sums and what to divide them by, SCORES]
-        probabilities.append(reorder(probs.float(), assignment))
-        truths.append(batch["speaker_mask"])
+        sums += batch_sums
+        rows = own[done : done + len(probs)]
+        found[:, rows.start : rows.stop : ranks] = torch.stack(
+            [reorder(probs.float(), assignment), batch["speaker_mask"].float()])
+        done += len(probs)
+    sums, (probabilities, truths) = sum_over_processes(sums), sum_over_processes(found).cpu()
     scores = dict(zip(SCORES, (sums[0] / sums[1].clamp(min=1e-9)).tolist(), strict=True))
     scores["total"] = (scores["separation"] + weights.reconstruction * scores["reconstruction"]
                        + weights.activity * scores["activity"])
     scores["trivial_mse"] = {name: scores.pop(name) for name in SCORES[4:]}
-    probabilities, truths = torch.cat(probabilities).cpu(), torch.cat(truths).cpu()
+    truths = truths.bool()
     threshold = separator.threshold if threshold is None else threshold
     if calibrate and len(truths) > 1:
         threshold = calibrate_threshold(probabilities[::2], truths[::2])
@@ -1472,6 +1564,7 @@ class Run(NamedTuple):
     dtype: torch.dtype
     weights: LossWeights
     separator: nn.Module  # what is trained
+    parallel: nn.Module  # the same, with gradients averaged over processes if there are several
     averaged: nn.Module  # the running average of its weights, validated and saved
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
@@ -1489,33 +1582,63 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
                           frame_mask, weights.reconstruction, weights.activity)
 
 
-def not_finite(loader: DataLoader, epoch: int, batch: int) -> str:
-    """Say which batch, counted from 0, of an epoch has no finite loss, and what is in it."""
-    numbers, data = list(loader.batch_sampler)[batch], loader.dataset
-    names = [s["id"] for s in map(data.samples.__getitem__, numbers)] if hasattr(
-        data, "samples") else [f"number {number}" for number in numbers]
-    return (f"the loss or its gradient is not finite in epoch {epoch}, batch {batch + 1} "
-            f"(mixtures {', '.join(names[:8])}{', ...' * (len(names) > 8)})")
+def backward(run: Run, batches: list[dict]) -> Tensor:
+    """Set the gradients of batches as if they and those of all processes were one.
+
+    Returns this process's share of the loss parts and mixtures, and the gradient's norm: [6].
+    """
+    sizes = torch.stack([loss_sizes(batch) for batch in batches])
+    shares = sizes / sum_over_processes(sizes.sum(0)).clamp(min=1)  # of separation, ...
+    ranks, row = process_rank()[1], 0
+    run.optimizer.zero_grad(set_to_none=True)
+    for number, (batch, share) in enumerate(zip(batches, shares, strict=True), start=1):
+        waits = ranks > 1 and number < len(batches)
+        with run.parallel.no_sync() if waits else contextlib.nullcontext():
+            loss = batch_loss(run.parallel, batch, run.weights, run.device, run.dtype)
+            separation, *others = torch.stack(loss[1:4]) * share
+            total = separation + sum(w * part for w, part in zip(run.weights, others, strict=True))
+            (total * ranks).backward()  # gradients of the processes are averaged
+        row += torch.stack([total, separation, *others]).detach()
+    norm = nn.utils.clip_grad_norm_(run.separator.parameters(), 1.0)
+    return torch.cat([row, sizes[:, 2].sum()[None], norm[None]])
+
+
+def check_finite(run: Run, epoch: int, rows: Tensor, first: int = 0) -> None:
+    """Fail if a loss or gradient is not finite in rows of ``backward``, of step ``first`` on."""
+    broken = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
+    if not broken:
+        return
+    step, data = first + broken[0], run.loader.dataset
+    numbers = list(run.loader.batch_sampler.steps())[step]
+    names = ([data.samples[number]["id"] for number in numbers] if hasattr(data, "samples")
+             else [f"number {number}" for number in numbers])
+    raise ValueError(
+        f"the loss or its gradient is not finite in epoch {epoch}, batch {step + 1} (mixtures "
+        f"{', '.join(names[:8])}{', ...' * (len(names) > 8)}); earlier checkpoints are intact: "
+        "lower --lr or look at that data")
 
 
 def train_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Train for one epoch; return the mean of every loss part, read once at the end."""
-    separator, losses, sizes = run.separator.train(), [], []
-    for raw in tqdm(run.loader, desc=f"epoch {epoch}", unit="batch", leave=False, disable=None):
-        batch = add_spectrograms(to_device(raw, run.device))
-        loss = batch_loss(separator, batch, run.weights, run.device, run.dtype)
-        run.optimizer.zero_grad(set_to_none=True)
-        loss.total.backward()
-        norm = nn.utils.clip_grad_norm_(separator.parameters(), 1.0)
-        if not (norm + loss.total.detach()).isfinite():  # a GPU is waited for here, once a step
-            raise ValueError(f"{not_finite(run.loader, epoch, len(losses))}; earlier checkpoints "
-                             "are intact: lower --lr or look at that data")
+    """Train for one epoch; return the mean of every loss part.
+
+    Losses are read once at the end, so that a GPU is never waited for; a CPU reads them any time.
+    """
+    run.separator.train()
+    rows, batches = [], []
+    for raw in progress(run.loader, f"epoch {epoch}"):
+        batches.append(add_spectrograms(to_device(raw, run.device)))
+        if len(batches) < run.options.accumulate:
+            continue
+        rows.append(backward(run, batches))
+        if run.device == "cpu":
+            check_finite(run, epoch, rows[-1][None], len(rows) - 1)
         run.optimizer.step()
-        run.averaged.update_parameters(separator)
-        losses.append(torch.stack([getattr(loss, part).detach() for part in LOSS_PARTS]))
-        sizes.append(len(batch["mixture"]))
-    losses = torch.stack(losses).cpu()  # [batches, parts]
-    means = (losses * torch.tensor(sizes)[:, None]).sum(0) / sum(sizes)
+        run.averaged.update_parameters(run.separator)
+        batches = []
+    rows = sum_over_processes(torch.stack(rows)).cpu()
+    check_finite(run, epoch, rows)
+    losses, sizes = rows[:, :4], rows[:, 4:5]
+    means = (losses * sizes).sum(0) / sizes.sum()
     return dict(zip(LOSS_PARTS, means.tolist(), strict=True))
 
 
@@ -1646,22 +1769,28 @@ def start_run(
     scheduler = make_scheduler(optimizer, options.epochs, len(history))
     streams, parameters = separator.max_speakers, sum(p.numel() for p in separator.parameters())
     mixtures = training_mixtures(options, train_set, streams)
-    loader = make_loader(
-        mixtures, options.batch_size, streams, device, options.workers, options.seed, 1)
+    loader = make_loader(mixtures, options.batch_size, streams, device, options.workers,
+                         options.seed, 1, options.accumulate)
+    if not len(loader):
+        raise ValueError(f"an epoch has {len(mixtures)} mixtures and a step needs "
+                         f"{loader.batch_sampler.parts}: fewer processes or --accumulate")
     check_disk(folder, parameters, options)
     remixed = f" (remixed to {len(mixtures)} an epoch)" if mixtures is not train_set else ""
-    print(f"device {device}, {options.dtype} ({reason}), {parameters:,} parameters, "
-          f"{len(train_set)} training{remixed} and {len(val_set)} validation mixtures, "
-          f"{streams} streams")
-    return Run(options, device, dtype, loss_weights(options, train_set), separator, averaged,
-               optimizer, scheduler, loader, val_set, history)
+    ranks = process_rank()[1]
+    print(f"device {device}{f', {ranks} processes' * (ranks > 1)}, {options.dtype} ({reason}), "
+          f"{parameters:,} parameters, {len(train_set)} training{remixed} and {len(val_set)} "
+          f"validation mixtures, {streams} streams")
+    parallel = nn.parallel.DistributedDataParallel(separator) if ranks > 1 else separator
+    return Run(options, device, dtype, loss_weights(options, train_set), separator, parallel,
+               averaged, optimizer, scheduler, loader, val_set, history)
 
 
 def run_epoch(run: Run, epoch: int) -> dict:
     """Train and validate once; return the epoch's row of the history."""
     started = time.perf_counter()
     run.loader.batch_sampler.epoch = epoch
-    torch.manual_seed(run.options.seed + epoch)  # dropout of a resumed run is that of a whole one
+    # Dropout of a resumed run is that of a whole one, and differs between processes.
+    torch.manual_seed(run.options.seed + epoch + 1_000_003 * process_rank()[0])
     rate = run.scheduler.get_last_lr()[0]
     train = train_epoch(run, epoch)
     val = evaluate_separator(
@@ -1720,28 +1849,30 @@ def train_speaker_separator(
     check_limits(options._asdict())
     pick_device(options.device)
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
-    prepare_folder(folder)
+    writes = process_rank()[0] == 0
+    if writes:
+        prepare_folder(folder)
     run = start_run(options, train_set, val_set, folder, checkpoint)
     history = run.history
     if len(history) >= options.epochs:
         print(f"{len(history)} epochs are done already; ask for more with --epochs")
         return history
     # After every check, so that a refused command leaves an earlier run where it is.
-    if not options.resume and (previous := move_earlier_run(folder)):
+    if writes and not options.resume and (previous := move_earlier_run(folder)):
         print(f"moved the earlier run in {folder} to {previous}")
     for epoch in range(len(history) + 1, options.epochs + 1):
         history.append(run_epoch(run, epoch))
         best = min(history, key=lambda row: row["val"]["total"])["epoch"]
         stop = options.patience is not None and epoch - best >= options.patience
-        if epoch == best:
+        if writes and epoch == best:
             save_checkpoint(folder / "best_model.pt", checkpoint_of(run))
-        if stop or epoch == options.epochs or epoch % options.save_every == 0:
+        if writes and (stop or epoch == options.epochs or epoch % options.save_every == 0):
             save_checkpoint(folder / f"checkpoint_epoch_{epoch}.pt", checkpoint_of(run))
         print(format_epoch(history[-1], options.epochs), flush=True)
         if stop:
             print(f"no better epoch in {options.patience}; stopped, the best was {best}")
             break
-    if scoring := import_sibling("scoring"):
+    if writes and (scoring := import_sibling("scoring")):
         used = run.options._asdict() | run.averaged.module.config | run.separator.feature_source
         used |= {"lr": history[0]["lr"], "mixtures_per_epoch": len(run.loader.dataset)}
         used.pop("feature_source", None)
@@ -2353,20 +2484,23 @@ def cmd_train(args) -> None:
     """Train a separator; writes checkpoints, a report and curves."""
     given = vars(args)  # holds no option that was not given
     pick_device(given.get("device", "auto"))
-    if args.export:
+    writes = process_rank()[0] == 0
+    if writes and args.export:
         prepare_folder(Path(args.export))
     missing = args.data_dir == DEFAULT_DATA_DIR and not Path(args.data_dir).exists()
-    if missing and (generator := import_sibling("generate_multi_speaker_dataset")):
+    sibling = "generate_multi_speaker_dataset"
+    if writes and missing and (generator := import_sibling(sibling)):
         print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
         if generator.main([]):
             raise ValueError("could not make the default dataset")
+    sum_over_processes(torch.zeros(1))  # wait for it
     folder = Path(args.checkpoint_dir)
     train_speaker_separator(
         args.data_dir, folder, **{k: v for k, v in given.items() if k in TrainOptions._fields})
     reports = [folder / name for name in ("training_report.md", "training_curves.png")]
     names = [str(p) for p in reports if p.exists()] + [p.name for p in list_checkpoints(folder)]
     print(f"{folder} holds " + ", ".join(names))
-    if args.export:
+    if writes and args.export:
         export_separator(load_separator(folder / "best_model.pt"), Path(args.export))
         print(f"exported the best weights to {args.export}")
 
@@ -2439,6 +2573,8 @@ def cmd_evaluate(args) -> None:
         separator, dataset, batch_size=args.batch_size, device=device,
         dtype=pick_dtype(args.dtype, device)[0], threshold=args.threshold,
         num_speakers=args.num_speakers)
+    if process_rank()[0]:
+        return
     chosen = (f"talkers from probability {scores['threshold']:.2f} on" if args.num_speakers is None
               else f"{args.num_speakers} talkers taken as known")
     print(f"{len(dataset)} mixtures of {args.data_dir}/{args.split}, separator {checkpoint}, "
@@ -2582,7 +2718,8 @@ def add_train_arguments(add) -> None:
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
     option("epochs",                "passes over the training mixtures")
-    option("batch_size",            "mixtures per step")
+    option("batch_size",            "mixtures per step of each process")
+    option("accumulate",            "batches per step: as if they were one, less memory")
     option("lr",                    "rate at the start: 2e-3; features 0.128 / width")
     option("weight_decay",          "weight decay of the optimizer")
     option("num_layers",            "blocks on the mixture: 4")
@@ -2719,9 +2856,11 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # none of its warnings can be mended
     try:
         args = build_parser().parse_args(argv)
-        COMMANDS[args.command][0](args)
+        with join_processes(pick_device(getattr(args, "device", "auto"))):
+            COMMANDS[args.command][0](args)
     except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        if fails_first():
+            print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         advice = "; train --resume goes on from the last checkpoint"

@@ -1,0 +1,158 @@
+"""Several processes: the losses of one, checkpoints that either resumes, and a killed process."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, ROOT, SIZES, SPECTROGRAM_SIZES
+from torch import distributed as dist
+
+import speaker_separator_module as ssm
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="torch was built without gloo")
+
+WORKER = """
+import json, os, sys, torch
+torch.set_num_threads(1)
+import speaker_separator_module as ssm
+for port, argv in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = str(port)
+    status = ssm.main(argv)
+    if status:
+        sys.exit(status)
+"""
+
+
+def free_ports(count):
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+                  for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def start(*commands, ranks=2):
+    """Start so many processes, as torchrun does, that run commands one after another."""
+    ports = free_ports(len(commands))
+    argv = [list(map(str, command)) for command in commands]
+    argv = [sys.executable, "-c", WORKER, json.dumps(list(zip(ports, argv, strict=True)))]
+    shared = {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": ROOT,
+              "OMP_NUM_THREADS": 1}
+    return [
+        subprocess.Popen(
+            argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=os.environ | {name: str(value) for name, value in own.items()})
+        for own in (shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(ranks))]
+
+
+def finish(processes, seconds=120):
+    """Exit statuses, outputs and errors of processes; a hang fails."""
+    try:
+        texts = [process.communicate(timeout=seconds) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], *zip(*texts, strict=True)
+
+
+def train(data, folder, **options):
+    """Command line of a training run."""
+    flags = [f"--{name}={value}" for name, value in (options | CPU).items()]
+    return ["train", f"--data_dir={data}", f"--checkpoint_dir={folder}", *flags]
+
+
+def losses(folder):
+    """Every loss and the talker count of every epoch of the newest checkpoint in a folder."""
+    history = ssm.newest_checkpoint(Path(folder))["train_history"]
+    return [[*row["train"].values(), row["val"]["total"], row["val"]["count_accuracy"],
+             row["val"]["threshold"]] for row in history]
+
+
+def assert_close(first, second):
+    assert len(first) == len(second) == 2
+    for ours, theirs in zip(first, second, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def launched(dataset, recordings, tmp_path_factory):
+    """Runs of one process and of two, begun and resumed by either, then a fault: folder, results.
+
+    An epoch has 20 mixtures at 8 per step, or 2 times 4: the last step has 4, or 2 times 2.
+    """
+    folder = tmp_path_factory.mktemp("processes")
+    begin = {"epochs": 1, "lr": 1e-3, "mixtures_per_epoch": 20}
+    features, wavs = begin | SIZES | {"dropout": 0.0}, begin | SPECTROGRAM_SIZES | {"epochs": 2}
+    one, two, end = {"batch_size": 8}, {"batch_size": 4}, {"epochs": 2}
+    commands = [train(recordings, folder / "wavs of one", **wavs | one),
+                train(dataset, folder / "one", **features | one | end),
+                train(dataset, folder / "begun by one", **features | one)]
+    assert not any(map(ssm.main, commands))
+    results = finish(start(
+        train(recordings, folder / "wavs of two", **wavs, batch_size=2, accumulate=2),
+        [*train(dataset, folder / "begun by one", **two | end), "--resume"],
+        train(dataset, folder / "begun by two", **features | two),
+        train(folder / "nothing", folder / "nothing")))
+    command = train(dataset, folder / "begun by two", **one | end)
+    assert ssm.main([*command, "--resume"]) == 0
+    return folder, *results
+
+
+def test_two_processes_train_as_one(launched):
+    folder = launched[0]
+    assert_close(losses(folder / "wavs of two"), losses(folder / "wavs of one"))
+
+
+@pytest.mark.parametrize("name", ["begun by one", "begun by two"])
+def test_resume_with_another_number_of_processes(launched, name):
+    folder = launched[0]
+    assert_close(losses(folder / name), losses(folder / "one"))
+
+
+def test_the_first_process_alone_prints_and_writes(launched):
+    folder, _, outputs, _ = launched
+    assert outputs[0].count("2 processes") == outputs[0].count("holds") == 3 and outputs[1] == ""
+    assert (folder / "wavs of two/training_report.md").is_file()
+
+
+def test_a_fault_of_all_processes_is_one_line(launched):
+    _, statuses, _, errors = launched
+    assert statuses == [2, 2]
+    assert "".join(errors).count("error:") == 1 and "no dataset at" in "".join(errors)
+
+
+def test_a_killed_process_ends_the_others_with_one_line(dataset, tmp_path):
+    command = train(dataset, tmp_path, epochs=10_000, save_every=10_000, **SIZES)
+    processes = start(command)
+    while not processes[0].stdout.readline().startswith("epoch"):
+        assert processes[0].poll() is None
+    processes[1].send_signal(signal.SIGKILL)
+    statuses, _, errors = finish(processes)
+    assert statuses == [2, -signal.SIGKILL]
+    assert errors[0].strip().splitlines()[-1].startswith("error: another process ended")
+    assert "Traceback" not in errors[0]
+    assert (tmp_path / "best_model.pt").is_file()
+
+
+def test_parts_of_an_epoch_are_its_batches(dataset, monkeypatch):
+    """Whatever the number of processes, a step has the mixtures that it has in one."""
+    data = ssm.MultiSpeakerDataset(dataset, "train")
+    numbers = torch.utils.data.Subset(data, [i % len(data) for i in range(21)])
+    steps = [sorted(batch) for batch in ssm.EpochBatches(numbers, 8, 0, 0)]
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(ssm, "process_rank", lambda rank=rank: (rank, 2))
+        sampler = ssm.EpochBatches(numbers, 2, 0, 0, accumulate=2)
+        parts.append(list(sampler))
+        assert len(parts[-1]) == len(sampler) == 6
+    joined = [sorted(sum((batches[i] for batches in parts for i in (2 * s, 2 * s + 1)), []))
+              for s in range(3)]
+    assert joined == steps
+    assert not list(ssm.EpochBatches(torch.utils.data.Subset(data, [0, 1]), 2, 0, 0, 2))
