@@ -199,7 +199,7 @@ def test_evaluate_model_prints_and_writes(
         capsys.readouterr()
         assert ssm.main(argv) == 0
         printed = capsys.readouterr().out
-        header = "| cpWER | mixtures | no separator | separated | each talker alone |"
+        header = "| cpWER | mixtures | no separator | separated | talker alone |"
         assert header in printed
         words = json.loads((tmp_path / "scores.json").read_text())["words"]
         assert sum(row["mixtures"] for row in words if "talker" in row["of"]) == 4
