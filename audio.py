@@ -52,7 +52,8 @@ def audio_info(path):
     Raises FileNotFoundError, or ValueError if the file cannot be read or has no samples.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no such audio file: {path}")
+        folder = ", which is a folder: name one file in it" if Path(path).is_dir() else ""
+        raise FileNotFoundError(f"no such audio file: {path}{folder}")
     with _reading(path) as soundfile:
         info = soundfile.info(str(path))
     if not info.frames:

@@ -2609,13 +2609,15 @@ def open_encoder(args, separator, device: str):
 
 def holds_features(path: Path) -> bool:
     """Return whether an input is features, not audio; fail unless it is one file of either."""
-    if path.is_dir() or path.suffix == ".npz":
-        kind = "a folder" if path.is_dir() else "an archive of arrays"
-        raise ValueError(f"{path} is {kind}: give one audio file, or features [T, D] in one .npy")
-    is_features = path.suffix == ".npy"
-    if not path.is_file():
-        raise FileNotFoundError(f"no such {'feature' if is_features else 'audio'} file: {path}")
-    return is_features
+    if path.suffix == ".npz":
+        raise ValueError(f"{path} is an archive of arrays: save one, features [T, D], as .npy")
+    if path.suffix == ".npy":
+        open_features(path)
+        return True
+    from audio import audio_info
+
+    audio_info(path)
+    return False
 
 
 def cmd_infer(args) -> None:

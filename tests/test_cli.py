@@ -603,8 +603,8 @@ def test_infer_refusals(best, mixture_file, qwen_checkpoint, spectrogram_checkpo
     np.save(tmp_path / "whispers_own.npy", np.zeros((80, 30), np.float32))
     out = tmp_path / "out"
     for argv, *words in (
-        (infer_flags(best, tmp_path, out), "is a folder", "one audio file"),
-        (infer_flags(best, tmp_path / "a.npz", out), "a.npz is an archive", "in one .npy"),
+        (infer_flags(best, tmp_path, out), "is a folder", "name one file"),
+        (infer_flags(best, tmp_path / "a.npz", out), "a.npz is an archive", "as .npy"),
         (infer_flags(spectrogram_checkpoint, tmp_path / "whispers_own.npy", out),
          "80 or 128; save them as [T, 80], transposed"),
         (infer_flags(best, recording, out), "simulated features", "spectrogram separator"),
