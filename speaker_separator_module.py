@@ -463,7 +463,10 @@ class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
         frames, valid = self._stack(spectrograms.float(), frame_mask)
         context, queries, bias = self._read_mixture(frames, valid)
         streams = context[:, None] * (1 + self.gain(queries))[:, :, None] + queries[:, :, None]
-        streams = self._read_streams(streams, valid, bias)  # [B, S, T / STACK, dim]
+        valid_rows, bias_rows = (x.repeat_interleave(self.max_speakers, 0) for x in (valid, bias))
+        for block, exchange in zip(self.stream_blocks, self.exchanges, strict=True):
+            rows = block(streams.flatten(0, 1), valid_rows, bias_rows)  # each stream is a row
+            streams = exchange(rows.view_as(streams))  # [B, S, T / STACK, dim]
         gains = F.logsigmoid(self.output(streams).float() + 3) / (4 * math.log(10))
         gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(2, 3)[:, :, :T]
         return resample_bins(gains, D), self._activity(streams, valid)
@@ -494,14 +497,6 @@ class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
                                 need_weights=False)
             queries = queries + read
         return normalize(frames), normalize(queries), bias
-
-    def _read_streams(self, streams: Tensor, valid: Tensor, bias: Tensor) -> Tensor:
-        """Run the blocks on streams [B, S, T, dim]; each stream is a row of the batch."""
-        B, S = streams.shape[:2]
-        valid, bias = valid.repeat_interleave(S, 0), bias.repeat_interleave(S, 0)
-        for block, exchange in zip(self.stream_blocks, self.exchanges, strict=True):
-            streams = exchange(block(streams.flatten(0, 1), valid, bias).unflatten(0, (B, S)))
-        return streams
 
     def _activity(self, streams: Tensor, valid: Tensor) -> Tensor:
         """Return probabilities [B, S] from an attention-weighted mean of each stream's frames."""
@@ -990,14 +985,6 @@ class RemixedRecordings(RemixedDataset):
 # Data: batches
 
 
-def pad_stack(tensors: list[Tensor], *shape: int) -> Tensor:
-    """Stack tensors, each zero-padded at its ends to a shape."""
-    padded = tensors[0].new_zeros(len(tensors), *shape)
-    for row, tensor in zip(padded, tensors, strict=True):
-        row[tuple(map(slice, tensor.shape))] = tensor
-    return padded
-
-
 def collate(items: list[dict], max_speakers: int) -> dict:
     """Pad items into a batch with two masks.
 
@@ -1005,23 +992,22 @@ def collate(items: list[dict], max_speakers: int) -> dict:
     ``waveforms [B, 1 + S, samples]``, ``lengths [B]`` in samples, and ``rows``, the numbers of the
     waveforms that are there, mixtures among them. Both: ``speaker_mask [B, S]``.
     """
-    S = max_speakers
-    if "waveforms" in items[0]:
-        waveforms = [item["waveforms"] for item in items]
-        counts = torch.tensor([len(waves) - 1 for waves in waveforms])
-        lengths = torch.tensor([waves.shape[1] for waves in waveforms])
+    recorded, S = "waveforms" in items[0], max_speakers
+    sources = [item["waveforms"] if recorded else
+               torch.cat([item["mixture"][None], item["targets"]]) for item in items]
+    counts, lengths = torch.tensor([source.shape[:2] for source in sources]).T
+    T = int(lengths.max())
+    padded = sources[0].new_zeros(len(items), 1 + S, T, *sources[0].shape[2:])
+    for row, source in zip(padded, sources, strict=True):
+        row[: len(source), : source.shape[1]] = source
+    there = torch.arange(1 + S) < counts[:, None]
+    batch = {"speaker_mask": there[:, 1:]}
+    if recorded:
         # Numbers, since a GPU that is given a mask to index by has to be waited for.
-        rows = (torch.arange(1 + S) <= counts[:, None]).flatten().nonzero().flatten()
-        batch = {"waveforms": pad_stack(waveforms, 1 + S, int(lengths.max())), "lengths": lengths,
-                 "rows": rows}
-    else:
-        mixtures, targets = ([item[key] for item in items] for key in ("mixture", "targets"))
-        counts = torch.tensor([len(talkers) for talkers in targets])
-        lengths = torch.tensor([len(mixture) for mixture in mixtures])
-        T, D = int(lengths.max()), mixtures[0].shape[1]
-        batch = {"mixture": pad_stack(mixtures, T, D), "targets": pad_stack(targets, S, T, D),
-                 "frame_mask": torch.arange(T) < lengths[:, None]}
-    return batch | {"speaker_mask": torch.arange(S) < counts[:, None]}
+        rows = there.flatten().nonzero().flatten()
+        return batch | {"waveforms": padded, "lengths": lengths, "rows": rows}
+    return batch | {"mixture": padded[:, 0], "targets": padded[:, 1:],
+                    "frame_mask": torch.arange(T) < lengths[:, None]}
 
 
 def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> dict:
@@ -1030,14 +1016,12 @@ def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> 
         return batch
     from audio import HOP_LENGTH, N_FFT, floor_log_mel, log_mel
 
-    B, rows = len(batch["waveforms"]), batch["rows"]
-    T = max(1, batch["waveforms"].shape[-1] // HOP_LENGTH)
+    rows, T = batch["rows"], max(1, batch["waveforms"].shape[-1] // HOP_LENGTH)
     # Zeros after the longest recording too: the last frame of each is the same in every batch.
-    waveforms = F.pad(batch["waveforms"], (0, N_FFT))
-    waveforms = waveforms.flatten(0, 1)  # [B (1 + S), samples]
+    waveforms = F.pad(batch["waveforms"], (0, N_FFT)).flatten(0, 1)  # [B (1 + S), samples]
     spectrograms = waveforms.new_zeros(len(waveforms), T, num_bins)
     spectrograms[rows] = floor_log_mel(log_mel(waveforms[rows], num_bins)[:, :T])
-    spectrograms = spectrograms.unflatten(0, (B, -1))
+    spectrograms = spectrograms.unflatten(0, (len(batch["waveforms"]), -1))
     lengths = (batch["lengths"] // HOP_LENGTH).clamp(min=1)
     return batch | {"mixture": spectrograms[:, 0], "targets": spectrograms[:, 1:],
                     "frame_mask": torch.arange(T, device=lengths.device) < lengths[:, None]}
