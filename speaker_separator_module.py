@@ -28,22 +28,30 @@ of the frozen model, configuration files.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C would be a traceback
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (os.write(2, b"stopped\n"), os._exit(128 + n)))
+
 import argparse
 import contextlib
 import copy
 import json
 import math
 import operator
-import os
 import pickletools
+import platform
 import re
 import shutil
-import sys
+import threading
 import time
 import warnings
 import zipfile
 from functools import cache, cached_property, partial
-from itertools import permutations
+from itertools import islice, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -172,6 +180,74 @@ def read_json(path: Path, kind: type = object):
     if not isinstance(content, kind):
         raise ValueError(f"{path} must hold an object, not a {type(content).__name__}")
     return content
+
+
+# --------------------------------------------------------------------------------------------------
+# Interruptions and locks
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, with what to say and the exit status that belongs to the signal."""
+
+    def __init__(self, number: int, message: str = "stopped"):
+        super().__init__(message)
+        self.status = 128 + number
+
+
+def stop_at_once(number: int, _=None):
+    """Handle a signal where nothing has to be saved."""
+    raise Stopped(number)
+
+
+def outlast_signals(_=None) -> None:
+    """Let a worker live on after signals to all processes, while the main one ends its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+@contextlib.contextmanager
+def handling_signals(handler):
+    """Call a handler on Ctrl-C and SIGTERM; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Keep a folder to this process; ValueError says who else works in it.
+
+    The system frees the lock of a process that died: none is ever stale. Its workers do not
+    inherit it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = folder / ".lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            minutes = (time.time() - path.stat().st_mtime) / 60
+            raise ValueError(f"{folder} is in use by {file.read(200).strip()} for {minutes:.0f} "
+                             "minutes: wait, or choose another folder") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1038,8 +1114,10 @@ class EpochBatches:
     """Batch sampler: shuffled item numbers of one epoch, of like length where lengths are known.
 
     A step takes ``accumulate`` batches in every process. They are parts of one large batch; what is
-    left at the end is used if each of them gets an item of it.
+    left at the end is used if each of them gets an item of it. ``start`` is the first step given.
     """
+
+    start = 0
 
     def __init__(
         self, dataset: Dataset, batch_size: int, seed: int, epoch: int, accumulate: int = 1
@@ -1051,7 +1129,7 @@ class EpochBatches:
 
     def __len__(self) -> int:
         steps = (len(self.dataset) + self.step_size - self.parts) // self.step_size
-        return steps * self.accumulate
+        return (steps - self.start) * self.accumulate
 
     def steps(self):
         """Yield the item numbers of each step, of all processes together."""
@@ -1066,7 +1144,7 @@ class EpochBatches:
         return (step for step in steps if len(step) >= self.parts)
 
     def __iter__(self):
-        for step in self.steps():
+        for step in islice(self.steps(), self.start, None):
             yield from (step[i :: self.parts] for i in range(self.rank, self.parts, self.ranks))
 
 
@@ -1080,6 +1158,7 @@ def make_loader(
         batches = {"batch_sampler": EpochBatches(dataset, batch_size, seed, epoch, accumulate)}
     return DataLoader(
         dataset, **batches, num_workers=workers, persistent_workers=workers > 0,
+        worker_init_fn=outlast_signals,
         collate_fn=partial(collate, max_speakers=max_speakers), pin_memory=pins_memory(device))
 
 
@@ -1241,6 +1320,24 @@ def synchronize(device: str) -> None:
     getattr(torch, device).synchronize()
 
 
+def random_states(device: str) -> list[list[Tensor]]:
+    """Return the states that every process draws from: of the CPU's generator, the device's."""
+    own = [] if device == "cpu" else [getattr(torch, device).get_rng_state()]
+    every, ranks = [], process_rank()[1]
+    for state in [torch.get_rng_state(), *own]:
+        every.append([state.clone() for _ in range(ranks)])
+        if ranks > 1:
+            dist.all_gather(every[-1], state)
+    return [list(states) for states in zip(*every, strict=True)]
+
+
+def set_random_states(device: str, states: list[Tensor]) -> None:
+    """Put back what one process drew from; the generator of another device is left out."""
+    torch.set_rng_state(states[0])
+    if device != "cpu" and len(states) > 1:
+        getattr(torch, device).set_rng_state(states[1])
+
+
 def to_device(batch: dict, device: str) -> dict:
     """Move a batch, without waiting where its memory is page-locked."""
     pinned = pins_memory(device)
@@ -1250,13 +1347,15 @@ def to_device(batch: dict, device: str) -> dict:
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 
-NUMBER, FLOATS = (int, float), (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTERRUPTED = "interrupted.pt"  # written on Ctrl-C and SIGTERM, in the middle of an epoch
+NUMBER, FLOATS = int | float | None, (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHECKPOINT_KEYS = {
     "epoch": int, "model_state_dict": dict, "optimizer_state_dict": dict,
     "scheduler_state_dict": dict, "train_loss": NUMBER, "val_loss": NUMBER, "train_history": list,
     "model_config": dict,
 }
-LATER_KEYS = {"options": dict, "training_state_dict": dict, "steps": int}  # older ones lack them
+LATER_KEYS = {  # older ones lack them, and all but interrupted ones the progress
+    "options": dict, "training_state_dict": dict, "steps": int, "progress": dict}
 PICKLED = re.compile(  # what tensors and plain values need
     r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
 
@@ -1399,19 +1498,29 @@ def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, best_model.pt first, then by epoch."""
+    """Return the checkpoints in a folder: best_model.pt, interrupted.pt, then by epoch."""
     periodic = [p for p in folder.glob("checkpoint_epoch_*.pt") if p.stem.split("_")[-1].isdigit()]
-    best = [p for p in [folder / "best_model.pt"] if p.is_file()]
-    return best + sorted(periodic, key=lambda p: int(p.stem.split("_")[-1]))
+    named = [p for p in (folder / "best_model.pt", folder / INTERRUPTED) if p.is_file()]
+    return named + sorted(periodic, key=lambda p: int(p.stem.split("_")[-1]))
 
 
 def newest_checkpoint(folder: Path) -> dict:
-    """Open the checkpoint with the highest epoch, on the CPU."""
-    paths = list_checkpoints(folder)
-    if not paths:
+    """Open the checkpoint that is furthest on, on the CPU; says which damaged ones it passes."""
+    found, faults = [], []
+    for path in reversed(list_checkpoints(folder)):
+        if found and path.name.startswith("checkpoint_epoch"):
+            continue  # an earlier one
+        try:
+            found.append(load_checkpoint(path))
+        except ValueError as error:
+            faults.append(error)
+    if faults and not found:
+        raise faults[0]
+    if not found:
         raise FileNotFoundError(f"nothing to resume in {folder}; train without --resume first")
-    ends = {paths[0], paths[-1]}  # best_model.pt may be newer than the last periodic one
-    return max((load_checkpoint(path) for path in ends), key=lambda found: found["epoch"])
+    for fault in faults:
+        print(f"passed over a checkpoint: {fault}")
+    return max(found, key=lambda c: (c["epoch"], "progress" in c))
 
 
 def move_earlier_run(folder: Path) -> Path | None:
@@ -1526,6 +1635,17 @@ def check_history(history: list, epochs: int) -> None:
         raise ValueError(f"it has {len(history)} rows of history after {epochs} epochs")
 
 
+def check_progress(checkpoint: dict) -> None:
+    """Fail unless what an interrupted epoch left can be gone on from."""
+    if "progress" in checkpoint:
+        rows, random = (checkpoint["progress"][key] for key in ("rows", "random"))
+        check_tensors({"rows": rows}, {"rows": (len(rows), len(LOSS_PARTS) + 2)})
+        if len(random) != (ranks := process_rank()[1]):
+            raise ValueError(f"it was stopped in an epoch of {len(random)} processes, not {ranks}")
+        for states in random:
+            torch.Generator().set_state(states[0])
+
+
 def restore(separator, optimizer, checkpoint: dict, origin) -> list[dict]:
     """Put separator and optimizer back where a checkpoint left them; return its history."""
     state = checkpoint.get("training_state_dict", separator.state_dict())
@@ -1533,6 +1653,7 @@ def restore(separator, optimizer, checkpoint: dict, origin) -> list[dict]:
         check_tensors(state, {name: w.shape for name, w in separator.state_dict().items()})
         check_history(checkpoint["train_history"], checkpoint["epoch"])
         moments = fitting_moments(optimizer, checkpoint["optimizer_state_dict"])
+        check_progress(checkpoint)
     separator.load_state_dict(state)
     optimizer.load_state_dict(moments)
     for group in optimizer.param_groups:
@@ -1555,6 +1676,8 @@ class Run(NamedTuple):
     loader: DataLoader
     val_set: Dataset
     history: list[dict]
+    partial: dict  # of an epoch that a signal stopped: rows of ``backward``, random states
+    signals: list[int]  # those that asked to stop
 
 
 def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype) -> SeparatorLoss:
@@ -1602,14 +1725,23 @@ def check_finite(run: Run, epoch: int, rows: Tensor, first: int = 0) -> None:
         "lower --lr or look at that data")
 
 
-def train_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Train for one epoch; return the mean of every loss part.
+def asked_to_stop(run: Run) -> bool:
+    """Return whether a signal came to any process; each waits for the others."""
+    return bool(sum_over_processes(torch.tensor(len(run.signals))))
+
+
+def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
+    """Train for one epoch; return the mean of every loss part, or None if a signal stopped it.
 
     Losses are read once at the end, so that a GPU is never waited for; a CPU reads them any time.
     """
     run.separator.train()
-    rows, batches = [], []
-    for raw in progress(run.loader, f"epoch {epoch}"):
+    rows, batches, sampler = [*run.partial.get("rows", [])], [], run.loader.batch_sampler
+    sampler.epoch, sampler.start = epoch, len(rows)
+    loaded, stopped = iter(run.loader), False  # iter draws a random number
+    if rows:
+        set_random_states(run.device, run.partial["random"][process_rank()[0]])
+    for raw in progress(loaded, f"epoch {epoch}"):
         batches.append(add_spectrograms(to_device(raw, run.device)))
         if len(batches) < run.options.accumulate:
             continue
@@ -1619,8 +1751,14 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         run.optimizer.step()
         run.averaged.update_parameters(run.separator)
         batches = []
-    rows = sum_over_processes(torch.stack(rows)).cpu()
+        if stopped := asked_to_stop(run):
+            break
+    rows = sum_over_processes(torch.stack([row.to(run.device) for row in rows])).cpu()
     check_finite(run, epoch, rows)
+    if stopped:
+        run.partial.update(rows=rows, random=random_states(run.device))
+        return None
+    run.partial.clear()
     losses, sizes = rows[:, :4], rows[:, 4:5]
     means = (losses * sizes).sum(0) / sizes.sum()
     return dict(zip(LOSS_PARTS, means.tolist(), strict=True))
@@ -1665,11 +1803,14 @@ def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
 def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
     """Return the options of the run that a checkpoint belongs to, updated with those given now.
 
-    Sizes, seed and precision cannot change within a run.
+    Sizes, seed and precision cannot change within a run, batches not within an epoch.
     """
     earlier = {k: v for k, v in checkpoint.get("options", {}).items() if k in TrainOptions._fields}
     fixed = {name: checkpoint["model_config"].get(name) for name in SIZES}
-    fixed |= {name: earlier[name] for name in ("seed", "dtype") if name in earlier}
+    kept = ["seed", "dtype"]
+    if "progress" in checkpoint:  # the rest of an epoch
+        kept += ["batch_size", "accumulate", "mixtures_per_epoch", "crop_seconds", "remix"]
+    fixed |= {name: earlier[name] for name in kept if name in earlier}
     for name, before in fixed.items():
         now = given.get(name)
         if now not in (None, "auto", before):
@@ -1734,6 +1875,14 @@ def import_sibling(name: str):
 # Train: a run from start or checkpoint to report
 
 
+def rest_of_epoch(checkpoint: dict | None) -> dict:
+    """Return what a signal left of an epoch; the first process has the losses of all."""
+    partial = dict((checkpoint or {}).get("progress", {}))
+    if partial and process_rank()[0]:
+        partial["rows"] = torch.zeros_like(partial["rows"])
+    return partial
+
+
 def start_run(
     options: TrainOptions, train_set, val_set, folder: Path, checkpoint: dict | None = None
 ) -> Run:
@@ -1766,24 +1915,28 @@ def start_run(
           f"validation mixtures, {streams} streams")
     parallel = nn.parallel.DistributedDataParallel(separator) if ranks > 1 else separator
     return Run(options, device, dtype, loss_weights(options, train_set), separator, parallel,
-               averaged, optimizer, scheduler, loader, val_set, history)
+               averaged, optimizer, scheduler, loader, val_set, history,
+               rest_of_epoch(checkpoint), [])
 
 
-def run_epoch(run: Run, epoch: int) -> dict:
-    """Train and validate once; return the epoch's row of the history."""
+def run_epoch(run: Run, epoch: int) -> dict | None:
+    """Train and validate once; return the epoch's row of the history, None if it was stopped."""
     started = time.perf_counter()
-    run.loader.batch_sampler.epoch = epoch
     # Dropout of a resumed run is that of a whole one, and differs between processes.
     torch.manual_seed(run.options.seed + epoch + 1_000_003 * process_rank()[0])
     rate = run.scheduler.get_last_lr()[0]
     train = train_epoch(run, epoch)
+    if train is None:
+        return None
     val = evaluate_separator(
         run.averaged.module, run.val_set, device=run.device, dtype=run.dtype, calibrate=True,
         weights=run.weights)
     if not math.isfinite(val["total"]):
         raise ValueError(f"the validation loss is not finite in epoch {epoch}; the last "
                          "checkpoint is intact: look at the validation data")
-    run.scheduler.step()
+    with warnings.catch_warnings():  # of an epoch whose steps were all made before a signal
+        warnings.filterwarnings("ignore", "Detected call")
+        run.scheduler.step()
     synchronize(run.device)
     seconds = time.perf_counter() - started
     return {"epoch": epoch, "lr": rate, "seconds": seconds, "train": train, "val": val}
@@ -1804,16 +1957,81 @@ def format_epoch(row: dict, epochs: int) -> str:
 
 def checkpoint_of(run: Run) -> dict:
     """Return what a checkpoint holds: plain types and tensors."""
-    row, separator = run.history[-1], run.averaged.module
+    separator, row = run.averaged.module, run.history[-1] if run.history else None
+    threshold = row["val"]["threshold"] if row else separator.threshold
     return {
-        "epoch": row["epoch"], "model_state_dict": separator.state_dict(),
+        "epoch": len(run.history), "model_state_dict": separator.state_dict(),
         "optimizer_state_dict": run.optimizer.state_dict(),
         "scheduler_state_dict": {"last_epoch": run.scheduler.last_epoch},
-        "train_loss": row["train"]["total"], "val_loss": row["val"]["total"],
+        "train_loss": row and row["train"]["total"], "val_loss": row and row["val"]["total"],
         "train_history": run.history, "training_state_dict": run.separator.state_dict(),
         "steps": int(run.averaged.n_averaged), "options": run.options._asdict(),
-        "model_config": separator.config | {"threshold": row["val"]["threshold"]},
+        "model_config": separator.config | {"threshold": threshold},
+        **({"progress": run.partial} if run.partial else {}),
     }
+
+
+def write_results(run: Run, folder: Path, train_set) -> None:
+    """Write report and curves."""
+    if scoring := import_sibling("scoring"):
+        used = run.options._asdict() | run.averaged.module.config | run.separator.feature_source
+        used |= {"lr": run.history[0]["lr"], "mixtures_per_epoch": len(run.loader.dataset)}
+        used.pop("feature_source", None)
+        used |= {f"{part}_weight": value for part, value in run.weights._asdict().items()}
+        terms = {"separation": 1.0, **run.weights._asdict()}
+        scoring.write_report(folder, used, terms, train_set, run.val_set, run.history)
+        scoring.plot_history(folder / "training_curves.png", run.history)
+
+
+def stop_run(run: Run, folder: Path):
+    """Save a run that a signal stops, and stop it."""
+    if process_rank()[0] == 0:
+        save_checkpoint(folder / INTERRUPTED, checkpoint_of(run))
+    epoch, steps = len(run.history) + 1, len(run.partial.get("rows", []))
+    run.loader.batch_sampler.start = 0
+    total = len(run.loader) // run.options.accumulate
+    where = (f"in epoch {epoch} after {steps} of {total} steps" if steps
+             else f"after epoch {epoch - 1}")
+    raise Stopped(max(run.signals, default=signal.SIGTERM),
+                  f"stopped {where}; train --resume goes on from there ({folder / INTERRUPTED})")
+
+
+def save_epoch(run: Run, folder: Path, best: int, stop: bool) -> None:
+    """Write the checkpoints that are due after an epoch."""
+    epoch, options = len(run.history), run.options
+    names = ["best_model.pt"] * (epoch == best)
+    if stop or epoch == options.epochs or epoch % options.save_every == 0:
+        names.append(f"checkpoint_epoch_{epoch}.pt")
+    for name in names:
+        save_checkpoint(folder / name, checkpoint_of(run))
+        (folder / INTERRUPTED).unlink(missing_ok=True)  # this one is further on
+
+
+def run_epochs(run: Run, folder: Path) -> None:
+    """Train until the last epoch, or until a signal, or no better epoch, stops it."""
+    history, options, writes = run.history, run.options, process_rank()[0] == 0
+
+    def note(number: int, _):
+        run.signals.append(number)
+        if len(run.signals) > 2:  # somebody insists
+            raise Stopped(number)
+
+    with handling_signals(note):
+        for epoch in range(len(history) + 1, options.epochs + 1):
+            row = run_epoch(run, epoch)
+            if row is None:
+                stop_run(run, folder)
+            history.append(row)
+            best = min(history, key=lambda row: row["val"]["total"])["epoch"]
+            stop = options.patience is not None and epoch - best >= options.patience
+            if writes:
+                save_epoch(run, folder, best, stop)
+            print(format_epoch(row, options.epochs), flush=True)
+            if stop:
+                print(f"no better epoch in {options.patience}; stopped, the best was {best}")
+                return
+            if epoch < options.epochs and asked_to_stop(run):
+                stop_run(run, folder)
 
 
 def train_speaker_separator(
@@ -1824,6 +2042,7 @@ def train_speaker_separator(
     ``options`` are the fields of ``TrainOptions``, explained by ``train --help``. Returns a dict
     per epoch: ``epoch, lr, seconds, train`` (loss parts) and ``val`` (of ``evaluate_separator``).
     Raises FileNotFoundError or ValueError for data, checkpoints or devices that cannot be used.
+    Ctrl-C and SIGTERM finish the step, write ``interrupted.pt`` and raise KeyboardInterrupt.
     """
     folder, checkpoint, given = Path(checkpoint_dir), None, options
     options = TrainOptions(**given)
@@ -1836,35 +2055,18 @@ def train_speaker_separator(
     writes = process_rank()[0] == 0
     if writes:
         prepare_folder(folder)
-    run = start_run(options, train_set, val_set, folder, checkpoint)
-    history = run.history
-    if len(history) >= options.epochs:
-        print(f"{len(history)} epochs are done already; ask for more with --epochs")
-        return history
-    # After every check, so that a refused command leaves an earlier run where it is.
-    if writes and not options.resume and (previous := move_earlier_run(folder)):
-        print(f"moved the earlier run in {folder} to {previous}")
-    for epoch in range(len(history) + 1, options.epochs + 1):
-        history.append(run_epoch(run, epoch))
-        best = min(history, key=lambda row: row["val"]["total"])["epoch"]
-        stop = options.patience is not None and epoch - best >= options.patience
-        if writes and epoch == best:
-            save_checkpoint(folder / "best_model.pt", checkpoint_of(run))
-        if writes and (stop or epoch == options.epochs or epoch % options.save_every == 0):
-            save_checkpoint(folder / f"checkpoint_epoch_{epoch}.pt", checkpoint_of(run))
-        print(format_epoch(history[-1], options.epochs), flush=True)
-        if stop:
-            print(f"no better epoch in {options.patience}; stopped, the best was {best}")
-            break
-    if writes and (scoring := import_sibling("scoring")):
-        used = run.options._asdict() | run.averaged.module.config | run.separator.feature_source
-        used |= {"lr": history[0]["lr"], "mixtures_per_epoch": len(run.loader.dataset)}
-        used.pop("feature_source", None)
-        used |= {f"{part}_weight": value for part, value in run.weights._asdict().items()}
-        terms = {"separation": 1.0, **run.weights._asdict()}
-        scoring.write_report(folder, used, terms, train_set, val_set, history)
-        scoring.plot_history(folder / "training_curves.png", history)
-    return history
+    with locked(folder) if writes else contextlib.nullcontext():
+        run = start_run(options, train_set, val_set, folder, checkpoint)
+        if len(run.history) >= options.epochs:
+            print(f"{len(run.history)} epochs are done already; ask for more with --epochs")
+            return run.history
+        # After every check, so that a refused command leaves an earlier run where it is.
+        if writes and not options.resume and (previous := move_earlier_run(folder)):
+            print(f"moved the earlier run in {folder} to {previous}")
+        run_epochs(run, folder)
+        if writes:
+            write_results(run, folder, train_set)
+    return run.history
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2840,18 +3042,25 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; return 0, or 2 after one line on standard error for bad input."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # none of its warnings can be mended
+    args = None
     try:
-        args = build_parser().parse_args(argv)
-        with join_processes(pick_device(getattr(args, "device", "auto"))):
-            COMMANDS[args.command][0](args)
+        with handling_signals(stop_at_once):
+            args = build_parser().parse_args(argv)
+            with join_processes(pick_device(getattr(args, "device", "auto"))):
+                COMMANDS[args.command][0](args)
     except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         if fails_first():
             print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        advice = "; train --resume goes on from the last checkpoint"
-        print(f"\nstopped{advice if args.command == 'train' else ''}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        message = str(stop) or "stopped"
+        if message == "stopped" and getattr(args, "command", "") == "train":
+            message += ("; train --resume goes on from the last checkpoint"
+                        if list_checkpoints(Path(args.checkpoint_dir)) else
+                        " before the first checkpoint: start again without --resume")
+        if process_rank()[0] == 0:
+            print("\n" * sys.stderr.isatty() + message, file=sys.stderr)
+        return getattr(stop, "status", 130)
     return 0
 
 

@@ -1,13 +1,17 @@
 """Damaged, hostile and interrupted: one clear line, nothing lost."""
 
+import os
 import pickletools
 import shutil
+import signal
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_FLAGS, assert_fails, train_flags
+from conftest import CPU_FLAGS, ROOT, assert_fails, train_flags
 
 import speaker_separator_module as ssm
 
@@ -136,6 +140,135 @@ def test_mixtures_of_a_broken_batch_are_named(own_dataset, tmp_path, capsys, mon
         np.save(path, np.full_like(np.load(path), 1e30))
     argv = train_flags(own_dataset, tmp_path / "run", "--no_remix", "--batch_size=1")
     assert_fails(capsys, argv, "epoch 1", "(mixtures train_00002)")
+
+
+# --------------------------------------------------------------------------------------------------
+# Ctrl-C and SIGTERM
+
+
+def signal_after(monkeypatch, calls, number=signal.SIGINT, name="backward"):
+    """Send this process a signal in the n-th call of a function of training."""
+    original, count = getattr(ssm, name), iter(range(1, 1000))
+
+    def wrapped(*args, **kwargs):
+        if next(count) == calls:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(ssm, name, wrapped)
+
+
+def contents(path):
+    """What decides how a run goes on, without the seconds that it took."""
+    kept = torch.load(path)
+    del kept["options"]
+    for row in kept["train_history"]:
+        del row["seconds"]
+    return kept
+
+
+def assert_same(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """A run of three epochs of three steps, never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert ssm.main(train_flags(dataset, folder, *LONGER)) == 0
+    return folder
+
+
+LONGER = ["--epochs=3", "--mixtures_per_epoch=6"]
+
+
+@pytest.mark.parametrize(("calls", "number", "name", "words"), [
+    (1, signal.SIGINT, "backward", "epoch 1 after 1 of 3"),
+    (5, signal.SIGINT, "backward", "epoch 2 after 2 of 3"),
+    (6, signal.SIGTERM, "backward", "epoch 2 after 3 of 3"),
+    (2, signal.SIGTERM, "evaluate_separator", "after epoch 2"),
+    (1, signal.SIGINT, "save_checkpoint", "after epoch 1"),
+])
+def test_a_stopped_run_goes_on_as_if_never_stopped(
+    calls, number, name, words, whole, dataset, tmp_path, monkeypatch, capsys
+):
+    argv, run = train_flags(dataset, tmp_path / "run", *LONGER), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        signal_after(patch, calls, number, name)
+        assert ssm.main(argv) == 128 + number
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("stopped") and words in errors[0] and "--resume" in errors[0]
+    assert (run / "interrupted.pt").is_file() and not list(run.glob("*.tmp"))
+    assert ssm.main([*argv, "--resume"]) == 0
+    for path in ("best_model.pt", "checkpoint_epoch_3.pt"):
+        assert_same(contents(run / path), contents(whole / path))
+    assert sorted(p.name for p in run.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_a_signal_in_the_last_epoch_ends_the_run(dataset, tmp_path, monkeypatch):
+    signal_after(monkeypatch, 3, name="evaluate_separator")
+    assert ssm.main(train_flags(dataset, tmp_path / "run", *LONGER)) == 0
+    assert (tmp_path / "run/training_report.md").is_file()
+
+
+def test_the_rest_of_an_epoch_keeps_its_batches(dataset, tmp_path, monkeypatch, capsys):
+    argv = train_flags(dataset, tmp_path / "run", *LONGER)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 2)
+        assert ssm.main(argv) == 130
+    assert_fails(capsys, [*argv, "--resume", "--batch_size=3"], "batch_size=3 contradicts")
+    path = tmp_path / "run/interrupted.pt"
+    for change in ({"rows": torch.zeros(2, 3)}, {"random": [[torch.zeros(3)]]}, {"random": []}):
+        content = torch.load(path)
+        torch.save({**content, "progress": content["progress"] | change}, path)
+        assert_fails(capsys, [*argv, "--resume"], "cannot resume")
+
+
+def test_signals_where_there_is_nothing_to_save(dataset, tmp_path, monkeypatch, capsys):
+    signal_after(monkeypatch, 1, signal.SIGTERM, "start_run")
+    assert ssm.main(train_flags(dataset, tmp_path / "run")) == 143
+    assert "before the first checkpoint" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders: one run at a time, a damaged checkpoint among others
+
+
+def test_a_second_run_in_a_folder_is_refused(dataset, tmp_path, capsys):
+    code = ("import sys, time; from pathlib import Path; import speaker_separator_module as ssm\n"
+            f"with ssm.locked(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        assert_fails(capsys, train_flags(dataset, tmp_path), "in use by process", holder.pid)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert (tmp_path / ".lock").exists()  # stale
+    assert ssm.main(train_flags(dataset, tmp_path)) == 0
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint_epoch_3.pt", "best_model.pt"])
+def test_a_damaged_checkpoint_is_passed_over(name, trained, dataset, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    flip_a_bit(run / name)
+    assert ssm.main(train_flags(dataset, run, "--resume", "--epochs=4")) == 0
+    assert f"passed over a checkpoint: {run / name}" in capsys.readouterr().out
+    assert torch.load(run / "checkpoint_epoch_4.pt")["epoch"] == 4
 
 
 # --------------------------------------------------------------------------------------------------
