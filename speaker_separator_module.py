@@ -50,6 +50,7 @@ import threading
 import time
 import warnings
 import zipfile
+from collections import namedtuple
 from functools import cache, cached_property, partial
 from itertools import islice, permutations
 from pathlib import Path
@@ -76,45 +77,47 @@ JSON_BYTES = 1 << 27  # a hundred thousand mixtures take less
 MAX_STREAMS = 7  # the loss scores every assignment of streams to talkers: 7! are 5,040
 
 
-class TrainOptions(NamedTuple):
-    """How to train. None takes what suits the data; ``train --help`` explains each field."""
+class Option(NamedTuple):
+    """An option of training: default (None: what suits the data), kind, least, most and help.
 
-    epochs: int = 20
-    batch_size: int = 8
-    accumulate: int = 1
-    lr: float | None = None
-    weight_decay: float = 0.01
-    num_layers: int | None = None
-    num_heads: int | None = None
-    ff_dim: int | None = None
-    dim: int | None = None
-    dropout: float | None = None
-    max_speakers: int | None = None
-    reconstruction_weight: float | None = None
-    activity_weight: float | None = None
-    remix: bool = True
-    mixtures_per_epoch: int | None = None
-    crop_seconds: tuple[float, float] | None = None
-    workers: int = 0
-    save_every: int = 5
-    patience: int | None = None
-    resume: bool = False
-    seed: int = 42
-    device: str = "auto"
-    dtype: str = "auto"
+    What the help says after a colon is the default of a spectrogram separator.
+    """
+
+    default: object
+    kind: type
+    low: float
+    high: float
+    help: str
 
 
-LIMITS = {  # of the numbers among them: kind, least and most
-    "epochs": (int, 1, 1_000_000), "batch_size": (int, 1, 100_000),
-    "accumulate": (int, 1, 100_000), "lr": (float, 1e-12, 1e30),
-    "weight_decay": (float, 0, 1e30), "num_layers": (int, 1, 128), "num_heads": (int, 1, 1024),
-    "ff_dim": (int, 1, 1 << 16), "dim": (int, 1, 1 << 14), "dropout": (float, 0, 1),
-    "max_speakers": (int, 1, MAX_STREAMS), "reconstruction_weight": (float, 0, 1e30),
-    "activity_weight": (float, 0, 1e30), "mixtures_per_epoch": (int, 1, 1_000_000),
-    "crop_seconds": (float, 1e-12, 1e6), "workers": (int, 0, 1024), "patience": (int, 1, 1_000_000),
-    "save_every": (int, 1, 1_000_000), "seed": (int, 0, 1 << 62), "feature_dim": (int, 1, 1 << 16),
-    "threshold": (float, 0, 1),
+OPTIONS = {
+    "epochs": Option(20, int, 1, 1e6, "passes over the training mixtures"),
+    "batch_size": Option(8, int, 1, 1e5, "mixtures per step of each process"),
+    "accumulate": Option(1, int, 1, 1e5, "batches per step: as if they were one, less memory"),
+    "lr": Option(None, float, 1e-12, 1e30, "rate at the start: 2e-3; features 0.128 / width"),
+    "weight_decay": Option(0.01, float, 0, 1e30, "weight decay of the optimizer"),
+    "num_layers": Option(None, int, 1, 128, "blocks on the mixture: 4"),
+    "num_heads": Option(None, int, 1, 1024, "attention heads: 4; features 8"),
+    "ff_dim": Option(None, int, 1, 1 << 16, "feed-forward width: 768; features 2048"),
+    "dim": Option(None, int, 1, 1 << 14, "width of the blocks: 256; recordings only"),
+    "dropout": Option(None, float, 0, 1, "dropout in every block: 0.1; features only"),
+    "max_speakers": Option(None, int, 1, MAX_STREAMS, "streams: as many as the data has talkers"),
+    "reconstruction_weight": Option(
+        None, float, 0, 1e30, "weight of that loss: 0.5 if features add up, else 0"),
+    "activity_weight": Option(None, float, 0, 1e30, "weight of that loss: 0.02; features 0.5"),
+    "mixtures_per_epoch": Option(
+        None, int, 1, 1e6, "fresh mixtures: twice the data's, at least 120"),
+    "crop_seconds": Option(None, float, 1e-12, 1e6, "train on parts so long; recordings only"),
+    "workers": Option(0, int, 0, 1024, "processes that load or mix; 0: this one"),
+    "save_every": Option(5, int, 1, 1e6, "epochs between periodic checkpoints"),
+    "patience": Option(None, int, 1, 1e6, "stop after so many epochs without a better one"),
+    "seed": Option(42, int, 0, 1 << 62, "seed of weights, order, mixtures and dropout"),
 }
+OTHERS = {"remix": True, "resume": False, "device": "auto", "dtype": "auto"}  # not numbers
+DEFAULTS = {name: option.default for name, option in OPTIONS.items()} | OTHERS
+TrainOptions = namedtuple("TrainOptions", DEFAULTS, defaults=DEFAULTS.values())
+LIMITS = {name: (option.kind, option.low, option.high) for name, option in OPTIONS.items()}
+LIMITS |= {"feature_dim": (int, 1, 1 << 16), "threshold": (float, 0, 1)}
 SIZES = ("num_layers", "num_heads", "ff_dim", "dim", "dropout", "max_speakers")  # of a separator
 MAX_PARAMETERS = 300_000_000  # three times the largest default; training takes 20 bytes for each
 
@@ -2894,37 +2897,15 @@ count, share = number(int, 1, 100_000), number(float, 0, 1)
 def add_train_arguments(add) -> None:
     """Add the options of ``train``; one that is not given is left out of the result.
 
-    ``TrainOptions`` knows the defaults, and a resumed run keeps what it was started with. Here and
-    below a default that depends on data, model or checkpoint follows the colon of a help text.
+    A resumed run keeps what it was started with. Here and below a default that depends on data,
+    model or checkpoint follows the colon of a help text.
     """
-
-    def option(name: str, help: str, **more):
-        default = getattr(TrainOptions(), name)
-        help += "" if default is None else f" (default: {default})"
-        add(f"--{name}", type=number(*LIMITS[name]), default=argparse.SUPPRESS, help=help, **more)
-
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
-    option("epochs",                "passes over the training mixtures")
-    option("batch_size",            "mixtures per step of each process")
-    option("accumulate",            "batches per step: as if they were one, less memory")
-    option("lr",                    "rate at the start: 2e-3; features 0.128 / width")
-    option("weight_decay",          "weight decay of the optimizer")
-    option("num_layers",            "blocks on the mixture: 4")
-    option("num_heads",             "attention heads: 4; features 8")
-    option("ff_dim",                "feed-forward width: 768; features 2048")
-    option("dim",                   "width of the blocks: 256; recordings only")
-    option("dropout",               "dropout in every block: 0.1; features only")
-    option("max_speakers",          "streams: as many as the data has talkers")
-    option("reconstruction_weight", "weight of that loss: 0.5 if features add up, else 0")
-    option("activity_weight",       "weight of that loss: 0.02; features 0.5")
-    option("mixtures_per_epoch",    "fresh mixtures: twice the data's, at least 120")
-    option("crop_seconds",          "train on parts so long; recordings only",
-           nargs=2, metavar=("MIN", "MAX"))
-    option("workers",               "processes that load or mix; 0: this one")
-    option("save_every",            "epochs between periodic checkpoints")
-    option("patience",              "stop after so many epochs without a better one")
-    option("seed",                  "seed of weights, order, mixtures and dropout")
+    for name, (default, kind, low, high, help) in OPTIONS.items():
+        help += "" if default is None else f" (default: {default})"
+        pair = {"nargs": 2, "metavar": ("MIN", "MAX")} if name == "crop_seconds" else {}
+        add(f"--{name}", type=number(kind, low, high), default=argparse.SUPPRESS, help=help, **pair)
     add("--no_remix", dest="remix", action="store_false", default=argparse.SUPPRESS,
         help="the same mixtures every epoch instead of fresh ones")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
