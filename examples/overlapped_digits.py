@@ -108,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--model", required=True, help="Qwen2-Audio that transcribes digits: folder or hub id")
     add("--work_dir", type=Path, default=Path("overlapped_digits"), help="where everything goes")
+    add("--checkpoint", help="evaluate this separator instead of training one")
     add("--epochs", type=int, default=16, help="training epochs")
     add("--mixtures_per_epoch", type=int, default=4000, help="fresh mixtures in each")
     add("--test_samples", type=int, default=100, help="mixtures in each test set")
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     data, tests = make_data(args)
-    rows = evaluate(args, train(args, data), tests)
+    rows = evaluate(args, args.checkpoint or train(args, data), tests)
     print("\n" + "\n".join(word_table(rows)))
     print(f"\npictures: {args.work_dir}/*.png")
 

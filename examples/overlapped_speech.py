@@ -1,0 +1,89 @@
+"""Word errors of a Whisper in overlapped read speech, with a separator and without.
+
+    python examples/overlapped_speech.py --speech path/to/speech --model openai/whisper-tiny.en
+
+Mixes the validation speakers of ``--speech`` (whatever the generator's ``--speech_dir`` takes): one,
+two and three talkers who overlap by 80% or more, at levels within 3 dB. Counts the words that the
+frozen model gets wrong as it is, with the separator, and for each talker alone. Every step is a
+command of this project, printed as it would be typed; mixtures are kept for the next run.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from overlapped_digits import run  # noqa: E402
+
+import generate_multi_speaker_dataset as generator  # noqa: E402
+import speaker_separator_module as ssm  # noqa: E402
+from scoring import markdown_table, word_table  # noqa: E402
+
+
+def select_corpus(args) -> Path:
+    """Write the manifest's lines of one corpus, with absolute paths; return the new manifest."""
+    source = Path(args.speech) / "manifest.jsonl"
+    rows = map(json.loads, source.read_text(encoding="utf-8").splitlines())
+    rows = [row | {"audio": str((source.parent / row["audio"]).resolve())} for row in rows
+            if row.get("corpus", "").startswith(args.corpus)]
+    manifest = args.work_dir / "speech.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return manifest
+
+
+def make_test_set(args, talkers: int) -> Path:
+    """Make the mixtures of so many talkers, unless they are there already."""
+    folder = args.work_dir / f"{talkers}_talkers"
+    if not (folder / "dataset.json").is_file():
+        speech = select_corpus(args) if args.corpus else args.speech
+        run(generator, f"--speech_dir={speech}", f"--output_dir={folder}", "--train_samples=1",
+            f"--val_samples={args.samples}", f"--min_speakers={talkers}",
+            f"--max_speakers={talkers}", "--overlap", 0.81, 1, "--max_seconds=17", "--seed=5")
+    return folder
+
+
+def evaluate(args, talkers: int) -> dict:
+    """Return the scores of one test set."""
+    data = make_test_set(args, talkers)
+    scores = data / "scores.json"
+    known = ["--num_speakers", talkers] if args.known_count else []
+    run(ssm, "evaluate", f"--checkpoint={args.checkpoint}", f"--data_dir={data}",
+        f"--model={args.model}", "--batch_size=1", f"--json={scores}", f"--picture={data}.png",
+        *known)
+    return json.loads(scores.read_text(encoding="utf-8"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--speech", required=True, help="recordings of speakers, with transcripts")
+    add("--corpus", help="take the lines of manifest.jsonl whose corpus starts so")
+    add("--model", required=True, help="Whisper: folder or hub id")
+    add("--checkpoint", default=ssm.SHIPPED_SEPARATOR, help="separator")
+    add("--work_dir", type=Path, default=Path("overlapped_speech"), help="where everything goes")
+    add("--samples", type=int, default=200, help="mixtures of each number of talkers")
+    add("--talkers", type=int, nargs="+", default=[1, 2, 3], help="numbers of talkers")
+    add("--known_count", action="store_true",
+        help="give the number of talkers instead of letting the separator find it")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the test sets, evaluate on them and print two tables."""
+    args = build_parser().parse_args(argv)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    scores = {f"{n} talker{'s' * (n > 1)}": evaluate(args, n) for n in args.talkers}
+    rows = [{**row["words"][0], "of": name} for name, row in scores.items()]
+    print("\n" + "\n".join(word_table(rows)) + "\n")
+    audio = [[name, f"{row['si_sdr_improvement']:.1f}"] for name, row in scores.items()
+             if not name.startswith("1")]
+    print("\n".join(markdown_table(["audio of", "SI-SDR improvement (dB)"], audio)))
+    print(f"\npictures: {args.work_dir}/*.png")
+
+
+if __name__ == "__main__":
+    main()

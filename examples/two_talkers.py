@@ -1,0 +1,101 @@
+"""Two people talk at once, and the model answers for each: from any two recordings to a picture.
+
+    python examples/two_talkers.py one.wav other.wav --model openai/whisper-tiny.en
+
+Mixes two recordings at equal levels, the second half a second later, and asks a Whisper or
+Qwen2-Audio about the mixture as it is and with the separator inside. Writes ``mixture.wav``,
+``speaker_1.wav`` and ``speaker_2.wav`` to listen to, and ``two_talkers.png``: the spectrograms with
+the answers under them.
+"""
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import speaker_separator_module as ssm  # noqa: E402
+from audio import SAMPLING_RATE, load_model, read_audio, write_wav  # noqa: E402
+from scoring import draw_spectrogram  # noqa: E402
+
+LEVEL = 0.05  # root mean square of each talker
+LATER = SAMPLING_RATE // 2  # samples between the talkers' starts
+
+
+def mix(one: Path, other: Path) -> np.ndarray:
+    """Return the sum [samples] of two recordings at equal levels, the second one later."""
+    talkers = [read_audio(path) for path in (one, other)]
+    talkers = [samples * (LEVEL / np.sqrt(np.mean(samples**2) + 1e-12)) for samples in talkers]
+    mixture = np.zeros(max(len(talkers[0]), len(talkers[1]) + LATER), np.float32)
+    mixture[: len(talkers[0])] += talkers[0]
+    mixture[LATER : LATER + len(talkers[1])] += talkers[1]
+    return mixture
+
+
+def answer(args, mixture: np.ndarray) -> tuple[str, list[str]]:
+    """Return the model's answer to the mixture as it is, and its answer for each talker."""
+    model, processor = load_model(args.model)
+    options = {"max_new_tokens": 128}
+    ((alone,),) = ssm.transcribe(model, processor, [mixture], **options)
+    ssm.integrate_speaker_separator(model, separator_checkpoint=args.checkpoint)
+    (per_talker,) = ssm.transcribe(model, processor, [mixture], num_speakers=2, **options)
+    return alone, per_talker
+
+
+def picture(path: Path, panels: list[tuple[str, object, str]]) -> None:
+    """Draw (title, spectrogram [T, D], text) panels, one under the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.4 * len(panels)), layout="constrained")
+    top = max(float(values.amax()) for _, values, _ in panels)
+    for axes, (title, values, text) in zip(figure.subplots(len(panels)), panels, strict=True):
+        draw_spectrogram(axes, values, top)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_ylabel("kHz", fontsize=8)
+        axes.set_xlabel("\n".join(["seconds", *textwrap.wrap(text, 100)]), fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("one", help="recording of a talker")
+    add("other", help="recording of another talker")
+    add("--model", default="openai/whisper-tiny.en", help="Whisper or Qwen2-Audio: folder or id")
+    add("--checkpoint", default=ssm.SHIPPED_SEPARATOR, help="separator")
+    add("--output_dir", type=Path, default=Path("two_talkers"), help="where everything goes")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Mix, separate, answer, and write everything."""
+    args = build_parser().parse_args(argv)
+    try:
+        ssm.prepare_folder(args.output_dir)
+        mixture = mix(args.one, args.other)
+        write_wav(args.output_dir / "mixture.wav", mixture)
+        separator = ssm.load_separator(args.checkpoint)
+        _, spectrogram, talkers = ssm.infer_recording(
+            args.output_dir / "mixture.wav", separator, None, None, num_speakers=2)
+        alone, per_talker = answer(args, mixture)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"without separator: {alone}")
+    panels = [("Two people talk at once, and the model writes:", spectrogram, alone)]
+    for number, (text, (_, values, audio)) in enumerate(zip(per_talker, talkers, strict=True), 1):
+        print(f"talker {number}: {text}")
+        write_wav(args.output_dir / f"speaker_{number}.wav", audio.numpy())
+        panels.append((f"With the separator, talker {number}:", values, text))
+    picture(args.output_dir / "two_talkers.png", panels)
+    print(f"pictures and sound: {args.output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
