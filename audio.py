@@ -227,10 +227,16 @@ def load_config(path_or_id: str):
 
 
 def load_model(path_or_id: str, device: str = "cpu", dtype="auto"):
-    """Load a frozen Qwen2-Audio or Whisper model and its processor; ValueError if it is neither."""
+    """Load a frozen Qwen2-Audio or Whisper model and its processor; ValueError if it is neither.
+
+    ``dtype`` "auto" is that of the file, but float32 for a CPU and float16, which few CPUs multiply
+    and others emulate, 100 times slower.
+    """
     name = {"qwen2_audio": "Qwen2Audio", "whisper": "Whisper"}[load_config(path_or_id).model_type]
     processor = load_pretrained("AutoProcessor", path_or_id)
     model = load_pretrained(f"{name}ForConditionalGeneration", path_or_id, dtype=dtype)
+    if (device, dtype, model.dtype) == ("cpu", "auto", torch.float16):
+        model = model.float()
     return model.to(device).eval().requires_grad_(False), processor
 
 

@@ -188,6 +188,28 @@ def plot_history(path: Path, history: list[dict]) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
+DECIBELS = {"vmin": -80, "vmax": 0, "cmap": "magma"}
+
+
+def draw_features(axes, values, frame_rate: float | None, scale: dict, log_mel: bool):
+    """Draw values [T, D] against seconds or frames and kHz or numbers; return the image."""
+    extent = (0, len(values) / (frame_rate or 1), 0, values.shape[1])
+    image = axes.imshow(values.numpy().T, aspect="auto", origin="lower", extent=extent,
+                        interpolation="nearest", **scale)
+    axes.set_xlabel("seconds" if frame_rate else "frame", fontsize=8)
+    axes.tick_params(labelsize=7)
+    if log_mel:
+        marks = np.array([250, 500, 1000, 2000, 4000])
+        places = mel_bin(marks, values.shape[1]) + 0.5
+        axes.set_yticks(places, [f"{hertz / 1000:g}" for hertz in marks])
+    return image
+
+
+def decibels(values, top):
+    """Return log-mel values in Whisper's units as dB relative to ``top``."""
+    return 40 * (values - top)
+
+
 def plot_streams(path, rows: list[dict], frame_rate: float | None, log_mel: bool) -> None:
     """Draw panels of [T, D] arrays, a row of panels by title per recording.
 
@@ -203,30 +225,18 @@ def plot_streams(path, rows: list[dict], frame_rate: float | None, log_mel: bool
         arrays = {title: torch.as_tensor(values).float().cpu() for title, values in row.items()}
         first = next(iter(arrays.values()))
         if log_mel:
-            scale = {"vmin": -80, "vmax": 0, "cmap": "magma"}
-            top = first.amax()
-            arrays = {title: 40 * (values - top) for title, values in arrays.items()}
+            scale, top = DECIBELS, first.amax()
+            arrays = {title: decibels(values, top) for title, values in arrays.items()}
         else:
             limit = max(float(np.quantile(first.abs().numpy(), 0.99)), 1e-6)
             scale = {"vmin": -limit, "vmax": limit, "cmap": "RdBu_r"}
         for axes in axes_row[len(arrays) :]:
             axes.set_axis_off()
         for axes, (title, values) in zip(axes_row, arrays.items(), strict=False):
-            extent = (0, len(values) / (frame_rate or 1), 0, values.shape[1])
-            image = axes.imshow(values.numpy().T, aspect="auto", origin="lower", extent=extent,
-                                interpolation="nearest", **scale)
+            image = draw_features(axes, values, frame_rate, scale, log_mel)
             axes.set_title(title, fontsize=9)
-            axes.set_xlabel("seconds" if frame_rate else "frame", fontsize=8)
-            axes.tick_params(labelsize=7)
-            if log_mel:
-                _label_hertz(axes, values.shape[1])
         axes_row[0].set_ylabel("kHz" if log_mel else "feature", fontsize=8)
         bar = figure.colorbar(image, ax=list(axes_row), pad=0.01)
         bar.set_label("dB, 0 at the mixture's peak" if log_mel else "feature value", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=120, format="png")
-
-
-def _label_hertz(axes, bins: int) -> None:
-    marks = np.array([250, 500, 1000, 2000, 4000])
-    axes.set_yticks(mel_bin(marks, bins) + 0.5, [f"{hertz / 1000:g}" for hertz in marks])

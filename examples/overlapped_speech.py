@@ -2,9 +2,9 @@
 
     python examples/overlapped_speech.py --speech path/to/speech --model openai/whisper-tiny.en
 
-Mixes the validation speakers of ``--speech`` (whatever the generator's ``--speech_dir`` takes): one,
-two and three talkers who overlap by 80% or more, at levels within 3 dB. Counts the words that the
-frozen model gets wrong as it is, with the separator, and for each talker alone. Every step is a
+Mixes the validation speakers of ``--speech`` (whatever the generator's ``--speech_dir`` takes):
+one, two and three talkers who overlap by 80% or more, at levels within 3 dB. Counts the words that
+the frozen model gets wrong as it is, with the separator, and for each talker alone. Every step is a
 command of this project, printed as it would be typed; mixtures are kept for the next run.
 """
 

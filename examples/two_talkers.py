@@ -18,8 +18,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import speaker_separator_module as ssm  # noqa: E402
-from audio import SAMPLING_RATE, load_model, read_audio, write_wav  # noqa: E402
-from scoring import draw_spectrogram  # noqa: E402
+from audio import FRAME_RATE, SAMPLING_RATE, load_model, read_audio, write_wav  # noqa: E402
+from long_recordings import answer_per_talker, ask  # noqa: E402
+from scoring import DECIBELS, decibels, draw_features  # noqa: E402
 
 LEVEL = 0.05  # root mean square of each talker
 LATER = SAMPLING_RATE // 2  # samples between the talkers' starts
@@ -38,11 +39,10 @@ def mix(one: Path, other: Path) -> np.ndarray:
 def answer(args, mixture: np.ndarray) -> tuple[str, list[str]]:
     """Return the model's answer to the mixture as it is, and its answer for each talker."""
     model, processor = load_model(args.model)
-    options = {"max_new_tokens": 128}
-    ((alone,),) = ssm.transcribe(model, processor, [mixture], **options)
+    (alone,) = ask(model, processor, [mixture], max_new_tokens=128)
     ssm.integrate_speaker_separator(model, separator_checkpoint=args.checkpoint)
-    (per_talker,) = ssm.transcribe(model, processor, [mixture], num_speakers=2, **options)
-    return alone, per_talker
+    rows = answer_per_talker(model, processor, mixture, num_speakers=2, max_new_tokens=128)
+    return alone, [row["text"] for row in rows]
 
 
 def picture(path: Path, panels: list[tuple[str, object, str]]) -> None:
@@ -52,7 +52,7 @@ def picture(path: Path, panels: list[tuple[str, object, str]]) -> None:
     figure = Figure(figsize=(9, 2.4 * len(panels)), layout="constrained")
     top = max(float(values.amax()) for _, values, _ in panels)
     for axes, (title, values, text) in zip(figure.subplots(len(panels)), panels, strict=True):
-        draw_spectrogram(axes, values, top)
+        draw_features(axes, decibels(values, top), FRAME_RATE, DECIBELS, True)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_ylabel("kHz", fontsize=8)
         axes.set_xlabel("\n".join(["seconds", *textwrap.wrap(text, 100)]), fontsize=9)
