@@ -3,15 +3,19 @@
 import json
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT, sine, write_wav
+from conftest import ROOT, assert_fails, sine, write_wav
 
+import audio
 import speaker_separator_module as ssm
 
 sys.path.insert(0, str(ROOT / "examples"))
 
 import overlapped_digits  # noqa: E402
+import overlapped_speech  # noqa: E402
 import pretrain  # noqa: E402
+import two_talkers  # noqa: E402
 
 
 @pytest.fixture
@@ -74,3 +78,39 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
         assert (a - b).abs().max() < 0.01  # stored in bfloat16
     pretrain.main(argv)
     assert "1 epochs are done already" in capsys.readouterr().out
+
+
+def test_two_talkers_from_any_two_recordings(qwen_folder, spectrogram_checkpoint, tmp_path, capsys):
+    one = write_wav(tmp_path / "one.wav", sine(0.7, 200))
+    other = write_wav(tmp_path / "other.wav", 0.1 * sine(0.4, 370))
+    argv = [str(one), str(other), f"--model={qwen_folder}",
+            f"--checkpoint={spectrogram_checkpoint}", "--output_dir=out"]  # fmt: skip
+    assert two_talkers.main(argv) == 0
+    mixture = audio.read_audio("out/mixture.wav")
+    assert len(mixture) == 8000 + 6400  # the other starts after half a second
+    assert np.square(mixture).sum() == pytest.approx(0.05**2 * (11200 + 6400), rel=0.05)
+    assert np.square(mixture[11200:]).sum() > 0.05**2 * 3000
+    printed = capsys.readouterr().out
+    assert "without separator: " in printed
+    assert "talker 1: " in printed and "talker 2: " in printed
+    for name in ("speaker_1.wav", "speaker_2.wav"):
+        assert len(audio.read_audio(tmp_path / "out" / name)) == len(mixture)
+    assert (tmp_path / "out/two_talkers.png").stat().st_size > 10_000
+    assert_fails(capsys, ["gone.wav", *argv[1:]], "gone.wav", main=two_talkers.main)
+
+
+def test_overlapped_speech_takes_one_corpus(
+    speech_dir, qwen_folder, spectrogram_checkpoint, tmp_path, capsys
+):
+    rows = [{"audio": str(path), "speaker": path.parent.name, "text": "words",
+             "split": ("train", "val")[number % 2], "corpus": f"book_{number % 2}"}
+            for number, path in enumerate(sorted(speech_dir.glob("*/*.wav")))]  # fmt: skip
+    rows.append({"audio": "none.wav", "speaker": "x", "text": "", "split": "val", "corpus": "web"})
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overlapped_speech.main([
+        f"--speech={tmp_path}", "--corpus=book", f"--model={qwen_folder}", "--samples=2",
+        f"--checkpoint={spectrogram_checkpoint}", "--talkers", "1", "2"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "| 1 talker | 2 |" in printed and "| 2 talkers | 2 |" in printed
+    score = json.loads((tmp_path / "overlapped_speech/2_talkers/scores.json").read_text())
+    assert f"| 2 talkers | {score['si_sdr_improvement']:.1f} |" in printed
