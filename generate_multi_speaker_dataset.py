@@ -40,7 +40,7 @@ from mixing import (
     group_by_speaker,
     list_noises,
     list_recordings,
-    plan_split,
+    plan_mixture,
     render_mixtures,
 )
 
@@ -49,6 +49,11 @@ NUM_BANDS = 32
 BANDS_PER_VOICE = 6
 VOICE_SEED = 1280  # one inventory for all datasets; --seed draws utterances and mixtures
 MODULATION = 0.6
+
+
+def progress(items, what: str):
+    """Show a progress bar, on a terminal alone."""
+    return tqdm(items, what, leave=False, disable=None)
 
 
 def split_sizes(args) -> dict[str, int]:
@@ -235,7 +240,8 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
     noises, plans = list_noises(options.noise_dir), []
     for split, samples in split_sizes(args).items():
         source = SpeechSource(options, group_by_speaker(splits[split]), noises, split)
-        plans += plan_split(source, args.seed, samples)
+        rng = np.random.default_rng([args.seed, split == "val"])
+        plans += [plan_mixture(rng, source) for _ in progress(range(samples), f"plan {split}")]
     if options.max_seconds is not None:
         too_long = {t.utterances for plan in plans for t in plan.talkers
                     if t.seconds > options.max_seconds}
@@ -321,7 +327,7 @@ def write_split(folder: Path, split: str, samples: int, mixtures: Iterator[dict]
     (folder / "mixed").mkdir(parents=True)
     (folder / "separated").mkdir()
     entries = []
-    for index in tqdm(range(samples), desc=split, unit="mixture", leave=False, disable=None):
+    for index in progress(range(samples), split):
         entries.append(write_mixture(folder, f"{split}_{index:05d}", **next(mixtures)))
     write_json(folder / "metadata.json", entries)
     return entries

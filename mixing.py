@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from audio import SAMPLING_RATE, audio_info, read_audio
 
@@ -173,14 +172,13 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
 
 def _plan_talkers(rng, source: SpeechSource, names: list[str], target: float | None) -> list:
     """Plan what each speaker says; redraw while the overlap ratio is far from its target."""
-    best, smallest_miss = [], np.inf
+    miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
         talkers = [_plan_talker(rng, source.options, source.by_speaker[n]) for n in names]
         if target is None:
             return talkers
-        talkers, miss = _plan_overlap(rng, source.options, talkers, target)
-        if miss < smallest_miss:
-            best, smallest_miss = talkers, miss
+        plan = _plan_overlap(rng, source.options, talkers, target)
+        miss, best = min((miss, best), plan, key=lambda plan: plan[0])
         if miss <= OVERLAP_TOLERANCE:
             break
     return best
@@ -233,8 +231,8 @@ def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.sum(lengths * (talking > 1), axis=-1) / np.sum(lengths, axis=-1)
 
 
-def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> tuple[list, float]:
-    """Set onsets for a target ratio; return the talkers and how far the ratio is off.
+def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> tuple[float, list]:
+    """Set onsets for a target ratio; return how far the ratio is off, and the talkers.
 
     The first talker keeps the earliest onset drawn. While the ratio is out of reach, the longest
     talker says one utterance less, but never fewer than ``join`` asks for.
@@ -252,7 +250,7 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
     miss, talkers, onsets = best
     end = max(onset + t.seconds for onset, t in zip(onsets, talkers, strict=True))
     lead = max(0.0, min(lead, window - end))
-    return [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)], miss
+    return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
 
 
 def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float], float]:
@@ -278,13 +276,6 @@ def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float
     miss[ends.max(axis=1) > max(window, seconds[longest])] = np.inf
     best = int(np.argmin(miss))
     return onsets[best].tolist(), float(miss[best])
-
-
-def plan_split(source: SpeechSource, seed: int, samples: int) -> list[PlannedMixture]:
-    """Draw all mixtures of a split."""
-    rng = np.random.default_rng([seed, source.split == "val"])
-    steps = tqdm(range(samples), desc=f"plan {source.split}", leave=False, disable=None)
-    return [plan_mixture(rng, source) for _ in steps]
 
 
 # --------------------------------------------------------------------------------------------------

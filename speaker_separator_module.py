@@ -1348,7 +1348,7 @@ def to_device(batch: dict, device: str) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints
+# Checkpoints: files
 
 INTERRUPTED = "interrupted.pt"  # written on Ctrl-C and SIGTERM, in the middle of an epoch
 NUMBER, FLOATS = int | float | None, (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -1416,6 +1416,10 @@ def load_checkpoint(path) -> dict:
             raise ValueError(f"{path} is not a separator checkpoint: its {key!r} is missing or "
                              "damaged")
     return checkpoint
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: separators
 
 
 def separator_class(config: dict) -> type:
@@ -1500,6 +1504,10 @@ def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32
     exported.to(dtype).save_pretrained(folder)
 
 
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: the folder of a run
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder: best_model.pt, interrupted.pt, then by epoch."""
     periodic = [p for p in folder.glob("checkpoint_epoch_*.pt") if p.stem.split("_")[-1].isdigit()]
@@ -1541,7 +1549,7 @@ def move_earlier_run(folder: Path) -> Path | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Train: optimizer and one epoch
+# Train: optimizer, schedule and average
 
 LOSS_PARTS = ("total", "separation", "reconstruction", "activity")
 ADAM_BETAS = (0.9, 0.98)  # with 0.999 the second moment remembers too long for short runs
@@ -1610,6 +1618,10 @@ def average_of(separator: nn.Module, steps: int = 0):
     return averaged.requires_grad_(False)
 
 
+# --------------------------------------------------------------------------------------------------
+# Train: what a resumed run takes over
+
+
 def fitting_moments(optimizer, saved: dict) -> dict:
     """Return a state to load: the saved moments, if they fit, and the optimizer's own settings."""
     found = {(number, name): moment for number, moments in saved["state"].items()
@@ -1662,6 +1674,10 @@ def restore(separator, optimizer, checkpoint: dict, origin) -> list[dict]:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return list(checkpoint["train_history"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Train: one epoch
 
 
 class Run(NamedTuple):
@@ -2666,7 +2682,7 @@ def evaluate_words(
 
 
 # --------------------------------------------------------------------------------------------------
-# Commands
+# Commands: train and evaluate
 
 
 def cmd_train(args) -> None:
@@ -2710,19 +2726,6 @@ def open_separator(args, spectrograms: bool, device: str):
     return separator, checkpoint
 
 
-def count_words(args, separator, dataset, device: str) -> list[dict]:
-    """Return the word scores of ``evaluate --model``."""
-    from audio import load_model
-    from scoring import word_scores
-
-    model, processor = load_model(args.model, device, args.dtype)
-    options = {"max_new_tokens": args.max_new_tokens or 64}
-    if hasattr(processor, "audio_token"):
-        options["prompt"] = args.prompt
-    return word_scores(evaluate_words(separator, dataset, model, processor, **options,
-                                      threshold=args.threshold, num_speakers=args.num_speakers))
-
-
 @torch.inference_mode()
 def sample_panels(separator, dataset, device: str, count: int = 3) -> list[dict]:
     """Return mixture, talkers and the streams assigned to them for the first few mixtures."""
@@ -2754,7 +2757,7 @@ def cmd_evaluate(args) -> None:
     check_data(f"the separator {checkpoint}", separator.config, dataset)
     warn_of_other_features(separator, dataset.source)
     if args.model:
-        from audio import load_config
+        from audio import load_config, load_model
 
         texts_of_recordings(dataset)
         load_config(args.model)
@@ -2771,7 +2774,10 @@ def cmd_evaluate(args) -> None:
     print("\n".join(scoring.score_table(scores)))
     print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
     if args.model:
-        scores["words"] = count_words(args, separator, dataset, device)
+        model, processor = load_model(args.model, device, args.dtype)
+        scores["words"] = scoring.word_scores(evaluate_words(
+            separator, dataset, model, processor, threshold=args.threshold, prompt=args.prompt,
+            num_speakers=args.num_speakers, max_new_tokens=args.max_new_tokens or 64))
         print("\n" + "\n".join(scoring.word_table(scores["words"])))
     if args.json:
         Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
@@ -2779,6 +2785,10 @@ def cmd_evaluate(args) -> None:
         rate = 100 if separator.is_spectrogram else separator.feature_source.get("frame_rate")
         scoring.plot_streams(args.picture, sample_panels(separator, dataset, device), rate,
                              separator.is_spectrogram)
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands: infer and integrate
 
 
 def open_encoder(args, separator, device: str):
@@ -2874,7 +2884,7 @@ def cmd_integrate(args) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Command line
+# Command line: options
 
 
 def number(kind: type, low: float, high: float):
@@ -2964,6 +2974,10 @@ COMMANDS = {  # function, its options and an example
     "integrate": (cmd_integrate, add_integrate_arguments,
                   "--model openai/whisper-tiny.en --audio meeting.wav"),
 }
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line: parsers and main
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
