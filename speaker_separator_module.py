@@ -2852,25 +2852,31 @@ def check_integration(args, config, separator) -> None:
     check_writable(args.json)
 
 
+def load_answering(args, separator, device: str, layer: int | None = None):
+    """Put a separator into a model; return ``answer_per_talker`` of it with the options given."""
+    from audio import load_model
+    from long_recordings import answer_per_talker
+
+    model, processor = load_model(args.model, device, args.dtype)
+    integrate_speaker_separator(model, None, separator, layer, args.threshold)
+    length = args.max_new_tokens or (256 if hasattr(processor, "audio_token") else None)
+    options = {"max_new_tokens": length} if length else {}
+    return partial(answer_per_talker, model, processor, prompt=args.prompt, **options)
+
+
 def cmd_integrate(args) -> None:
     """Print what each talker of a recording says."""
-    from audio import load_config, load_model, recording_length
-    from long_recordings import answer_per_talker
+    from audio import load_config, recording_length
 
     device, config = pick_device(args.device), load_config(args.model)
     for audio in args.audio:
         recording_length(audio)
     separator, checkpoint = open_separator(args, True, "cpu")
     check_integration(args, config, separator)
-    model, processor = load_model(args.model, device, args.dtype)
-    integrate_speaker_separator(model, None, separator, args.layer, args.threshold)
-    length = args.max_new_tokens or (256 if hasattr(processor, "audio_token") else None)
-    options, answers = {"max_new_tokens": length} if length else {}, {}
+    answer, answers = load_answering(args, separator, device, args.layer), {}
     print(f"separator {checkpoint}")
     for audio in args.audio:
-        answers[audio] = answer_per_talker(
-            model, processor, audio, args.prompt,
-            num_speakers=args.num_speakers, mode=args.mode, **options)
+        answers[audio] = answer(audio, num_speakers=args.num_speakers, mode=args.mode)
         if len(args.audio) > 1:
             print(audio)
         for row in answers[audio]:
@@ -2881,6 +2887,27 @@ def cmd_integrate(args) -> None:
             print("no talker found")
     if args.json:
         Path(args.json).write_text(json.dumps(answers, indent=2) + "\n")
+
+
+def cmd_demo(args) -> None:
+    """Serve a page on this machine: see and hear each talker, read what each says."""
+    from importlib.util import find_spec
+
+    device = pick_device(args.device)
+    if find_spec("gradio") is None:
+        raise ValueError("the page needs gradio: pip install gradio")
+    sys.path.append(str(Path(__file__).resolve().parent / "examples"))
+    from demo_page import build_page
+
+    separator, checkpoint = open_separator(args, True, device)
+    if not separator.is_spectrogram:
+        raise ValueError(f"{checkpoint} reads features: the page needs a spectrogram separator")
+    answer = load_answering(args, separator, device) if args.model else None
+    separate = partial(
+        infer_recording, separator=separator, encoder=None, threshold=args.threshold)
+    print(f"separator {checkpoint}")
+    page = build_page(separate, answer, separator.max_speakers, args.num_speakers)
+    page.launch(server_name="127.0.0.1", server_port=args.port, inbrowser=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2954,6 +2981,14 @@ def add_integrate_arguments(add) -> None:
     add("--json",           metavar="FILE", help="also write the answers, by window too")
 
 
+def add_demo_arguments(add) -> None:
+    """Add the options of ``demo``."""
+    add("--model",          metavar="PATH_OR_ID", help="also show what this model answers")
+    add("--prompt",         help="question to Qwen2-Audio: What does the person say?")
+    add("--max_new_tokens", type=count, help="length limit of each answer: 256, or Whisper's own")
+    add("--port",           type=count, help="port of 127.0.0.1: the first free from 7860 on")
+
+
 def add_shared_arguments(name: str, add) -> None:
     """Add the options that several commands have."""
     if name != "train":
@@ -2973,6 +3008,7 @@ COMMANDS = {  # function, its options and an example
     "infer": (cmd_infer, add_infer_arguments, "--input multi_speaker_data/val/mixed/val_00000.npy"),
     "integrate": (cmd_integrate, add_integrate_arguments,
                   "--model openai/whisper-tiny.en --audio meeting.wav"),
+    "demo": (cmd_demo, add_demo_arguments, "--model openai/whisper-tiny.en"),
 }
 
 

@@ -32,7 +32,7 @@ import audio
 import generate_multi_speaker_dataset as generator
 import speaker_separator_module as ssm
 
-COMMANDS = ["train", "evaluate", "infer", "integrate"]
+COMMANDS = ["train", "evaluate", "infer", "integrate", "demo"]
 
 
 @pytest.fixture

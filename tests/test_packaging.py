@@ -11,7 +11,9 @@ CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 def test_every_module_is_installed_and_none_is_missing():
     listed = CONFIG["tool"]["setuptools"]["py-modules"]
-    assert listed == sorted(path.stem for path in ROOT.glob("*.py"))
+    page = "examples.demo_page"
+    assert (ROOT / "examples/demo_page.py").is_file()
+    assert sorted(listed) == sorted([*(path.stem for path in ROOT.glob("*.py")), page])
 
 
 @pytest.mark.parametrize("name", CONFIG["project"]["scripts"])

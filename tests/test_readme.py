@@ -33,7 +33,7 @@ def test_command_is_understood(command):
 
 def test_every_command_of_the_module_but_none_more_is_shown():
     shown = {command[2] for command in readme_commands() if "separator_module" in command[1]}
-    assert shown == {"train", "evaluate", "infer", "integrate"}
+    assert {"train", "evaluate", "infer", "integrate"} <= shown <= set(ssm.COMMANDS)
 
 
 def test_files_named_in_the_tree_exist():
