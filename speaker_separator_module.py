@@ -63,6 +63,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint as checkpoint_call
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Subset
 from tqdm import tqdm
 
@@ -113,7 +114,8 @@ OPTIONS = {
     "patience": Option(None, int, 1, 1e6, "stop after so many epochs without a better one"),
     "seed": Option(42, int, 0, 1 << 62, "seed of weights, order, mixtures and dropout"),
 }
-OTHERS = {"remix": True, "resume": False, "device": "auto", "dtype": "auto"}  # not numbers
+OTHERS = {  # not numbers
+    "remix": True, "recompute": False, "resume": False, "device": "auto", "dtype": "auto"}
 DEFAULTS = {name: option.default for name, option in OPTIONS.items()} | OTHERS
 TrainOptions = namedtuple("TrainOptions", DEFAULTS, defaults=DEFAULTS.values())
 LIMITS = {name: (option.kind, option.low, option.high) for name, option in OPTIONS.items()}
@@ -1699,6 +1701,15 @@ class Run(NamedTuple):
     signals: list[int]  # those that asked to stop
 
 
+def recompute_blocks(separator, device: str, dtype: torch.dtype) -> None:
+    """Let blocks keep their input alone for the backward pass, which computes the rest again."""
+    for module in separator.modules():
+        if isinstance(module, (Block, nn.TransformerDecoderLayer, nn.TransformerEncoderLayer)):
+            module.forward = partial(
+                checkpoint_call, module.forward, use_reentrant=False,
+                context_fn=lambda: (contextlib.nullcontext(), attention_kernel(device, dtype)))
+
+
 def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype) -> SeparatorLoss:
     """Return the loss of one batch that is on the device."""
     mixture, frame_mask = batch["mixture"], batch["frame_mask"]
@@ -1916,6 +1927,8 @@ def start_run(
     dtype, reason = pick_dtype(options.dtype, device)
     options = options._replace(dtype=str(dtype).removeprefix("torch."), device=device)
     averaged = average_of(separator.to(device), checkpoint.get("steps", 0) if checkpoint else 0)
+    if options.recompute:
+        recompute_blocks(separator, device, dtype)
     optimizer = make_optimizer(separator, options)
     history = restore(separator, optimizer, checkpoint, folder) if checkpoint else []
     scheduler = make_scheduler(optimizer, options.epochs, len(history))
@@ -2945,6 +2958,8 @@ def add_train_arguments(add) -> None:
         add(f"--{name}", type=number(kind, low, high), default=argparse.SUPPRESS, help=help, **pair)
     add("--no_remix", dest="remix", action="store_false", default=argparse.SUPPRESS,
         help="the same mixtures every epoch instead of fresh ones")
+    add("--recompute", action="store_true", default=argparse.SUPPRESS,
+        help="compute blocks again in the backward pass: less memory for long recordings")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
     add("--export", metavar="DIR", help="also save the best weights alone, for from_pretrained")
 

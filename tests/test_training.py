@@ -104,6 +104,27 @@ def test_same_seed_same_losses(kind, data, tmp_path):
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recomputed_blocks_train_alike_and_keep_less(kind, data, dtype, tmp_path, monkeypatch):
+    kept, step = [], ssm.batch_loss
+
+    def watch(*args):
+        def keep(tensor):
+            kept[-1] += tensor.nbytes
+            return tensor
+
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return step(*args)
+
+    monkeypatch.setattr(ssm, "batch_loss", watch)
+    whole, again = (losses(train_tiny(data, tmp_path / str(recompute), recompute=recompute,
+                                      **MORE[kind] | {"dtype": dtype}))
+                    for recompute in (False, True))
+    assert again == whole
+    assert max(kept[2:]) < 0.9 * min(kept[:2])
+
+
 @pytest.mark.parametrize("remix", [True, False])
 def test_mixtures_are_fresh_every_epoch(remix, kind, data, tmp_path, monkeypatch):
     seen, step = [], ssm.batch_loss
