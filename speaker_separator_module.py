@@ -119,7 +119,8 @@ OTHERS = {  # not numbers
 DEFAULTS = {name: option.default for name, option in OPTIONS.items()} | OTHERS
 TrainOptions = namedtuple("TrainOptions", DEFAULTS, defaults=DEFAULTS.values())
 LIMITS = {name: (option.kind, option.low, option.high) for name, option in OPTIONS.items()}
-LIMITS |= {"feature_dim": (int, 1, 1 << 16), "threshold": (float, 0, 1)}
+LIMITS |= {"feature_dim": (int, 1, 1 << 16), "threshold": (float, 0, 1),
+           "num_speakers": (int, 1, 1e5), "max_new_tokens": (int, 1, 1e5)}
 SIZES = ("num_layers", "num_heads", "ff_dim", "dim", "dropout", "max_speakers")  # of a separator
 MAX_PARAMETERS = 300_000_000  # three times the largest default; training takes 20 bytes for each
 
@@ -1902,7 +1903,7 @@ def import_sibling(name: str):
 
 
 # --------------------------------------------------------------------------------------------------
-# Train: a run from start or checkpoint to report
+# Train: a run from start or checkpoint
 
 
 def rest_of_epoch(checkpoint: dict | None) -> dict:
@@ -2003,6 +2004,10 @@ def checkpoint_of(run: Run) -> dict:
     }
 
 
+# --------------------------------------------------------------------------------------------------
+# Train: all epochs, checkpoints and report
+
+
 def write_results(run: Run, folder: Path, train_set) -> None:
     """Write report and curves."""
     if scoring := import_sibling("scoring"):
@@ -2082,7 +2087,6 @@ def train_speaker_separator(
         checkpoint = newest_checkpoint(folder)
         options = resumed_options(given, checkpoint, folder)
     check_limits(options._asdict())
-    pick_device(options.device)
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
     writes = process_rank()[0] == 0
     if writes:
@@ -2701,7 +2705,6 @@ def evaluate_words(
 def cmd_train(args) -> None:
     """Train a separator; writes checkpoints, a report and curves."""
     given = vars(args)  # holds no option that was not given
-    pick_device(given.get("device", "auto"))
     writes = process_rank()[0] == 0
     if writes and args.export:
         prepare_folder(Path(args.export))
@@ -2927,23 +2930,6 @@ def cmd_demo(args) -> None:
 # Command line: options
 
 
-def number(kind: type, low: float, high: float):
-    """Return an argument type: a finite number from ``low`` to ``high``."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"must be between {low:g} and {high:g}, not {text:.40}")
-        return value
-
-    parse.__name__ = kind.__name__  # what argparse calls a text that is no number at all
-    return parse
-
-
-count, share = number(int, 1, 100_000), number(float, 0, 1)
-
-
 def add_train_arguments(add) -> None:
     """Add the options of ``train``; one that is not given is left out of the result.
 
@@ -2952,10 +2938,11 @@ def add_train_arguments(add) -> None:
     """
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
-    for name, (default, kind, low, high, help) in OPTIONS.items():
-        help += "" if default is None else f" (default: {default})"
+    for name, option in OPTIONS.items():
+        default = "" if option.default is None else f" (default: {option.default})"
         pair = {"nargs": 2, "metavar": ("MIN", "MAX")} if name == "crop_seconds" else {}
-        add(f"--{name}", type=number(kind, low, high), default=argparse.SUPPRESS, help=help, **pair)
+        add(f"--{name}", type=option.kind, default=argparse.SUPPRESS, help=option.help + default,
+            **pair)
     add("--no_remix", dest="remix", action="store_false", default=argparse.SUPPRESS,
         help="the same mixtures every epoch instead of fresh ones")
     add("--recompute", action="store_true", default=argparse.SUPPRESS,
@@ -2968,10 +2955,10 @@ def add_evaluate_arguments(add) -> None:
     """Add the options of ``evaluate``."""
     add("--data_dir",       default=DEFAULT_DATA_DIR, help="dataset")
     add("--split",          default="val", choices=["val", "train"], help="which mixtures to score")
-    add("--batch_size",     default=8, type=count, help="mixtures per step")
+    add("--batch_size",     default=8, type=int, help="mixtures per step")
     add("--model",          metavar="PATH_OR_ID", help="also count word errors of this model")
     add("--prompt",         help="question to Qwen2-Audio: What does the person say?")
-    add("--max_new_tokens", type=count, help="length limit of each answer: 64")
+    add("--max_new_tokens", type=int, help="length limit of each answer: 64")
     add("--json",           metavar="FILE", help="also write every number to this file")
     add("--picture",        metavar="FILE", help="also draw mixtures, talkers and streams (.png)")
 
@@ -2992,7 +2979,7 @@ def add_integrate_arguments(add) -> None:
     add("--mode",           default="separate", choices=["separate", "joint"],
         help="an answer per talker, or one about all of them in one prompt")
     add("--layer",          type=int, help="encoder block to separate after: the checkpoint's")
-    add("--max_new_tokens", type=count, help="length limit of each answer: 256, or Whisper's own")
+    add("--max_new_tokens", type=int, help="length limit of each answer: 256, or Whisper's own")
     add("--json",           metavar="FILE", help="also write the answers, by window too")
 
 
@@ -3008,8 +2995,8 @@ def add_shared_arguments(name: str, add) -> None:
     """Add the options that several commands have."""
     if name != "train":
         add("--checkpoint",   help="separator: checkpoints/best_model.pt, the shipped for audio")
-        add("--threshold",    type=share, help="least probability of a talker: the checkpoint's")
-        add("--num_speakers", type=count, help="how many talkers there are, when known")
+        add("--threshold",    type=float, help="least probability of a talker: the checkpoint's")
+        add("--num_speakers", type=int, help="how many talkers there are, when known")
     default = argparse.SUPPRESS if name == "train" else "auto"
     add("--device", default=default, help="where to compute: auto, cpu, cuda or mps")
     add("--dtype", default=default, choices=["auto", "float32", "bfloat16"],
@@ -3092,6 +3079,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with handling_signals(stop_at_once):
             args = build_parser().parse_args(argv)
+            check_limits(vars(args))
             with join_processes(pick_device(getattr(args, "device", "auto"))):
                 COMMANDS[args.command][0](args)
     except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
