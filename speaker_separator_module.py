@@ -120,7 +120,8 @@ DEFAULTS = {name: option.default for name, option in OPTIONS.items()} | OTHERS
 TrainOptions = namedtuple("TrainOptions", DEFAULTS, defaults=DEFAULTS.values())
 LIMITS = {name: (option.kind, option.low, option.high) for name, option in OPTIONS.items()}
 LIMITS |= {"feature_dim": (int, 1, 1 << 16), "threshold": (float, 0, 1),
-           "num_speakers": (int, 1, 1e5), "max_new_tokens": (int, 1, 1e5)}
+           "num_speakers": (int, 1, 1e5), "max_new_tokens": (int, 1, 1e5),
+           "port": (int, 1, 65535)}
 SIZES = ("num_layers", "num_heads", "ff_dim", "dim", "dropout", "max_speakers")  # of a separator
 MAX_PARAMETERS = 300_000_000  # three times the largest default; training takes 20 bytes for each
 
@@ -2987,8 +2988,8 @@ def add_demo_arguments(add) -> None:
     """Add the options of ``demo``."""
     add("--model",          metavar="PATH_OR_ID", help="also show what this model answers")
     add("--prompt",         help="question to Qwen2-Audio: What does the person say?")
-    add("--max_new_tokens", type=count, help="length limit of each answer: 256, or Whisper's own")
-    add("--port",           type=count, help="port of 127.0.0.1: the first free from 7860 on")
+    add("--max_new_tokens", type=int, help="length limit of each answer: 256, or Whisper's own")
+    add("--port",           type=int, help="port of 127.0.0.1: the first free from 7860 on")
 
 
 def add_shared_arguments(name: str, add) -> None:
