@@ -59,11 +59,21 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
-    add("--epochs", type=int, default=18, help="epochs of --mixtures_per_epoch")
-    add("--mixtures_per_epoch", type=int, default=4000, help="fresh mixtures in an epoch")
+    add("--epochs", type=int, default=13, help="epochs of short parts of mixtures")
+    add("--long_epochs", type=int, default=3, help="epochs of long parts after them")
+    add("--mixtures_per_epoch", type=int, default=4000,
+        help="fresh mixtures in an epoch of short parts; half as many in one of long parts")
     add("--workers", type=int, default=0, help="processes that mix; 0: this one")
     add("--device", default="auto", help="where to compute: auto, cpu, cuda or mps")
     return parser
+
+
+def train(args, data: Path, checkpoints: Path, epochs: int, *flags) -> None:
+    """Train until so many epochs are done in all."""
+    resume = ["--resume"] if any(checkpoints.glob("*.pt")) else []
+    run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
+        f"--epochs={epochs}", *flags, f"--workers={args.workers}", "--save_every=2",
+        f"--device={args.device}", *resume)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,14 +81,14 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     data, checkpoints = make_data(args), args.work_dir / "checkpoints"
-    resume = ["--resume"] if any(checkpoints.glob("*.pt")) else []
-    run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
-        f"--epochs={args.epochs}", f"--mixtures_per_epoch={args.mixtures_per_epoch}",
-        "--batch_size=12", "--crop_seconds", 2, 6, f"--workers={args.workers}", "--save_every=2",
-        f"--device={args.device}", *resume)
-    separator = ssm.load_separator(checkpoints / "best_model.pt")
+    train(args, data, checkpoints, args.epochs, "--batch_size=12", "--crop_seconds", 2, 6,
+          f"--mixtures_per_epoch={args.mixtures_per_epoch}")
+    epochs = args.epochs + args.long_epochs
+    train(args, data, checkpoints, epochs, "--batch_size=6", "--crop_seconds", 6, 16,
+          f"--mixtures_per_epoch={args.mixtures_per_epoch // 2}", "--activity_weight=0.1")
+    separator = ssm.load_separator(checkpoints / f"checkpoint_epoch_{epochs}.pt")
     ssm.export_separator(separator, Path(args.output_dir), torch.bfloat16)
-    print(f"exported the best weights to {args.output_dir}")
+    print(f"exported the weights of epoch {epochs} to {args.output_dir}")
 
 
 if __name__ == "__main__":
