@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
 CACHED_RECORDINGS, CACHED_SECONDS = 8192, 60.0  # decoded recordings kept in memory, 16 bits each
 OVERLAP_STEPS = 200  # placements tried between turn-taking and the most overlap
-OVERLAP_TOLERANCE, OVERLAP_DRAWS = 0.01, 30  # redraws of utterances until the ratio is met
+OVERLAP_TOLERANCE, OVERLAP_DRAWS = 0.01, 30  # draws of talkers until the ratio is met
 ROOMS, MOUTHS = 200, 7  # rooms of each split, and talkers that each has a response for
 ROOM_METRES = ((4.0, 3.5, 2.5), (7.0, 6.0, 3.2))  # smallest and largest; all can have these RT60
 ROOM_RT60 = (0.15, 0.4)  # seconds
@@ -152,10 +152,10 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
         raise ValueError(f"{count} talkers were asked for and there are {len(by_speaker)} speakers")
     names = sorted(by_speaker)
     shares = np.array([len(by_speaker[name]) for name in names], float)  # utterances alike
-    chosen = rng.choice(len(names), size=max(count, 1), replace=False, p=shares / shares.sum())
+    draw = partial(rng.choice, names, max(count, 1), replace=False, p=shares / shares.sum())
     aimed = options.overlap is not None and count > 1
     target = float(rng.uniform(*options.overlap)) if aimed else None
-    talkers = _plan_talkers(rng, source, [names[i] for i in chosen], target)
+    talkers = _plan_talkers(rng, source, draw, target)
     window = options.max_seconds or np.inf
     talkers = [t._replace(onset=max(0.0, min(t.onset, window - t.seconds))) for t in talkers]
     spans = np.array([(t.onset, min(t.onset + t.seconds, window)) for t in talkers]).T
@@ -170,11 +170,11 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
         tuple(talkers[:count]), seconds, float(overlap_ratio(*spans)), target, noise, room)
 
 
-def _plan_talkers(rng, source: SpeechSource, names: list[str], target: float | None) -> list:
-    """Plan what each speaker says; redraw while the overlap ratio is far from its target."""
+def _plan_talkers(rng, source: SpeechSource, draw: Callable, target: float | None) -> list:
+    """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
     miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
-        talkers = [_plan_talker(rng, source.options, source.by_speaker[n]) for n in names]
+        talkers = [_plan_talker(rng, source.options, source.by_speaker[n]) for n in draw()]
         if target is None:
             return talkers
         plan = _plan_overlap(rng, source.options, talkers, target)
