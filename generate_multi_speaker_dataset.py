@@ -452,41 +452,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args) -> None:
     """Raise ValueError if the arguments cannot make a dataset."""
-    limits = {"join": (1, 1000), "overlap": (0, 1), "speed": (0.5, 2), "snr_db": (-100, 100)}
-    for name, (low, high) in limits.items():
-        values = [low, *(getattr(args, name) or ()), high]
-        if not all(a <= b for a, b in pairwise(values)):
-            raise ValueError(
-                f"--{name} needs two numbers from {low} to {high}, the smaller first")
-    for name in ("min_seconds", "max_gap", "max_onset", "level_difference"):
-        if not 0 <= getattr(args, name) < 1000:
-            raise ValueError(f"--{name} must be a number of 0 or more")
-    recorded = bool(args.speech_dir)
-    most = 7 if recorded else NUM_VOICES
-    needs_speech = args.encoder or args.overlap or args.noise_dir or args.reverb or args.max_seconds
-    rules = [
-        (args.train_samples >= 1 and args.val_samples >= 1,
-         "--train_samples and --val_samples must be 1 or more"),
-        (1 <= args.min_speakers <= args.max_speakers, "--min_speakers must be 1 to "
-         f"--max_speakers ({args.max_speakers}), not {args.min_speakers}"),
-        (args.max_speakers <= most, f"--max_speakers can be {most} at most"),
-        (args.seed >= 0, f"--seed must be 0 or more, not {args.seed}"),
-        (args.workers >= 0, f"--workers must be 0 or more, not {args.workers}"),
-        (0 <= args.reverb <= 1, f"--reverb must be 0 to 1, not {args.reverb}"),
-        (args.layer is None or args.encoder, "--layer needs --encoder"),
-        (args.max_seconds is None or 0 < args.max_seconds < 1e6,
-         f"--max_seconds must be more than 0, not {args.max_seconds}"),
-        (args.seq_len >= 1, f"--seq_len must be 1 or more, not {args.seq_len}"),
-        (args.feature_dim >= NUM_BANDS,
-         f"--feature_dim must be {NUM_BANDS} or more, not {args.feature_dim}"),
-        (recorded or not needs_speech, "--encoder, --overlap, --noise_dir, --reverb and "
-         "--max_seconds need recordings: give --speech_dir"),
-        (not args.reverb or find_spec("pyroomacoustics"),
-         "--reverb needs pyroomacoustics: pip install -r requirements.txt"),
-    ]
-    for holds, complaint in rules:
-        if not holds:
-            raise ValueError(complaint)
+    bounds = {
+        "train_samples": (1, 1e6), "val_samples": (1, 1e6),
+        "max_speakers": (1, 7 if args.speech_dir else NUM_VOICES),
+        "min_speakers": (1, args.max_speakers), "seed": (0, 1 << 62), "workers": (0, 1024),
+        "seq_len": (1, 1e6), "feature_dim": (NUM_BANDS, 1e5), "join": (1, 1000),
+        "min_seconds": (0, 1000), "max_gap": (0, 1000), "max_onset": (0, 1000),
+        "overlap": (0, 1), "level_difference": (0, 1000), "speed": (0.5, 2), "snr_db": (-100, 100),
+        "reverb": (0, 1), "max_seconds": (0.001, 1e6)}
+    for name, (low, high) in bounds.items():
+        value = getattr(args, name)
+        values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if not all(a <= b for a, b in pairwise([low, *values, high])):
+            order = ", the smaller first" * (len(values) > 1)
+            raise ValueError(f"--{name} must be {low:g} to {high:g}{order}, not {value}")
+    if args.layer is not None and not args.encoder:
+        raise ValueError("--layer needs --encoder")
+    of_speech = args.encoder or args.overlap or args.noise_dir or args.reverb or args.max_seconds
+    if of_speech and not args.speech_dir:
+        raise ValueError("--encoder, --overlap, --noise_dir, --reverb and --max_seconds need "
+                         "recordings: give --speech_dir")
+    if args.reverb and not find_spec("pyroomacoustics"):
+        raise ValueError("--reverb needs pyroomacoustics: pip install -r requirements.txt")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -127,7 +127,7 @@ def write_report(
     for name, dataset in (("train", train_set), ("val", val_set)):
         counts = [len(sample["speakers"]) for sample in dataset.samples]
         by_count = "; ".join(f"{n}: {counts.count(n)}" for n in sorted(set(counts)))
-        talkers = len({talker for talker, _ in dataset.source_files()})
+        talkers = len(dataset.files_by_talker())
         data.append([name, len(counts), talkers, f"{np.mean(counts):.2f}", by_count])
     for row in history:
         losses.append([row["epoch"], f"{row['lr']:.2e}", f"{row['train']['total']:.4f}",

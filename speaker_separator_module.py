@@ -953,10 +953,13 @@ class MultiSpeakerDataset(Dataset):
         features = torch.stack([read_features(path, self.feature_dim) for path in paths])
         return {"mixture": features[0], "targets": features[1:]}
 
-    def source_files(self) -> list[tuple[str, Path]]:
-        """Return (talker, file) of every source in the split."""
-        return [(str(speaker["speaker_id"]), path) for sample in self.samples
-                for speaker, path in zip(sample["speakers"], self.files(sample)[1:], strict=True)]
+    def files_by_talker(self) -> dict[str, list[Path]]:
+        """Return the files of every talker alone."""
+        talkers: dict[str, list[Path]] = {}
+        for sample in self.samples:
+            for speaker, path in zip(sample["speakers"], self.files(sample)[1:], strict=True):
+                talkers.setdefault(str(speaker["speaker_id"]), []).append(path)
+        return talkers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -997,10 +1000,7 @@ class RemixedFeatures(RemixedDataset):
     """Sums of source features of different talkers, each rolled to start at a random frame."""
 
     def _read_sources(self) -> dict[str, list[Path]]:
-        talkers: dict[str, list[Path]] = {}
-        for talker, path in self.base.source_files():
-            talkers.setdefault(talker, []).append(path)
-        return talkers
+        return self.base.files_by_talker()
 
     def __getitem__(self, number: int) -> dict:
         rng, count = self.draw_count(number)
@@ -1221,12 +1221,9 @@ def evaluate_separator(
     ``num_speakers`` likeliest streams of every mixture. With ``calibrate`` the threshold that
     counts best is found on every other mixture, and counting is scored on the rest.
 
-    Returns
-    -------
-    dict
-        ``total, separation, reconstruction, activity`` over all mixtures, whatever the batch size;
-        ``si_sdr_improvement`` in dB over mixtures of two or more talkers (of audio for recordings,
-        else of features); what ``count_scores`` returns; ``trivial_mse`` by name.
+    Returns ``total, separation, reconstruction, activity`` over all mixtures, whatever the batch
+    size; ``si_sdr_improvement`` in dB over mixtures of two or more talkers (of audio for
+    recordings, else of features); what ``count_scores`` returns; ``trivial_mse`` by name.
     """
     separator.eval()
     device = device or separator.speaker_queries.device.type
