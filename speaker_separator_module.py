@@ -190,74 +190,6 @@ def read_json(path: Path, kind: type = object):
 
 
 # --------------------------------------------------------------------------------------------------
-# Interruptions and locks
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, with what to say and the exit status that belongs to the signal."""
-
-    def __init__(self, number: int, message: str = "stopped"):
-        super().__init__(message)
-        self.status = 128 + number
-
-
-def stop_at_once(number: int, _=None):
-    """Handle a signal where nothing has to be saved."""
-    raise Stopped(number)
-
-
-def outlast_signals(_=None) -> None:
-    """Let a worker live on after signals to all processes, while the main one ends its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
-
-
-@contextlib.contextmanager
-def handling_signals(handler):
-    """Call a handler on Ctrl-C and SIGTERM; outside the main thread nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier or signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def locked(folder: Path):
-    """Keep a folder to this process; ValueError says who else works in it.
-
-    The system frees the lock of a process that died: none is ever stale. Its workers do not
-    inherit it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    path = folder / ".lock"
-    with path.open("a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            minutes = (time.time() - path.stat().st_mtime) / 60
-            raise ValueError(f"{folder} is in use by {file.read(200).strip()} for {minutes:.0f} "
-                             "minutes: wait, or choose another folder") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-# --------------------------------------------------------------------------------------------------
 # Separator of feature vectors
 
 
@@ -771,67 +703,6 @@ def loss_sizes(batch: dict) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes: torchrun starts several, which take the steps that one would on all their batches
-
-
-def process_rank() -> tuple[int, int]:
-    """Return the number of this process and how many there are; (0, 1) without torchrun."""
-    if not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """Add up a tensor of the same shape in all processes, in place; each waits for the others."""
-    if process_rank()[1] > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def progress(batches, desc: str):
-    """Show a bar over batches, in the first process."""
-    return tqdm(batches, desc, unit="batch", leave=False, disable=process_rank()[0] > 0 or None)
-
-
-@contextlib.contextmanager
-def join_processes(device: str):
-    """Join the processes of torchrun, if it started this one; only the first one then prints.
-
-    ConnectionError if another process ends while this one needs it.
-    """
-    count, local = (int(os.environ.get(key, 0)) for key in ("WORLD_SIZE", "LOCAL_RANK"))
-    if count < 2:
-        yield
-        return
-    if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
-        raise ValueError(f"there is no {device} device for process {local} of this machine: start "
-                         "as many as there are GPUs, or use --device=cpu")
-    if device == "cuda":
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    try:
-        with (open(os.devnull, "w") as nowhere,
-              contextlib.redirect_stdout(nowhere if dist.get_rank() else sys.stdout)):
-            yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise ConnectionError("another process ended, and with it the run; train --resume "
-                                  "goes on from the last checkpoint") from None
-        raise
-    dist.destroy_process_group()
-
-
-def fails_first() -> bool:
-    """Return whether no other process failed before, so that one fault is reported in one line."""
-    if process_rank()[1] == 1:
-        return True
-    try:
-        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
-    except RuntimeError:  # the process that keeps the count is gone
-        return True
-
-
-# --------------------------------------------------------------------------------------------------
 # Data: what the generator wrote
 
 
@@ -1170,94 +1041,6 @@ def make_loader(
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluate
-
-SCORES = ("separation", "reconstruction", "activity", "si_sdr_improvement",
-          "zeros", "mixture", "mixture / count")
-
-
-def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
-    """Return the SI-SDR improvement [B, S] of audio, or of features taken as one long vector."""
-    mixture, targets = batch["mixture"][:, None], batch["targets"]
-    if "waveforms" in batch:
-        from audio import apply_gains
-
-        gains = (estimates - mixture).clamp(max=0)
-        mixture, targets = batch["waveforms"].tensor_split([1], dim=1)
-        estimates = torch.stack(
-            [apply_gains(m[0], g) for m, g in zip(mixture, gains, strict=True)])
-    else:
-        valid = batch["frame_mask"][:, None, :, None]
-        estimates, mixture, targets = (
-            (values * valid).flatten(2) for values in (estimates, mixture, targets))
-    return si_sdr(estimates, targets) - si_sdr(mixture, targets)
-
-
-def score_batch(separated: Tensor, probs: Tensor, batch: dict, log_mel: bool):
-    """Return the sums of all SCORES above what to divide them by, and the assignment."""
-    mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
-    speaker_mask, active = batch["speaker_mask"], batch["speaker_mask"].float()
-    loss = separator_loss(separated, probs, targets, speaker_mask, mixture, frame_mask)
-    errors = [(talker_mse(output[:, None], targets, frame_mask) * active).sum()
-              for output in trivial_outputs(mixture, speaker_mask, log_mel).values()]
-    several = active * (active.sum(1, keepdim=True) > 1)
-    improvement = si_sdr_improvement(reorder(separated, loss.assignment), batch) * several
-    sizes = loss_sizes(batch)
-    sums = torch.stack([*loss[1:4], improvement.sum(), *errors])
-    sums[:3] *= sizes
-    sizes = torch.cat([sizes, several.sum()[None], sizes[:1].expand(3)])
-    return torch.stack([sums, sizes]), loss.assignment
-
-
-@torch.inference_mode()
-def evaluate_separator(
-    separator, dataset: Dataset, *, batch_size: int = 8, device: str | None = None,
-    dtype: torch.dtype = torch.float32, threshold: float | None = None,
-    num_speakers: int | None = None, calibrate: bool = False, weights: LossWeights | None = None,
-) -> dict:
-    """Score a separator on a dataset beside the outputs that need none.
-
-    Talkers are counted at ``threshold`` (default: the separator's own), or are the
-    ``num_speakers`` likeliest streams of every mixture. With ``calibrate`` the threshold that
-    counts best is found on every other mixture, and counting is scored on the rest.
-
-    Returns ``total, separation, reconstruction, activity`` over all mixtures, whatever the batch
-    size; ``si_sdr_improvement`` in dB over mixtures of two or more talkers (of audio for
-    recordings, else of features); what ``count_scores`` returns; ``trivial_mse`` by name.
-    """
-    separator.eval()
-    device = device or separator.speaker_queries.device.type
-    weights = weights or (SPECTROGRAM_WEIGHTS if separator.is_spectrogram else LossWeights())
-    (rank, ranks), S = process_rank(), separator.max_speakers
-    sums = torch.zeros(2, len(SCORES), device=device)  # above what to divide them by
-    found = torch.zeros(2, len(dataset), S, device=device)  # probabilities above truths
-    own, done = range(rank, len(dataset), ranks), 0
-    loader = make_loader(Subset(dataset, own), batch_size, S, device)
-    for raw in progress(loader, "evaluate"):
-        batch = add_spectrograms(to_device(raw, device))
-        with autocast(device, dtype):
-            separated, probs = separator(batch["mixture"], batch["frame_mask"])
-        batch_sums, assignment = score_batch(
-            separated.float(), probs.float(), batch, separator.is_spectrogram)
-        sums += batch_sums
-        rows = own[done : done + len(probs)]
-        found[:, rows.start : rows.stop : ranks] = torch.stack(
-            [reorder(probs.float(), assignment), batch["speaker_mask"].float()])
-        done += len(probs)
-    sums, (probabilities, truths) = sum_over_processes(sums), sum_over_processes(found).cpu()
-    scores = dict(zip(SCORES, (sums[0] / sums[1].clamp(min=1e-9)).tolist(), strict=True))
-    scores["total"] = (scores["separation"] + weights.reconstruction * scores["reconstruction"]
-                       + weights.activity * scores["activity"])
-    scores["trivial_mse"] = {name: scores.pop(name) for name in SCORES[4:]}
-    truths = truths.bool()
-    threshold = separator.threshold if threshold is None else threshold
-    if calibrate and len(truths) > 1:
-        threshold = calibrate_threshold(probabilities[::2], truths[::2])
-        probabilities, truths = probabilities[1::2], truths[1::2]
-    return scores | count_scores(probabilities, truths, threshold, num_speakers)
-
-
-# --------------------------------------------------------------------------------------------------
 # Devices: one small function per decision, each by device name alone
 
 
@@ -1346,6 +1129,135 @@ def to_device(batch: dict, device: str) -> dict:
     """Move a batch, without waiting where its memory is page-locked."""
     pinned = pins_memory(device)
     return {key: value.to(device, non_blocking=pinned) for key, value in batch.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes: torchrun starts several, which take the steps that one would on all their batches
+
+
+def process_rank() -> tuple[int, int]:
+    """Return the number of this process and how many there are; (0, 1) without torchrun."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Add up a tensor of the same shape in all processes, in place; each waits for the others."""
+    if process_rank()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def progress(batches, desc: str):
+    """Show a bar over batches, in the first process."""
+    return tqdm(batches, desc, unit="batch", leave=False, disable=process_rank()[0] > 0 or None)
+
+
+@contextlib.contextmanager
+def join_processes(device: str):
+    """Join the processes of torchrun, if it started this one; only the first one then prints.
+
+    ConnectionError if another process ends while this one needs it.
+    """
+    count, local = (int(os.environ.get(key, 0)) for key in ("WORLD_SIZE", "LOCAL_RANK"))
+    if count < 2:
+        yield
+        return
+    if device == "mps" or device == "cuda" and local >= torch.cuda.device_count():
+        raise ValueError(f"there is no {device} device for process {local} of this machine: start "
+                         "as many as there are GPUs, or use --device=cpu")
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    try:
+        with (open(os.devnull, "w") as nowhere,
+              contextlib.redirect_stdout(nowhere if dist.get_rank() else sys.stdout)):
+            yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ConnectionError("another process ended, and with it the run; train --resume "
+                                  "goes on from the last checkpoint") from None
+        raise
+    dist.destroy_process_group()
+
+
+def fails_first() -> bool:
+    """Return whether no other process failed before, so that one fault is reported in one line."""
+    if process_rank()[1] == 1:
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    except RuntimeError:  # the process that keeps the count is gone
+        return True
+
+
+# --------------------------------------------------------------------------------------------------
+# Interruptions and locks
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, with what to say and the exit status that belongs to the signal."""
+
+    def __init__(self, number: int, message: str = "stopped"):
+        super().__init__(message)
+        self.status = 128 + number
+
+
+def stop_at_once(number: int, _=None):
+    """Handle a signal where nothing has to be saved."""
+    raise Stopped(number)
+
+
+def outlast_signals(_=None) -> None:
+    """Let a worker live on after signals to all processes, while the main one ends its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+
+
+@contextlib.contextmanager
+def handling_signals(handler):
+    """Call a handler on Ctrl-C and SIGTERM; outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Keep a folder to this process; ValueError says who else works in it.
+
+    The system frees the lock of a process that died: none is ever stale. Its workers do not
+    inherit it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    path = folder / ".lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            minutes = (time.time() - path.stat().st_mtime) / 60
+            raise ValueError(f"{folder} is in use by {file.read(200).strip()} for {minutes:.0f} "
+                             "minutes: wait, or choose another folder") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2101,6 +2013,94 @@ def train_speaker_separator(
         if writes:
             write_results(run, folder, train_set)
     return run.history
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluate
+
+SCORES = ("separation", "reconstruction", "activity", "si_sdr_improvement",
+          "zeros", "mixture", "mixture / count")
+
+
+def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
+    """Return the SI-SDR improvement [B, S] of audio, or of features taken as one long vector."""
+    mixture, targets = batch["mixture"][:, None], batch["targets"]
+    if "waveforms" in batch:
+        from audio import apply_gains
+
+        gains = (estimates - mixture).clamp(max=0)
+        mixture, targets = batch["waveforms"].tensor_split([1], dim=1)
+        estimates = torch.stack(
+            [apply_gains(m[0], g) for m, g in zip(mixture, gains, strict=True)])
+    else:
+        valid = batch["frame_mask"][:, None, :, None]
+        estimates, mixture, targets = (
+            (values * valid).flatten(2) for values in (estimates, mixture, targets))
+    return si_sdr(estimates, targets) - si_sdr(mixture, targets)
+
+
+def score_batch(separated: Tensor, probs: Tensor, batch: dict, log_mel: bool):
+    """Return the sums of all SCORES above what to divide them by, and the assignment."""
+    mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
+    speaker_mask, active = batch["speaker_mask"], batch["speaker_mask"].float()
+    loss = separator_loss(separated, probs, targets, speaker_mask, mixture, frame_mask)
+    errors = [(talker_mse(output[:, None], targets, frame_mask) * active).sum()
+              for output in trivial_outputs(mixture, speaker_mask, log_mel).values()]
+    several = active * (active.sum(1, keepdim=True) > 1)
+    improvement = si_sdr_improvement(reorder(separated, loss.assignment), batch) * several
+    sizes = loss_sizes(batch)
+    sums = torch.stack([*loss[1:4], improvement.sum(), *errors])
+    sums[:3] *= sizes
+    sizes = torch.cat([sizes, several.sum()[None], sizes[:1].expand(3)])
+    return torch.stack([sums, sizes]), loss.assignment
+
+
+@torch.inference_mode()
+def evaluate_separator(
+    separator, dataset: Dataset, *, batch_size: int = 8, device: str | None = None,
+    dtype: torch.dtype = torch.float32, threshold: float | None = None,
+    num_speakers: int | None = None, calibrate: bool = False, weights: LossWeights | None = None,
+) -> dict:
+    """Score a separator on a dataset beside the outputs that need none.
+
+    Talkers are counted at ``threshold`` (default: the separator's own), or are the
+    ``num_speakers`` likeliest streams of every mixture. With ``calibrate`` the threshold that
+    counts best is found on every other mixture, and counting is scored on the rest.
+
+    Returns ``total, separation, reconstruction, activity`` over all mixtures, whatever the batch
+    size; ``si_sdr_improvement`` in dB over mixtures of two or more talkers (of audio for
+    recordings, else of features); what ``count_scores`` returns; ``trivial_mse`` by name.
+    """
+    separator.eval()
+    device = device or separator.speaker_queries.device.type
+    weights = weights or (SPECTROGRAM_WEIGHTS if separator.is_spectrogram else LossWeights())
+    (rank, ranks), S = process_rank(), separator.max_speakers
+    sums = torch.zeros(2, len(SCORES), device=device)  # above what to divide them by
+    found = torch.zeros(2, len(dataset), S, device=device)  # probabilities above truths
+    own, done = range(rank, len(dataset), ranks), 0
+    loader = make_loader(Subset(dataset, own), batch_size, S, device)
+    for raw in progress(loader, "evaluate"):
+        batch = add_spectrograms(to_device(raw, device))
+        with autocast(device, dtype):
+            separated, probs = separator(batch["mixture"], batch["frame_mask"])
+        batch_sums, assignment = score_batch(
+            separated.float(), probs.float(), batch, separator.is_spectrogram)
+        sums += batch_sums
+        rows = own[done : done + len(probs)]
+        found[:, rows.start : rows.stop : ranks] = torch.stack(
+            [reorder(probs.float(), assignment), batch["speaker_mask"].float()])
+        done += len(probs)
+    sums, (probabilities, truths) = sum_over_processes(sums), sum_over_processes(found).cpu()
+    scores = dict(zip(SCORES, (sums[0] / sums[1].clamp(min=1e-9)).tolist(), strict=True))
+    scores["total"] = (scores["separation"] + weights.reconstruction * scores["reconstruction"]
+                       + weights.activity * scores["activity"])
+    scores["trivial_mse"] = {name: scores.pop(name) for name in SCORES[4:]}
+    truths = truths.bool()
+    threshold = separator.threshold if threshold is None else threshold
+    if calibrate and len(truths) > 1:
+        threshold = calibrate_threshold(probabilities[::2], truths[::2])
+        probabilities, truths = probabilities[1::2], truths[1::2]
+    return scores | count_scores(probabilities, truths, threshold, num_speakers)
 
 
 # --------------------------------------------------------------------------------------------------
