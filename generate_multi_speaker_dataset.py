@@ -128,25 +128,6 @@ def simulated_dataset(args) -> tuple[Iterator[dict], dict]:
 # Recorded talkers
 
 
-def read_speech(path: Path) -> list[Utterance]:
-    """List the utterances of a folder per speaker, or of a JSON-lines manifest.
-
-    A manifest's lines have ``audio`` (relative to the manifest), ``speaker``, ``text`` and, if the
-    split is given, ``split``. In a folder, transcripts are read from ``NAME.txt`` beside a
-    recording or from LibriSpeech's ``*.trans.txt``.
-    """
-    manifest = path / "manifest.jsonl" if path.is_dir() else path
-    if manifest.is_file():
-        utterances = _read_manifest(manifest)
-    elif path.is_dir():
-        utterances = _read_speaker_folders(path)
-    else:
-        raise FileNotFoundError(f"no speech at {path}")
-    if not utterances:
-        raise ValueError(f"{path} holds no manifest.jsonl and no recordings in folders per speaker")
-    return utterances
-
-
 def _read_manifest(manifest: Path) -> list[Utterance]:
     try:
         lines, utterances = manifest.read_text(encoding="utf-8").splitlines(), []
@@ -183,6 +164,25 @@ def _read_speaker_folders(path: Path) -> list[Utterance]:
     return utterances
 
 
+def read_speech(path: Path) -> list[Utterance]:
+    """List the utterances of a folder per speaker, or of a JSON-lines manifest.
+
+    A manifest's lines have ``audio`` (relative to the manifest), ``speaker``, ``text`` and, if the
+    split is given, ``split``. In a folder, transcripts are read from ``NAME.txt`` beside a
+    recording or from LibriSpeech's ``*.trans.txt``.
+    """
+    manifest = path / "manifest.jsonl" if path.is_dir() else path
+    if manifest.is_file():
+        utterances = _read_manifest(manifest)
+    elif path.is_dir():
+        utterances = _read_speaker_folders(path)
+    else:
+        raise FileNotFoundError(f"no speech at {path}")
+    if not utterances:
+        raise ValueError(f"{path} holds no manifest.jsonl and no recordings in folders per speaker")
+    return utterances
+
+
 def split_speech(utterances: list, split_by: str, seed: int) -> dict[str, list]:
     """Divide utterances into train and val: as the manifest says, else a fifth is held out.
 
@@ -211,8 +211,33 @@ def split_speech(utterances: list, split_by: str, seed: int) -> dict[str, list]:
             "val": [u for u in utterances if u in held_out]}
 
 
+# --------------------------------------------------------------------------------------------------
+# Recorded talkers: mixtures
+
+
 def _mixing_options(flags: dict) -> MixingOptions:
     return MixingOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
+
+
+def pick_device(name: str) -> str:
+    """Return the device for the encoder; "auto" takes a GPU if there is one."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    best = found.type if found else "cpu"
+    if name not in ("auto", "cpu", best):
+        raise ValueError(f"no {name} device here; use --device=auto")
+    return best if name == "auto" else name
+
+
+def _with_features(plans: list, rendered: Iterator, encoder) -> Iterator[dict]:
+    """Yield arguments of ``write_mixture`` for rendered mixtures, encoded by an encoder if any."""
+    for plan, (sources, mixture) in zip(plans, rendered, strict=True):
+        waveforms = [mixture, *sources]
+        features = [f.cpu().numpy() for f in encoder.encode(waveforms)] if encoder else None
+        speakers = [{"speaker_id": t.utterances[0].speaker, "text": t.text} for t in plan.talkers]
+        about = {"overlap": plan.overlap, "overlap_target": plan.overlap_target,
+                 "snr_db": plan.noise and plan.noise.snr_db, "room": plan.room}
+        yield {"speakers": speakers, "features": features, "waveforms": waveforms,
+               **{k: round(v, 4) for k, v in about.items() if v is not None}}
 
 
 def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]:
@@ -250,27 +275,6 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
                   f"{len(too_long)} recordings")
     rendered = render_mixtures(plans, options.max_seconds, args.workers)
     return _with_features(plans, rendered, encoder), about | {"mixing": options._asdict()}
-
-
-def pick_device(name: str) -> str:
-    """Return the device for the encoder; "auto" takes a GPU if there is one."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    best = found.type if found else "cpu"
-    if name not in ("auto", "cpu", best):
-        raise ValueError(f"no {name} device here; use --device=auto")
-    return best if name == "auto" else name
-
-
-def _with_features(plans: list, rendered: Iterator, encoder) -> Iterator[dict]:
-    """Yield arguments of ``write_mixture`` for rendered mixtures, encoded by an encoder if any."""
-    for plan, (sources, mixture) in zip(plans, rendered, strict=True):
-        waveforms = [mixture, *sources]
-        features = [f.cpu().numpy() for f in encoder.encode(waveforms)] if encoder else None
-        speakers = [{"speaker_id": t.utterances[0].speaker, "text": t.text} for t in plan.talkers]
-        about = {"overlap": plan.overlap, "overlap_target": plan.overlap_target,
-                 "snr_db": plan.noise and plan.noise.snr_db, "room": plan.room}
-        yield {"speakers": speakers, "features": features, "waveforms": waveforms,
-               **{k: round(v, 4) for k, v in about.items() if v is not None}}
 
 
 def load_source(data_dir, split: str):
@@ -322,6 +326,11 @@ def write_mixture(
     return entry | {"speakers": speakers} | more
 
 
+def write_json(path: Path, content) -> None:
+    """Write JSON, an entry a line."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def write_split(folder: Path, split: str, samples: int, mixtures: Iterator[dict]) -> list[dict]:
     """Write so many mixtures into ``folder`` as they come, and their metadata.json."""
     (folder / "mixed").mkdir(parents=True)
@@ -331,11 +340,6 @@ def write_split(folder: Path, split: str, samples: int, mixtures: Iterator[dict]
         entries.append(write_mixture(folder, f"{split}_{index:05d}", **next(mixtures)))
     write_json(folder / "metadata.json", entries)
     return entries
-
-
-def write_json(path: Path, content) -> None:
-    """Write JSON, an entry a line."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def print_statistics(split: str, entries: list[dict]) -> None:

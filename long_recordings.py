@@ -94,35 +94,6 @@ class TalkerTracker:
         self.talker_of: dict[int, int] = {}  # {stream: talker} of the last window with any talker
         self.tail = self.scale = None
 
-    def number(self, streams: Tensor, active: Tensor, sound: bool = True) -> dict[int, int]:
-        """Return {stream: talker}, from 0, of the ``active [S]`` among ``streams [S, T, D]``.
-
-        ``sound`` says whether the frames shared with the window before hold any.
-        """
-        streams, known = streams.float(), len(self.voices)
-        present = active.nonzero().flatten().tolist()
-        if not present:
-            self.tail = None
-            return {}
-        voices = [self._voice(streams[s]) for s in present]
-        distance = np.array([[float((voice - mean).square().mean().sqrt()) for mean in self.voices]
-                             for voice in voices])  # [present, known]
-        alike = self._compare(streams[:, : self.shared] if sound else None, present)
-        talkers = self._assign(distance, alike)
-        for row, talker in enumerate(talkers):
-            if talker < known and alike[row, talker] > self.ALIKE:
-                self.same.append(distance[row, talker])
-            self.different += [distance[row, t] for t in talkers if t != talker and t < known]
-        for talker, voice in sorted(zip(talkers, voices, strict=True), key=lambda pair: pair[0]):
-            if talker == len(self.voices):
-                self.voices.append(voice)
-                self.windows.append(0)
-            self.windows[talker] += 1
-            self.voices[talker] = torch.lerp(self.voices[talker], voice, 1 / self.windows[talker])
-        self.talker_of = dict(zip(present, talkers, strict=True))
-        self.tail = streams[:, -self.shared :].clone()
-        return self.talker_of
-
     def _voice(self, stream: Tensor) -> Tensor:
         """Return mean and spread [2 D] of a stream [T, D], in units of the features' spread."""
         if self.scale is None:
@@ -166,6 +137,35 @@ class TalkerTracker:
             fresh -= self.SHARED * self.ALIKE
         _, talkers = linear_sum_assignment(np.hstack([score, fresh]), maximize=True)
         return talkers.tolist()
+
+    def number(self, streams: Tensor, active: Tensor, sound: bool = True) -> dict[int, int]:
+        """Return {stream: talker}, from 0, of the ``active [S]`` among ``streams [S, T, D]``.
+
+        ``sound`` says whether the frames shared with the window before hold any.
+        """
+        streams, known = streams.float(), len(self.voices)
+        present = active.nonzero().flatten().tolist()
+        if not present:
+            self.tail = None
+            return {}
+        voices = [self._voice(streams[s]) for s in present]
+        distance = np.array([[float((voice - mean).square().mean().sqrt()) for mean in self.voices]
+                             for voice in voices])  # [present, known]
+        alike = self._compare(streams[:, : self.shared] if sound else None, present)
+        talkers = self._assign(distance, alike)
+        for row, talker in enumerate(talkers):
+            if talker < known and alike[row, talker] > self.ALIKE:
+                self.same.append(distance[row, talker])
+            self.different += [distance[row, t] for t in talkers if t != talker and t < known]
+        for talker, voice in sorted(zip(talkers, voices, strict=True), key=lambda pair: pair[0]):
+            if talker == len(self.voices):
+                self.voices.append(voice)
+                self.windows.append(0)
+            self.windows[talker] += 1
+            self.voices[talker] = torch.lerp(self.voices[talker], voice, 1 / self.windows[talker])
+        self.talker_of = dict(zip(present, talkers, strict=True))
+        self.tail = streams[:, -self.shared :].clone()
+        return self.talker_of
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,6 +255,11 @@ def build_prompt(processor, prompt: str) -> str:
     return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
 
+def decode(processor, ids: Tensor) -> list[str]:
+    """Return the texts of token rows."""
+    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+
+
 def ask(model, processor, recordings: list, prompt: str | None = None, **options) -> list[str]:
     """Return the text of every row that ``generate`` gives for recordings of at most one window.
 
@@ -270,11 +275,6 @@ def ask(model, processor, recordings: list, prompt: str | None = None, **options
     ids = model.generate(**inputs.to(model.device), **options)
     prompted = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     return decode(processor, ids[:, prompted:])
-
-
-def decode(processor, ids: Tensor) -> list[str]:
-    """Return the texts of token rows."""
-    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
 def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
@@ -299,6 +299,10 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
                 break
         joined, last, room = joined + words, number, now
     return ("" if by_character else " ").join(joined)
+
+
+# --------------------------------------------------------------------------------------------------
+# Answers of long recordings
 
 
 def _transcribe(integration, processor, recording: SeparatedRecording, options: dict) -> list[dict]:

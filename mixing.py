@@ -139,6 +139,118 @@ def recording_seconds(path) -> float:
     return info.frames / info.samplerate
 
 
+def _pick(rng, pool: list[Utterance], longest: float) -> Utterance:
+    """Draw an utterance, anew up to 20 times while it is longer than ``longest`` seconds."""
+    for _ in range(20):
+        utterance = pool[int(rng.integers(len(pool)))]
+        if recording_seconds(utterance.audio) <= longest:
+            return utterance
+    return min(pool, key=lambda utterance: recording_seconds(utterance.audio))
+
+
+def _without_last(talker: PlannedTalker) -> PlannedTalker:
+    utterances, starts = talker.utterances[:-1], talker.starts[:-1]
+    seconds = starts[-1] + recording_seconds(utterances[-1].audio) / talker.speed
+    return talker._replace(utterances=utterances, starts=starts, seconds=seconds)
+
+
+def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedTalker:
+    """Draw utterances in a row with pauses; the last ones go while they exceed the window."""
+    window = options.max_seconds or np.inf
+    count = int(rng.integers(*options.join, endpoint=True))
+    speed = float(rng.uniform(*options.speed))
+    onset, gap = float(rng.uniform(0, options.max_onset)), 0.0
+    picks, starts, end = [], [], 0.0
+    while len(picks) < count or end < options.min_seconds:
+        picks.append(_pick(rng, pool, window * speed))
+        starts.append(end + gap)
+        end = starts[-1] + recording_seconds(picks[-1].audio) / speed
+        gap = float(rng.uniform(0, options.max_gap))
+    half = options.level_difference / 2
+    gain_db = float(rng.uniform(-half, half))
+    talker = PlannedTalker(tuple(picks), speed, tuple(starts), end, onset, gain_db)
+    while talker.seconds > window and len(talker.utterances) > 1:
+        talker = _without_last(talker)
+    return talker
+
+
+# --------------------------------------------------------------------------------------------------
+# Plans: overlap
+
+
+def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Share of the time from the first start to the last end in which two or more talk.
+
+    ``starts`` and ``ends`` are seconds ``[..., talkers]``; returns ``[...]``.
+    """
+    times = np.concatenate([starts, ends], axis=-1)
+    order = np.argsort(times, axis=-1)
+    talking = np.cumsum(np.where(order < starts.shape[-1], 1, -1), axis=-1)[..., :-1]
+    lengths = np.diff(np.take_along_axis(times, order, axis=-1), axis=-1)
+    return np.sum(lengths * (talking > 1), axis=-1) / np.sum(lengths, axis=-1)
+
+
+def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float], float]:
+    """Return onsets in seconds whose ratio is nearest to the target, and how far it is off.
+
+    Onsets move in a straight line from taking turns (no overlap) to the others in a row beside the
+    longest talker (the most overlap).
+    """
+    seconds, count = np.array([t.seconds for t in talkers]), len(talkers)
+    order, longest = rng.permutation(count), int(np.argmax(seconds))
+    turns, beside = np.zeros(count), np.zeros(count)
+    turns[order[1:]] = np.cumsum(seconds[order])[:-1]
+    others = [i for i in order if i != longest]
+    time = rng.uniform(0, max(0.0, seconds[longest] - seconds[others].sum()))
+    for i in others:
+        beside[i] = min(time, seconds[longest] - seconds[i])
+        time += seconds[i]
+    share = np.linspace(0, 1, OVERLAP_STEPS + 1)[:, None]
+    onsets = (1 - share) * turns + share * beside  # [steps, talkers]
+    onsets -= onsets.min(axis=1, keepdims=True)
+    ends = onsets + seconds
+    miss = np.abs(overlap_ratio(onsets, ends) - target)
+    miss[ends.max(axis=1) > max(window, seconds[longest])] = np.inf
+    best = int(np.argmin(miss))
+    return onsets[best].tolist(), float(miss[best])
+
+
+def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> tuple[float, list]:
+    """Set onsets for a target ratio; return how far the ratio is off, and the talkers.
+
+    The first talker keeps the earliest onset drawn. While the ratio is out of reach, the longest
+    talker says one utterance less, but never fewer than ``join`` asks for.
+    """
+    lead, window = min(t.onset for t in talkers), options.max_seconds or np.inf
+    best = (np.inf, [], [])
+    while True:
+        onsets, miss = _place(rng, talkers, target, window)
+        best = min(best, (miss, talkers, onsets), key=lambda plan: plan[0])
+        can_shorten = [t for t in talkers if len(t.utterances) > options.join[0]]
+        if best[0] <= OVERLAP_TOLERANCE or not can_shorten:
+            break
+        longest = max(can_shorten, key=lambda talker: talker.seconds)
+        talkers = [_without_last(t) if t is longest else t for t in talkers]
+    miss, talkers, onsets = best
+    end = max(onset + t.seconds for onset, t in zip(onsets, talkers, strict=True))
+    lead = max(0.0, min(lead, window - end))
+    return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
+
+
+def _plan_talkers(rng, source: SpeechSource, draw: Callable, target: float | None) -> list:
+    """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
+    miss, best = np.inf, []
+    for _ in range(OVERLAP_DRAWS):
+        talkers = [_plan_talker(rng, source.options, source.by_speaker[n]) for n in draw()]
+        if target is None:
+            return talkers
+        plan = _plan_overlap(rng, source.options, talkers, target)
+        miss, best = min((miss, best), plan, key=lambda plan: plan[0])
+        if miss <= OVERLAP_TOLERANCE:
+            break
+    return best
+
+
 def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> PlannedMixture:
     """Draw one mixture of ``count`` different speakers; without a count, draw that too.
 
@@ -168,114 +280,6 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
     room = int(rng.integers(ROOMS)) + ROOMS * (source.split == "val") if in_room else None
     return PlannedMixture(
         tuple(talkers[:count]), seconds, float(overlap_ratio(*spans)), target, noise, room)
-
-
-def _plan_talkers(rng, source: SpeechSource, draw: Callable, target: float | None) -> list:
-    """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
-    miss, best = np.inf, []
-    for _ in range(OVERLAP_DRAWS):
-        talkers = [_plan_talker(rng, source.options, source.by_speaker[n]) for n in draw()]
-        if target is None:
-            return talkers
-        plan = _plan_overlap(rng, source.options, talkers, target)
-        miss, best = min((miss, best), plan, key=lambda plan: plan[0])
-        if miss <= OVERLAP_TOLERANCE:
-            break
-    return best
-
-
-def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedTalker:
-    """Draw utterances in a row with pauses; the last ones go while they exceed the window."""
-    window = options.max_seconds or np.inf
-    count = int(rng.integers(*options.join, endpoint=True))
-    speed = float(rng.uniform(*options.speed))
-    onset, gap = float(rng.uniform(0, options.max_onset)), 0.0
-    picks, starts, end = [], [], 0.0
-    while len(picks) < count or end < options.min_seconds:
-        picks.append(_pick(rng, pool, window * speed))
-        starts.append(end + gap)
-        end = starts[-1] + recording_seconds(picks[-1].audio) / speed
-        gap = float(rng.uniform(0, options.max_gap))
-    half = options.level_difference / 2
-    gain_db = float(rng.uniform(-half, half))
-    talker = PlannedTalker(tuple(picks), speed, tuple(starts), end, onset, gain_db)
-    while talker.seconds > window and len(talker.utterances) > 1:
-        talker = _without_last(talker)
-    return talker
-
-
-def _pick(rng, pool: list[Utterance], longest: float) -> Utterance:
-    """Draw an utterance, anew up to 20 times while it is longer than ``longest`` seconds."""
-    for _ in range(20):
-        utterance = pool[int(rng.integers(len(pool)))]
-        if recording_seconds(utterance.audio) <= longest:
-            return utterance
-    return min(pool, key=lambda utterance: recording_seconds(utterance.audio))
-
-
-def _without_last(talker: PlannedTalker) -> PlannedTalker:
-    utterances, starts = talker.utterances[:-1], talker.starts[:-1]
-    seconds = starts[-1] + recording_seconds(utterances[-1].audio) / talker.speed
-    return talker._replace(utterances=utterances, starts=starts, seconds=seconds)
-
-
-def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Share of the time from the first start to the last end in which two or more talk.
-
-    ``starts`` and ``ends`` are seconds ``[..., talkers]``; returns ``[...]``.
-    """
-    times = np.concatenate([starts, ends], axis=-1)
-    order = np.argsort(times, axis=-1)
-    talking = np.cumsum(np.where(order < starts.shape[-1], 1, -1), axis=-1)[..., :-1]
-    lengths = np.diff(np.take_along_axis(times, order, axis=-1), axis=-1)
-    return np.sum(lengths * (talking > 1), axis=-1) / np.sum(lengths, axis=-1)
-
-
-def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> tuple[float, list]:
-    """Set onsets for a target ratio; return how far the ratio is off, and the talkers.
-
-    The first talker keeps the earliest onset drawn. While the ratio is out of reach, the longest
-    talker says one utterance less, but never fewer than ``join`` asks for.
-    """
-    lead, window = min(t.onset for t in talkers), options.max_seconds or np.inf
-    best = (np.inf, [], [])
-    while True:
-        onsets, miss = _place(rng, talkers, target, window)
-        best = min(best, (miss, talkers, onsets), key=lambda plan: plan[0])
-        can_shorten = [t for t in talkers if len(t.utterances) > options.join[0]]
-        if best[0] <= OVERLAP_TOLERANCE or not can_shorten:
-            break
-        longest = max(can_shorten, key=lambda talker: talker.seconds)
-        talkers = [_without_last(t) if t is longest else t for t in talkers]
-    miss, talkers, onsets = best
-    end = max(onset + t.seconds for onset, t in zip(onsets, talkers, strict=True))
-    lead = max(0.0, min(lead, window - end))
-    return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
-
-
-def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float], float]:
-    """Return onsets in seconds whose ratio is nearest to the target, and how far it is off.
-
-    Onsets move in a straight line from taking turns (no overlap) to the others in a row beside the
-    longest talker (the most overlap).
-    """
-    seconds, count = np.array([t.seconds for t in talkers]), len(talkers)
-    order, longest = rng.permutation(count), int(np.argmax(seconds))
-    turns, beside = np.zeros(count), np.zeros(count)
-    turns[order[1:]] = np.cumsum(seconds[order])[:-1]
-    others = [i for i in order if i != longest]
-    time = rng.uniform(0, max(0.0, seconds[longest] - seconds[others].sum()))
-    for i in others:
-        beside[i] = min(time, seconds[longest] - seconds[i])
-        time += seconds[i]
-    share = np.linspace(0, 1, OVERLAP_STEPS + 1)[:, None]
-    onsets = (1 - share) * turns + share * beside  # [steps, talkers]
-    onsets -= onsets.min(axis=1, keepdims=True)
-    ends = onsets + seconds
-    miss = np.abs(overlap_ratio(onsets, ends) - target)
-    miss[ends.max(axis=1) > max(window, seconds[longest])] = np.inf
-    best = int(np.argmin(miss))
-    return onsets[best].tolist(), float(miss[best])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -456,36 +456,6 @@ class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
         self.attention_pool = nn.Linear(dim, 1)
         self.activity_head = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, 1))
 
-    def forward(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
-        """Separate mixtures [B, T, D] into streams [B, S, T, D] and probabilities [B, S].
-
-        All are log-mel spectrograms in Whisper's units with D mel bins; a stream's floor is 80 dB
-        below its loudest bin. Frames where ``frame_mask [B, T]`` is False come out at the floor.
-        """
-        frame_mask = check_features(spectrograms, frame_mask)
-        gains, probabilities = self.gains(spectrograms, frame_mask)
-        mixture = spectrograms.float().masked_fill(~frame_mask[..., None], DIGITAL_SILENCE)
-        speaks = speaking_frames(mixture)[:, None, :, None]
-        streams = torch.where(speaks, mixture[:, None] + gains, -math.inf)
-        floor = streams.detach().amax((2, 3), keepdim=True) - LOG_MEL_RANGE
-        floor = torch.where(floor.isfinite(), floor, mixture[:, None])  # all silent
-        return torch.maximum(streams, floor).to(spectrograms.dtype), probabilities
-
-    def gains(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
-        """Return the gains [B, S, T, D], 0 or less in Whisper's units, and probabilities [B, S]."""
-        frame_mask = check_features(spectrograms, frame_mask)
-        T, D = spectrograms.shape[1:]
-        frames, valid = self._stack(spectrograms.float(), frame_mask)
-        context, queries, bias = self._read_mixture(frames, valid)
-        streams = context[:, None] * (1 + self.gain(queries))[:, :, None] + queries[:, :, None]
-        valid_rows, bias_rows = (x.repeat_interleave(self.max_speakers, 0) for x in (valid, bias))
-        for block, exchange in zip(self.stream_blocks, self.exchanges, strict=True):
-            rows = block(streams.flatten(0, 1), valid_rows, bias_rows)  # each stream is a row
-            streams = exchange(rows.view_as(streams))  # [B, S, T / STACK, dim]
-        gains = F.logsigmoid(self.output(streams).float() + 3) / (4 * math.log(10))
-        gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(2, 3)[:, :, :T]
-        return resample_bins(gains, D), self._activity(streams, valid)
-
     def _stack(self, spectrograms: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return frames in [-1, 1] on the grid, stacked, and which stacks hold sound."""
         speaks = speaking_frames(spectrograms, frame_mask)
@@ -522,6 +492,36 @@ class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
         others = pooled.mean(1, keepdim=True).expand_as(pooled)  # tells equal streams apart
         logit = self.activity_head(torch.cat([pooled, others], dim=-1))
         return logit.squeeze(-1).float().sigmoid()
+
+    def gains(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
+        """Return the gains [B, S, T, D], 0 or less in Whisper's units, and probabilities [B, S]."""
+        frame_mask = check_features(spectrograms, frame_mask)
+        T, D = spectrograms.shape[1:]
+        frames, valid = self._stack(spectrograms.float(), frame_mask)
+        context, queries, bias = self._read_mixture(frames, valid)
+        streams = context[:, None] * (1 + self.gain(queries))[:, :, None] + queries[:, :, None]
+        valid_rows, bias_rows = (x.repeat_interleave(self.max_speakers, 0) for x in (valid, bias))
+        for block, exchange in zip(self.stream_blocks, self.exchanges, strict=True):
+            rows = block(streams.flatten(0, 1), valid_rows, bias_rows)  # each stream is a row
+            streams = exchange(rows.view_as(streams))  # [B, S, T / STACK, dim]
+        gains = F.logsigmoid(self.output(streams).float() + 3) / (4 * math.log(10))
+        gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(2, 3)[:, :, :T]
+        return resample_bins(gains, D), self._activity(streams, valid)
+
+    def forward(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
+        """Separate mixtures [B, T, D] into streams [B, S, T, D] and probabilities [B, S].
+
+        All are log-mel spectrograms in Whisper's units with D mel bins; a stream's floor is 80 dB
+        below its loudest bin. Frames where ``frame_mask [B, T]`` is False come out at the floor.
+        """
+        frame_mask = check_features(spectrograms, frame_mask)
+        gains, probabilities = self.gains(spectrograms, frame_mask)
+        mixture = spectrograms.float().masked_fill(~frame_mask[..., None], DIGITAL_SILENCE)
+        speaks = speaking_frames(mixture)[:, None, :, None]
+        streams = torch.where(speaks, mixture[:, None] + gains, -math.inf)
+        floor = streams.detach().amax((2, 3), keepdim=True) - LOG_MEL_RANGE
+        floor = torch.where(floor.isfinite(), floor, mixture[:, None])  # all silent
+        return torch.maximum(streams, floor).to(spectrograms.dtype), probabilities
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1373,6 +1373,20 @@ def build_separator(config: dict, state: dict, origin):
     return separator
 
 
+def _load_exported(path_or_id: str):
+    """Load what ``export_separator`` wrote, here or on the hub; its weights may be bfloat16."""
+    from safetensors.torch import load_file
+    from transformers.utils import cached_file
+
+    try:
+        files = [cached_file(path_or_id, name) for name in ("config.json", "model.safetensors")]
+        config, state = read_json(Path(files[0]), dict), load_file(files[1])
+    except Exception as error:  # the hub and safetensors raise dozens of kinds, over many lines
+        raise ValueError(
+            f"cannot load a separator from {path_or_id}: {first_line(error)}") from None
+    return build_separator(config, state, path_or_id)
+
+
 def load_separator(path_or_id, device: str = "cpu"):
     """Load a separator, ready for inference.
 
@@ -1391,20 +1405,6 @@ def load_separator(path_or_id, device: str = "cpu"):
     else:
         separator = _load_exported(str(path_or_id))
     return separator.to(device).eval()
-
-
-def _load_exported(path_or_id: str):
-    """Load what ``export_separator`` wrote, here or on the hub; its weights may be bfloat16."""
-    from safetensors.torch import load_file
-    from transformers.utils import cached_file
-
-    try:
-        files = [cached_file(path_or_id, name) for name in ("config.json", "model.safetensors")]
-        config, state = read_json(Path(files[0]), dict), load_file(files[1])
-    except Exception as error:  # the hub and safetensors raise dozens of kinds, over many lines
-        raise ValueError(
-            f"cannot load a separator from {path_or_id}: {first_line(error)}") from None
-    return build_separator(config, state, path_or_id)
 
 
 def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -2437,6 +2437,46 @@ class Integration:
         talkers = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
         return streams, frame_mask, talkers, active.cumsum(1)[active].tolist()
 
+    def _rows_of_whisper(self, talkers: list, kwargs: dict, option) -> tuple[list, dict]:
+        """Repeat talkers for several answers each, since Whisper does not repeat encoder_outputs.
+
+        Bars timestamps too: Whisper would read the recording on from the last one.
+        """
+        copies = option("num_return_sequences") or 1
+        kwargs = kwargs | {"num_return_sequences": 1}
+        last = getattr(self.model.generation_config, "no_timestamps_token_id", None)
+        if last is not None:
+            timestamps = range(last + 1, self.model.config.vocab_size)
+            kwargs["suppress_tokens"] = [*timestamps, *(option("suppress_tokens") or [])]
+        return [talker for talker in talkers for _ in range(copies)], kwargs
+
+    @torch.no_grad()
+    def _model_inputs(self, ids, streams: Tensor, frame_mask, dtype, kwargs: dict, joint: bool):
+        """Return the first argument and keywords of ``generate`` for streams [R, T, D]."""
+        if self.separator.is_spectrogram:
+            spectrograms = streams.transpose(1, 2).to(dtype)
+            if not self.is_qwen:
+                return spectrograms, kwargs
+            if not joint:
+                return ids, kwargs | {"input_features": spectrograms}
+            # generate would repeat the recordings of one prompt for beams in the wrong order.
+            hidden, _ = tower_front(audio_tower_of(self.model), spectrograms, frame_mask, None)
+        else:
+            hidden = tower_rest(audio_tower_of(self.model), streams, frame_mask, self.layer)
+        if not self.is_qwen:
+            from transformers.modeling_outputs import BaseModelOutput
+
+            kwargs.pop("attention_mask", None)
+            return None, kwargs | {"encoder_outputs": BaseModelOutput(hidden)}
+        del kwargs["input_features"]
+        audio = getattr(self.model, "model", self.model).multi_modal_projector(hidden)
+        inside = audio_frames(
+            kwargs.pop("feature_attention_mask"), audio.shape[1], True, audio.device)
+        embeds = self.model.get_input_embeddings()(ids)
+        slots = (ids == self.model.config.audio_token_id)[..., None].to(embeds.device)
+        embeds = embeds.masked_scatter(slots, audio[inside].to(embeds))
+        return ids, kwargs | {"inputs_embeds": embeds}
+
     def generate(
         self, inputs=None, *args, num_speakers=None, mode="separate", choose_rows=None, **kwargs
     ):
@@ -2490,46 +2530,6 @@ class Integration:
         output["sequences"] = sequences
         return output
 
-    def _rows_of_whisper(self, talkers: list, kwargs: dict, option) -> tuple[list, dict]:
-        """Repeat talkers for several answers each, since Whisper does not repeat encoder_outputs.
-
-        Bars timestamps too: Whisper would read the recording on from the last one.
-        """
-        copies = option("num_return_sequences") or 1
-        kwargs = kwargs | {"num_return_sequences": 1}
-        last = getattr(self.model.generation_config, "no_timestamps_token_id", None)
-        if last is not None:
-            timestamps = range(last + 1, self.model.config.vocab_size)
-            kwargs["suppress_tokens"] = [*timestamps, *(option("suppress_tokens") or [])]
-        return [talker for talker in talkers for _ in range(copies)], kwargs
-
-    @torch.no_grad()
-    def _model_inputs(self, ids, streams: Tensor, frame_mask, dtype, kwargs: dict, joint: bool):
-        """Return the first argument and keywords of ``generate`` for streams [R, T, D]."""
-        if self.separator.is_spectrogram:
-            spectrograms = streams.transpose(1, 2).to(dtype)
-            if not self.is_qwen:
-                return spectrograms, kwargs
-            if not joint:
-                return ids, kwargs | {"input_features": spectrograms}
-            # generate would repeat the recordings of one prompt for beams in the wrong order.
-            hidden, _ = tower_front(audio_tower_of(self.model), spectrograms, frame_mask, None)
-        else:
-            hidden = tower_rest(audio_tower_of(self.model), streams, frame_mask, self.layer)
-        if not self.is_qwen:
-            from transformers.modeling_outputs import BaseModelOutput
-
-            kwargs.pop("attention_mask", None)
-            return None, kwargs | {"encoder_outputs": BaseModelOutput(hidden)}
-        del kwargs["input_features"]
-        audio = getattr(self.model, "model", self.model).multi_modal_projector(hidden)
-        inside = audio_frames(
-            kwargs.pop("feature_attention_mask"), audio.shape[1], True, audio.device)
-        embeds = self.model.get_input_embeddings()(ids)
-        slots = (ids == self.model.config.audio_token_id)[..., None].to(embeds.device)
-        embeds = embeds.masked_scatter(slots, audio[inside].to(embeds))
-        return ids, kwargs | {"inputs_embeds": embeds}
-
 
 # --------------------------------------------------------------------------------------------------
 # Integrate: put a separator into a model and take it out
@@ -2560,6 +2560,22 @@ def check_fit(separator, config, layer: int | None) -> None:
     elif layer is not None and not 0 <= layer <= config.encoder_layers:
         raise ValueError(
             f"layer must be 0 to {config.encoder_layers} for this encoder, not {layer}")
+
+
+def remove_speaker_separator(model):
+    """Take the separator out again; the model is then what it was, bit for bit."""
+    attributes = vars(getattr(model, "_orig_mod", model))
+    integration = attributes.pop("_speaker_integration", None)
+    if integration is None:
+        return model
+    for name in ("generate", "speaker_separator", "speaker_rows"):
+        del attributes[name]
+    if integration.own_generate is not None:
+        attributes["generate"] = integration.own_generate
+    separator = integration.separator.train(integration.trained)
+    for weight, needed in zip(separator.parameters(), integration.gradients, strict=True):
+        weight.requires_grad_(needed)
+    return model
 
 
 def integrate_speaker_separator(
@@ -2611,22 +2627,6 @@ def integrate_speaker_separator(
     vars(whole).update(
         _speaker_integration=integration, speaker_separator=separator, speaker_rows=None,
         generate=integration.generate)
-    return model
-
-
-def remove_speaker_separator(model):
-    """Take the separator out again; the model is then what it was, bit for bit."""
-    attributes = vars(getattr(model, "_orig_mod", model))
-    integration = attributes.pop("_speaker_integration", None)
-    if integration is None:
-        return model
-    for name in ("generate", "speaker_separator", "speaker_rows"):
-        del attributes[name]
-    if integration.own_generate is not None:
-        attributes["generate"] = integration.own_generate
-    separator = integration.separator.train(integration.trained)
-    for weight, needed in zip(separator.parameters(), integration.gradients, strict=True):
-        weight.requires_grad_(needed)
     return model
 
 
