@@ -59,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
-    add("--epochs", type=int, default=13, help="epochs of short parts of mixtures")
-    add("--long_epochs", type=int, default=3, help="epochs of long parts after them")
+    add("--epochs", type=int, default=11, help="epochs of short parts of mixtures")
+    add("--long_epochs", type=int, default=2, help="epochs of long parts after them")
     add("--mixtures_per_epoch", type=int, default=4000,
         help="fresh mixtures in an epoch of short parts; half as many in one of long parts")
     add("--workers", type=int, default=0, help="processes that mix; 0: this one")
