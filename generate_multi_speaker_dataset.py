@@ -404,12 +404,19 @@ def generate_dataset(args, command_line: str) -> None:
 # Command line
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that names a default only where there is one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; its defaults make the dataset of the README."""
     parser = argparse.ArgumentParser(
         description="Make mixtures of talkers with each talker alone.",
         epilog="example: python generate_multi_speaker_dataset.py --train_samples=100",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=Help)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see {parser.prog} --help)\n")
     add, mixing = parser.add_argument, MixingOptions()
     add("--train_samples", type=int, default=30, help="training mixtures")

@@ -357,7 +357,9 @@ def _answer_windows(
     window, joint = processor.feature_extractor.n_samples, options["mode"] == "joint"
     shared, key, found = window - window_step(window), "speakers" if joint else "speaker", {}
     tracker = TalkerTracker(shared // HOP_LENGTH // integration.stride, options["num_speakers"])
-    for number, (first, samples, alone) in enumerate(read_windows(audio, window, sampling_rate)):
+    windows = tqdm(
+        read_windows(audio, window, sampling_rate), "windows", leave=False, disable=None)
+    for number, (first, samples, alone) in enumerate(windows):
         choose_rows = partial(_numbered_rows, integration, tracker, samples, alone)
         texts = ask(model, processor, [samples], prompt, choose_rows=choose_rows, **options)
         who = [(tracker.talker_of[stream] + 1, round(p, 4)) for _, stream, p in model.speaker_rows]

@@ -5,7 +5,7 @@ Spoken Digit Dataset), separates them in windows, and counts the windows in whic
 the number that it has in the whole recording, judged by each one's own track. Without a checkpoint
 the streams are the talkers' own spectrograms in random order: that measures the matching alone.
 
-    python benchmarks/long_recording.py --recordings path/to/fsdd --checkpoint pretrained
+    python benchmarks/long_recording.py --recordings FSDD --checkpoint pretrained
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Overlapped spoken digits, understood: data, training, evaluation, a table and pictures.
 
-    python examples/overlapped_digits.py --fsdd path/to/fsdd --model path/to/qwen2-audio-digits
+    python examples/overlapped_digits.py --fsdd FSDD --model QWEN2_AUDIO
 
 Trains a spectrogram separator on fresh mixtures of the Free Spoken Digit Dataset (recordings 10 and
 up) and counts the digits that the frozen model gets wrong in overlapped recordings it never heard

@@ -1,6 +1,6 @@
 """Word errors of a Whisper in overlapped read speech, with a separator and without.
 
-    python examples/overlapped_speech.py --speech path/to/speech --model openai/whisper-tiny.en
+    python examples/overlapped_speech.py --speech SPEECH --model MODEL
 
 Mixes the validation speakers of ``--speech`` (whatever the generator's ``--speech_dir`` takes):
 one, two and three talkers who overlap by 80% or more, at levels within 3 dB. Counts the words that

@@ -1,6 +1,6 @@
 """Train the shipped spectrogram separator from nothing: manifest, dataset, training, export.
 
-    python examples/pretrain.py --speech path/to/speech --fsdd path/to/fsdd --output_dir pretrained
+    python examples/pretrain.py --speech SPEECH --fsdd FSDD
 
 ``--speech`` is a folder with ``manifest.jsonl`` (audio, speaker, text, split) and, in ``noise/``,
 recordings of noise; ``--fsdd`` is the Free Spoken Digit Dataset. Every step is a command of this

@@ -287,6 +287,21 @@ def whisper_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def whisper_path(whisper_folder, tmp_path_factory):
+    """The tiny Whisper in half precision, with a tokenizer of letters beside it."""
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
+
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|notimestamps|>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *"s-abcde0123456789", "Ġ"])}
+    folder = tmp_path_factory.mktemp("listener")
+    model = WhisperForConditionalGeneration.from_pretrained(whisper_folder, dtype=torch.float16)
+    model.save_pretrained(folder)
+    WhisperProcessor(tiny_extractor(), WhisperTokenizer(vocab=vocabulary, merges=[])
+                     ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
 @pytest.fixture
 def qwen_checkpoint(qwen_folder, tmp_path):
     """An untrained separator for the tiny Qwen2-Audio after block 1."""

@@ -64,7 +64,7 @@ def test_help(command, capsys, monkeypatch):
     description = text.split("\n\n")[1]
     assert description.strip().endswith(".")
     assert "example:" in text
-    assert "(default:" in text
+    assert "(default:" in text and "None" not in text
     assert max(map(len, text.splitlines())) < 80
 
 

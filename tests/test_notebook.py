@@ -3,19 +3,21 @@
 import os
 
 import pytest
-from conftest import ROOT, SHARED, save_tiny_checkpoint, sine, tiny_separator, write_wav
+from conftest import ROOT, save_tiny_checkpoint, sine, tiny_spectrogram_separator, write_wav
 
 nbclient = pytest.importorskip("nbclient", reason="running the notebook needs nbclient")
 pytest.importorskip("ipykernel", reason="running the notebook needs ipykernel")
 NOTEBOOK = ROOT / "examples/multi_speaker_qwen2_audio.ipynb"
 
 
-def execute(monkeypatch, **settings) -> str:
-    """Run every cell; returns what they print."""
+def execute(monkeypatch, model, checkpoint, recording=None) -> tuple[str, list[str]]:
+    """Run every cell; returns what they print, and the kinds of everything they show."""
     import nbformat
 
-    for name in ("MODEL", "CHECKPOINT", "AUDIO"):
-        monkeypatch.setenv(f"SPEAKER_SEPARATOR_{name}", str(settings.get(name, f"no {name}")))
+    monkeypatch.setenv("SPEAKER_SEPARATOR_MODEL", str(model))
+    monkeypatch.setenv("SPEAKER_SEPARATOR_CHECKPOINT", str(checkpoint))
+    if recording:
+        monkeypatch.setenv("SPEAKER_SEPARATOR_AUDIO", str(recording))
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "2"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(
@@ -23,29 +25,32 @@ def execute(monkeypatch, **settings) -> str:
         resources={"metadata": {"path": str(NOTEBOOK.parent)}})  # fmt: skip
     client.execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
+    shown = ["image" if "image/png" in data else "audio" if "<audio" in data["text/html"] else ""
+             for data in (output["data"] for output in outputs if "data" in output)]  # fmt: skip
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    return "".join(output.get("text", "") for output in outputs), shown
 
 
-def test_on_a_tiny_random_model(qwen_folder, monkeypatch):
-    printed = execute(monkeypatch, MODEL=qwen_folder)
-    assert "two hums" in printed
-    assert "random weights" in printed
-    for line in ("stream 0 (", "stream 1 (", "Speaker 1 (", "Speaker 2 (", "0.0 to   1.0 s"):
+def checkpoint_with(folder, threshold):
+    separator = tiny_spectrogram_separator(2, threshold=threshold)
+    return save_tiny_checkpoint(folder / "best_model.pt", separator)
+
+
+def test_without_recordings_and_separator(whisper_path, tmp_path, monkeypatch):
+    printed, shown = execute(monkeypatch, whisper_path, tmp_path / "gone")
+    assert "two hums instead" in printed and "random weights instead" in printed
+    for line in ("Speaker 1 (", "Speaker 2 (", "[(0, 0, ", "Speaker 2: "):
         assert line in printed
+    assert shown == ["audio", "audio", "audio", "image"]
 
 
-def test_with_a_recording_and_a_checkpoint(qwen_folder, tmp_path, monkeypatch):
-    source = {"encoder": str(qwen_folder), "layer": 1, "frame_rate": 50.0}
-    separator = tiny_separator(2, seed=4, threshold=0.0, feature_source=source)
-    path = save_tiny_checkpoint(tmp_path / "best_model.pt", separator)
-    recording = write_wav(tmp_path / "a.wav", sine(1.4, 200, 8000), 8000)
-    printed = execute(monkeypatch, MODEL=qwen_folder, CHECKPOINT=path, AUDIO=recording)
+@pytest.mark.parametrize(("threshold", "found"), [(0.0, 2), (1.0, 0)])
+def test_with_a_recording_and_a_checkpoint(threshold, found, qwen_folder, tmp_path, monkeypatch):
+    recording = write_wav(tmp_path / "a.wav", sine(0.8, 200, 8000), 8000)
+    checkpoint = checkpoint_with(tmp_path, threshold)
+    printed, shown = execute(monkeypatch, qwen_folder, checkpoint, recording)
     assert " instead" not in printed
-    assert printed.count("stream ") == printed.count("Speaker ") == 2
-
-
-def test_on_the_digits_model(monkeypatch):
-    folder = SHARED / "qwen2-audio-digits"
-    if not folder.is_dir():
-        pytest.skip(f"no spoken-digits model at {folder}")
-    assert "Speaker 2 (" in execute(monkeypatch, MODEL=folder)
+    assert shown == ["audio"] * (1 + found) + ["image"]
+    assert printed.count("Speaker ") == printed.count("speaker ") == found
+    assert printed.count("no talker found") == (0 if found else 2)
+    assert ("Speakers [1, 2]: " in printed) is (found == 2)

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ PARSERS = {
 }
 
 
-def readme_commands() -> list[list[str]]:
+def readme_commands(name="README.md") -> list[list[str]]:
     """Every `python SCRIPT.py ...` of the README as words, also behind `$` and `&&`."""
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     parts = [part.strip().removeprefix("$ ") for line in lines for part in line.split("&&")]
     return [shlex.split(part) for part in parts if part.startswith("python ") and ".py" in part]
 
@@ -34,6 +35,36 @@ def test_command_is_understood(command):
 def test_every_command_of_the_module_but_none_more_is_shown():
     shown = {command[2] for command in readme_commands() if "separator_module" in command[1]}
     assert {"train", "evaluate", "infer", "integrate"} <= shown <= set(ssm.COMMANDS)
+
+
+def test_git_ignores_what_the_commands_leave_behind():
+    made = {"checkpoints/", "multi_speaker_data/", "separated/"}
+    for command in readme_commands():
+        for flag, value in re.findall(r"--(\S+?)[ =](\S+)", " ".join(command)):
+            if flag in ("output_dir", "checkpoint_dir", "work_dir", "export"):
+                made.add(f"{value}/")
+            elif flag in ("json", "picture"):
+                made.add(value)
+    made -= {"pretrained/"}  # comes with the project
+    done = subprocess.run(["git", "check-ignore", *sorted(made)], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    if done.returncode == 128:
+        pytest.skip("no git repository")
+    assert set(done.stdout.split()) == made
+
+
+def typed_lines(name: str) -> list[str]:
+    """Every line of a file's code blocks that is typed in a shell, in order."""
+    blocks = (ROOT / name).read_text(encoding="utf-8").split("```")[1::2]
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    tools = ("python", "pip ", "torchrun ", "git ", "cd ", "speaker-separator ")
+    return [line for line in lines if line.startswith(tools)]
+
+
+def test_translation_shows_the_same_commands():
+    if not (ROOT / "README.zh-TW.md").is_file():
+        pytest.skip("no README.zh-TW.md")
+    assert typed_lines("README.zh-TW.md") == typed_lines("README.md") != []
 
 
 def test_files_named_in_the_tree_exist():

@@ -9,7 +9,6 @@ from conftest import (
     assert_fails,
     edit_json,
     save_tiny_checkpoint,
-    tiny_extractor,
     tiny_separator,
 )
 from test_integration import make_separator
@@ -107,21 +106,6 @@ def encoded(speech_dir, qwen_folder, tmp_path_factory):
             "--layer=1", "--train_samples=2", "--val_samples=4", "--max_speakers=2",
             "--min_speakers=1", "--split_by=utterance", "--device=cpu"]  # fmt: skip
     assert generator.main(argv) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whisper_path(whisper_folder, tmp_path_factory):
-    """The tiny Whisper in half precision, with a tokenizer of letters beside it."""
-    from transformers import WhisperForConditionalGeneration, WhisperProcessor, WhisperTokenizer
-
-    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|notimestamps|>"]
-    vocabulary = {token: i for i, token in enumerate([*special, *"s-abcde0123456789", "Ġ"])}
-    folder = tmp_path_factory.mktemp("listener")
-    model = WhisperForConditionalGeneration.from_pretrained(whisper_folder, dtype=torch.float16)
-    model.save_pretrained(folder)
-    WhisperProcessor(tiny_extractor(), WhisperTokenizer(vocab=vocabulary, merges=[])
-                     ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
