@@ -6,6 +6,7 @@ Spectrograms are those of every Whisper and of Qwen2-Audio: 16 kHz, 80 or 128 me
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ SAMPLING_RATE = 16000  # what every Whisper and Qwen2-Audio reads
 N_FFT, HOP_LENGTH = 400, 160  # samples: 25 ms every 10 ms
 FRAME_RATE = SAMPLING_RATE // HOP_LENGTH  # spectrogram frames per second
 READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
+RATES, LOUDEST = (1000, 768_000), 1e9  # Hz, and what float32 can square and add up
+LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotary base
 SHORTEST = 640  # samples: one output frame of Qwen2-Audio's encoder
 DIGITAL_SILENCE = -1.5  # what ``log_mel`` gives for it: (log10(1e-10) + 4) / 4
 
@@ -42,8 +45,8 @@ def _reading(path):
 
     try:
         yield soundfile
-    except soundfile.LibsndfileError as error:  # also where a file breaks off in the middle
-        raise ValueError(f"cannot read audio from {path}: {error.error_string}") from None
+    except soundfile.SoundFileError as error:  # also where a file breaks off in the middle
+        raise ValueError(f"cannot read audio from {path}: {first_line(error)}") from None
 
 
 def audio_info(path):
@@ -58,14 +61,25 @@ def audio_info(path):
         info = soundfile.info(str(path))
     if not info.frames:
         raise ValueError(f"{path} has no samples")
+    if not RATES[0] <= info.samplerate <= RATES[1]:
+        raise ValueError(f"{path} has a sampling rate of {info.samplerate} Hz, not {RATES[0]:,} to "
+                         f"{RATES[1]:,}")
+    if info.frames > 100 * Path(path).stat().st_size:  # too good to be believed without counting
+        sum(map(len, _blocks_of_file(path)))
     return info
 
 
 def _blocks_of_file(path) -> Iterator[np.ndarray]:
     """Yield a file's samples block by block, the channels averaged."""
-    with _reading(path) as soundfile:
-        for block in soundfile.blocks(path, READ_BLOCK, dtype="float32", always_2d=True):
-            yield block.mean(axis=1)
+    with _reading(path) as soundfile, soundfile.SoundFile(path) as file:
+        size, missing = max(1, READ_BLOCK // file.channels), file.frames
+        while len(block := file.read(size, dtype="float32", always_2d=True)):
+            missing -= len(block)
+            with np.errstate(all="ignore"):
+                yield block.mean(axis=1)
+        if missing > file.samplerate:  # the headers of some kinds are not exact
+            raise ValueError(f"cannot read audio from {path}: it breaks off, {missing} samples are "
+                             "missing")
 
 
 def _blocks_in_memory(audio) -> Iterator[np.ndarray]:
@@ -89,8 +103,8 @@ def audio_blocks(audio, given_rate: int | None = None) -> Iterator[np.ndarray]:
         name, rate, blocks = audio, audio_info(audio).samplerate, _blocks_of_file
     stream = soxr.ResampleStream(rate, SAMPLING_RATE, 1) if rate != SAMPLING_RATE else None
     for block in blocks(audio):
-        if not np.isfinite(block).all():
-            raise ValueError(f"{name} holds NaN or infinite samples")
+        if not (np.abs(block) <= LOUDEST).all():
+            raise ValueError(f"{name} holds NaN or infinite samples, or some beyond {LOUDEST:g}")
         length += len(block)
         yield stream.resample_chunk(block) if stream else block
     if not length:
@@ -199,6 +213,23 @@ def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
 # Frozen models
 
 
+def check_numbers(folder: Path) -> None:
+    """Fail if the configuration of a model on this disk asks for too much to be a speech model."""
+
+    def walk(content, name: str):
+        pairs = content.items() if isinstance(content, dict) else enumerate(
+            content if isinstance(content, list) else ())
+        for key, value in pairs:
+            walk(value, str(key))
+        most = 1000 if name.endswith("layers") else LARGEST_NUMBER
+        if isinstance(content, (int, float)) and not abs(content) <= most:
+            raise ValueError(f"{name} is {content!r:.40}")
+
+    for path in folder.glob("*config.json"):
+        if path.name != "tokenizer_config.json":  # its model_max_length is 1e30
+            walk(json.loads(path.read_text(encoding="utf-8")), path.name)
+
+
 def load_pretrained(kind, path_or_id: str, **options):
     """Load with a class of transformers, or its name, in silence; failures raise ValueError."""
     import transformers
@@ -208,8 +239,9 @@ def load_pretrained(kind, path_or_id: str, **options):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
+        check_numbers(Path(path_or_id))
         loader = getattr(transformers, kind) if isinstance(kind, str) else kind
-        return loader.from_pretrained(path_or_id, **options)
+        return loader.from_pretrained(path_or_id, trust_remote_code=False, **options)
     except Exception as error:  # safetensors' and the hub's own kinds among them
         raise ValueError(f"cannot load a model from {path_or_id}: {first_line(error)}") from None
     finally:
@@ -234,7 +266,10 @@ def load_model(path_or_id: str, device: str = "cpu", dtype="auto"):
     """
     name = {"qwen2_audio": "Qwen2Audio", "whisper": "Whisper"}[load_config(path_or_id).model_type]
     processor = load_pretrained("AutoProcessor", path_or_id)
-    model = load_pretrained(f"{name}ForConditionalGeneration", path_or_id, dtype=dtype)
+    model, loaded = load_pretrained(f"{name}ForConditionalGeneration", path_or_id, dtype=dtype,
+                                    output_loading_info=True)
+    if loaded["missing_keys"]:
+        raise ValueError(f"{path_or_id} lacks the weight {min(loaded['missing_keys'])}")
     if (device, dtype, model.dtype) == ("cpu", "auto", torch.float16):
         model = model.float()
     return model.to(device).eval().requires_grad_(False), processor

@@ -17,10 +17,17 @@ the mixtures fit into its window.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C would be a traceback
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, _: (os.write(2, b"stopped\n"), os._exit(128 + n)))
+
 import argparse
 import json
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -49,6 +56,11 @@ NUM_BANDS = 32
 BANDS_PER_VOICE = 6
 VOICE_SEED = 1280  # one inventory for all datasets; --seed draws utterances and mixtures
 MODULATION = 0.6
+MOST_VALUES = 10_000_000  # of an array of simulated features
+MIXING_BOUNDS = {
+    "join": (1, 1000), "min_seconds": (0, 1000), "max_gap": (0, 1000), "max_onset": (0, 1000),
+    "overlap": (0, 1), "level_difference": (0, 1000), "speed": (0.5, 2), "snr_db": (-100, 100),
+    "reverb": (0, 1), "max_seconds": (0.001, 1e6)}
 
 
 def progress(items, what: str):
@@ -116,8 +128,18 @@ def simulate_mixture(args, split: str, index: int, voices: list[Voice]) -> dict:
     return {"speakers": speakers, "features": [sum(features), *features]}
 
 
+def check_space(folder: Path, need: int) -> None:
+    """Fail if a dataset of so many bytes cannot fit on the disk of a folder."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if need > (free := shutil.disk_usage(there).free):
+        raise ValueError(f"the dataset takes up to {need / 1e9:.1f} GB and {there} has "
+                         f"{free / 1e9:.1f} GB free")
+
+
 def simulated_dataset(args) -> tuple[Iterator[dict], dict]:
     """Return the mixtures of train, then of val, and what dataset.json says of them."""
+    most = (args.train_samples + args.val_samples) * (1 + args.max_speakers)
+    check_space(Path(args.output_dir), 4 * most * args.seq_len * args.feature_dim)
     voices = make_voices(args.feature_dim)
     mixtures = (simulate_mixture(args, split, index, voices)
                 for split, samples in split_sizes(args).items() for index in range(samples))
@@ -139,7 +161,7 @@ def _read_manifest(manifest: Path) -> list[Utterance]:
         try:
             row = json.loads(line)
             audio, speaker = manifest.parent / row["audio"], str(row["speaker"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{manifest}, line {number}: needs audio and speaker ({error})") from None
         if not audio.is_file():
@@ -273,8 +295,20 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
         if too_long:
             print(f"cut to {round(options.max_seconds, 2):g} s, with the whole text: "
                   f"{len(too_long)} recordings")
+    samples = sum((1 + len(plan.talkers)) * plan.seconds for plan in plans) * SAMPLING_RATE
+    check_space(Path(args.output_dir), round(samples) * (7 if encoder else 3))
     rendered = render_mixtures(plans, options.max_seconds, args.workers)
     return _with_features(plans, rendered, encoder), about | {"mixing": options._asdict()}
+
+
+def check_bounds(options, bounds: dict[str, tuple]) -> None:
+    """Raise ValueError if a number, or a pair of them in order, is outside its bounds."""
+    for name, (low, high) in bounds.items():
+        value = getattr(options, name)
+        values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+        if not all(a <= b for a, b in pairwise([low, *values, high])):
+            order = ", the smaller first" * (len(values) > 1)
+            raise ValueError(f"--{name} must be {low:g} to {high:g}{order}, not {value!s:.40}")
 
 
 def load_source(data_dir, split: str):
@@ -290,14 +324,17 @@ def load_source(data_dir, split: str):
         about = json.loads((Path(data_dir) / "dataset.json").read_text(encoding="utf-8"))
         rows = json.loads(listing.read_text(encoding="utf-8"))
         options = _mixing_options(about["mixing"])
-        utterances = [Utterance(Path(row["audio"]), row["speaker"], row["text"]) for row in rows]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        check_bounds(options, MIXING_BOUNDS | {
+            "max_speakers": (1, 7), "min_speakers": (1, options.max_speakers)})
+        utterances = [Utterance(Path(row["audio"]), str(row["speaker"]), str(row["text"]))
+                      for row in rows]
+        noises = list_noises(options.noise_dir)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"dataset.json or {listing} is damaged ({error})") from None
     gone = next((u.audio for u in utterances if not u.audio.is_file()), None)
     if gone is not None:
         raise FileNotFoundError(f"{data_dir} was made from {gone}, which is gone")
-    return SpeechSource(
-        options, group_by_speaker(utterances), list_noises(options.noise_dir), split)
+    return SpeechSource(options, group_by_speaker(utterances), noises, split)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -353,39 +390,61 @@ def print_statistics(split: str, entries: list[dict]) -> None:
           f"{np.mean(counts):.2f} talkers on average ({spread}){overlap}")
 
 
-def replace_splits(output_dir: Path, staging: Path) -> None:
-    """Move the finished dataset to its place; other files in the folder stay."""
-    if (output_dir / "train").exists():
-        print(f"replacing the earlier dataset in {output_dir}")
-    for split in ("train", "val"):
-        shutil.rmtree(output_dir / split, ignore_errors=True)
-        (staging / split).rename(output_dir / split)
-    (staging / "dataset.json").replace(output_dir / "dataset.json")
+def finish_replacing(output_dir: Path) -> None:
+    """Move the whole dataset in ``.complete`` to its place, or the rest of it after a kill.
+
+    The earlier one goes piece by piece just before; while ``.complete`` is there, nothing in the
+    folder is taken for a dataset. Other files stay.
+    """
+    new = output_dir / ".complete"
+    for part in ("train", "val", "dataset.json") if new.exists() else ():
+        if (new / part).exists():
+            if (old := output_dir / part).is_dir():
+                shutil.rmtree(old)
+            (new / part).replace(old)
+    shutil.rmtree(new, ignore_errors=True)
 
 
-def generate_dataset(args, command_line: str) -> None:
-    """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
-    output_dir = Path(args.output_dir)
-    for old in (output_dir / "train", output_dir / "val"):
-        if old.exists() and not (old / "metadata.json").is_file():
-            raise ValueError(f"{old} exists and is no dataset; choose another --output_dir")
-    splits = {}
-    if args.speech_dir:
-        splits = split_speech(read_speech(Path(args.speech_dir)), args.split_by, args.seed)
-    mixtures, about = speech_dataset(args, splits) if splits else simulated_dataset(args)
-    about |= {"seed": args.seed, "command_line": command_line}
+def write_dataset(
+    output_dir: Path, sizes: dict, mixtures: Iterator[dict], splits: dict, about: dict
+) -> dict[str, list[dict]]:
+    """Write a dataset beside the earlier one and put it in its place; return its metadata."""
     staging = output_dir / ".staging"
+    finish_replacing(output_dir)
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        entries = {s: write_split(staging / s, s, n, mixtures)
-                   for s, n in split_sizes(args).items()}
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+        staging.mkdir()
+        entries = {s: write_split(staging / s, s, n, mixtures) for s, n in sizes.items()}
         for split, utterances in splits.items():
             rows = [{"audio": str(Path(u.audio).resolve()), "speaker": u.speaker, "text": u.text}
                     for u in utterances]
             write_json(staging / split / "utterances.json", rows)
         write_json(staging / "dataset.json", about)
-        replace_splits(output_dir, staging)
+        if (output_dir / "train").exists():
+            print(f"replacing the earlier dataset in {output_dir}")
+        staging.replace(output_dir / ".complete")
+        finish_replacing(output_dir)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return entries
+
+
+def generate_dataset(args, command_line: str) -> None:
+    """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
+    from speaker_separator_module import locked
+
+    output_dir, splits = Path(args.output_dir), {}
+    for old in (output_dir / "train", output_dir / "val"):
+        if old.exists() and not (old / "metadata.json").is_file():
+            raise ValueError(f"{old} exists and is no dataset; choose another --output_dir")
+    if args.speech_dir:
+        splits = split_speech(read_speech(Path(args.speech_dir)), args.split_by, args.seed)
+    mixtures, about = speech_dataset(args, splits) if splits else simulated_dataset(args)
+    about |= {"seed": args.seed, "command_line": command_line}
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with locked(output_dir):
+            entries = write_dataset(output_dir, split_sizes(args), mixtures, splits, about)
     except FileNotFoundError:
         raise
     except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
@@ -393,7 +452,6 @@ def generate_dataset(args, command_line: str) -> None:
         raise ValueError(f"cannot write the dataset to {output_dir}: {reason}") from None
     finally:
         mixtures.close()  # ends rendering processes
-        shutil.rmtree(staging, ignore_errors=True)
     for split in entries:
         print_statistics(split, entries[split])
     size = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
@@ -417,7 +475,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Make mixtures of talkers with each talker alone.",
         epilog="example: python generate_multi_speaker_dataset.py --train_samples=100",
         formatter_class=Help)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see {parser.prog} --help)\n")
+    parser.error = lambda message: parser.exit(
+        2, f"error: {' '.join(message.split())} (see {parser.prog} --help)\n")
     add, mixing = parser.add_argument, MixingOptions()
     add("--train_samples", type=int, default=30, help="training mixtures")
     add("--val_samples", type=int, default=10, help="validation mixtures")
@@ -463,20 +522,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args) -> None:
     """Raise ValueError if the arguments cannot make a dataset."""
-    bounds = {
-        "train_samples": (1, 1e6), "val_samples": (1, 1e6),
+    check_bounds(args, {
+        "train_samples": (1, 1e5), "val_samples": (1, 1e5),
         "max_speakers": (1, 7 if args.speech_dir else NUM_VOICES),
         "min_speakers": (1, args.max_speakers), "seed": (0, 1 << 62), "workers": (0, 1024),
-        "seq_len": (1, 1e6), "feature_dim": (NUM_BANDS, 1e5), "join": (1, 1000),
-        "min_seconds": (0, 1000), "max_gap": (0, 1000), "max_onset": (0, 1000),
-        "overlap": (0, 1), "level_difference": (0, 1000), "speed": (0.5, 2), "snr_db": (-100, 100),
-        "reverb": (0, 1), "max_seconds": (0.001, 1e6)}
-    for name, (low, high) in bounds.items():
-        value = getattr(args, name)
-        values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        if not all(a <= b for a, b in pairwise([low, *values, high])):
-            order = ", the smaller first" * (len(values) > 1)
-            raise ValueError(f"--{name} must be {low:g} to {high:g}{order}, not {value}")
+        "seq_len": (1, 1e6), "feature_dim": (NUM_BANDS, 1e5), **MIXING_BOUNDS})
+    if args.seq_len * args.feature_dim > MOST_VALUES:
+        raise ValueError(f"--seq_len times --feature_dim can be {MOST_VALUES:,} at most")
     if args.layer is not None and not args.encoder:
         raise ValueError("--layer needs --encoder")
     of_speech = args.encoder or args.overlap or args.noise_dir or args.reverb or args.max_seconds
@@ -489,14 +541,23 @@ def check_arguments(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Make a dataset; return 0, or 2 after one line on standard error for bad input."""
-    args = build_parser().parse_args(argv)
+    from speaker_separator_module import handling_signals, stop_at_once
+
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        check_arguments(args)
-        generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))
-    except (ValueError, OSError) as error:
+        with handling_signals(stop_at_once):
+            parser = build_parser()
+            if odd := [text for text in arguments if text.endswith("=--")]:  # argparse stumbles
+                parser.error(f"{odd[0][:-3]} needs a value")
+            args = parser.parse_args(arguments)
+            check_arguments(args)
+            generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))
+    except (ValueError, OSError, MemoryError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print("stopped; an earlier dataset is intact", file=sys.stderr)
+        return getattr(stop, "status", 130)
     return 0
 
 

@@ -48,6 +48,7 @@ import re
 import shutil
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from collections import namedtuple
@@ -749,6 +750,9 @@ class MultiSpeakerDataset(Dataset):
         self.data_dir, self.split = Path(data_dir), split
         self.folder = self.data_dir / split
         path, about = self.folder / "metadata.json", self.data_dir / "dataset.json"
+        if (self.data_dir / ".complete").exists():
+            raise ValueError(f"the dataset in {data_dir} is half replaced: its generator was "
+                             "stopped, run it again")
         if not path.is_file():
             raise FileNotFoundError(
                 f"no dataset at {path}; make one: python generate_multi_speaker_dataset.py "
@@ -2115,6 +2119,13 @@ class Separation(NamedTuple):
     active: Tensor
 
 
+def check_output(values: Tensor, probs: Tensor) -> None:
+    """Fail unless what a separator put out is finite."""
+    if not (values.isfinite().all() and probs.isfinite().all()):
+        raise ValueError("the separator's output is not finite: its weights are damaged, or the "
+                         "input is far too loud")
+
+
 @torch.inference_mode()
 def separate(
     separator, features: Tensor, threshold: float | None = None, num_speakers: int | None = None
@@ -2129,6 +2140,7 @@ def separate(
     weight = separator.speaker_queries
     separated, probs = separator.eval()(features.to(weight.device, weight.dtype)[None])
     threshold = separator.threshold if threshold is None else threshold
+    check_output(separated, probs)
     return Separation(
         separated[0].float(), probs[0], active_streams(probs[0], threshold, num_speakers))
 
@@ -2145,6 +2157,7 @@ def window_separator(separator, threshold: float | None, num_speakers: int | Non
     @torch.inference_mode()
     def separate_window(features: Tensor, alone: bool):
         values, probs = method(features.to(weight.device, weight.dtype)[None])
+        check_output(values, probs)
         active = active_streams(probs[0], threshold, num_speakers, at_most=not alone)
         return values[0].float().cpu(), probs[0].cpu(), active.cpu()
 
@@ -2159,6 +2172,8 @@ def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict
         hint = f"; save them as [T, {T}], transposed" if T in widths else ""
         raise ValueError(f"{path} holds features {D} wide and the separator reads "
                          f"{' or '.join(map(str, widths))}{hint}")
+    if features.abs().max() > 1e15:
+        raise ValueError(f"{path} holds values too large to be squared in float32: scale them")
     streams, probs, active = separate(separator, features, threshold, num_speakers)
     probs = [round(p, 4) for p in probs.tolist()]
     talkers = [({"stream": s, "probability": probs[s]}, streams[s].cpu(), None)
@@ -2202,21 +2217,27 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
     if source in [(folder / name).resolve() for name in files]:
         raise ValueError(f"{source} is the input and would be overwritten: choose another "
                          "--output_dir")
+    staging = folder / ".separation"  # earlier results stay until these are whole
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        staging.mkdir(parents=True, exist_ok=True)
+        for name, values in files.items():
+            write = np.save if name.endswith(".npy") else import_sibling("audio").write_wav
+            write(staging / name, values)
+        (staging / "separation.json").write_text(json.dumps(about, indent=2) + "\n")
+        if scoring := import_sibling("scoring"):
+            picture = staging / "separation.png"
+            scoring.plot_streams(picture, [panels], about["frame_rate"], log_mel)
         for old in folder.glob("speaker_*.*"):
             number = old.stem.removeprefix("speaker_")
             if old.suffix in (".npy", ".wav") and number.isdigit() and old.resolve() != source:
                 old.unlink()
-        for name, values in files.items():
-            write = np.save if name.endswith(".npy") else import_sibling("audio").write_wav
-            write(folder / name, values)
-        (folder / "separation.json").write_text(json.dumps(about, indent=2) + "\n")
-        if scoring := import_sibling("scoring"):
-            picture = folder / "separation.png"
-            scoring.plot_streams(picture, [panels], about["frame_rate"], log_mel)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+        for path in staging.iterdir():
+            path.replace(folder / path.name)
+    except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"cannot write to {folder}: {reason}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2720,14 +2741,18 @@ def cmd_train(args) -> None:
     names = [str(p) for p in reports if p.exists()] + [p.name for p in list_checkpoints(folder)]
     print(f"{folder} holds " + ", ".join(names))
     if writes and args.export:
-        export_separator(load_separator(folder / "best_model.pt"), Path(args.export))
+        with reading(args.export, "could not be written"):
+            export_separator(load_separator(folder / "best_model.pt"), Path(args.export))
         print(f"exported the best weights to {args.export}")
 
 
-def check_writable(*files: str | None) -> None:
-    """Fail unless result files could be written, before the work that fills them."""
+def check_writable(*files: str | None, inputs=()) -> None:
+    """Fail unless result files could be written, and no input with them, before the work."""
     for file in filter(None, files):
-        if not os.access(Path(file).resolve().parent, os.W_OK):
+        path = Path(file).resolve()
+        if path.exists() and any(path.is_relative_to(Path(i).resolve()) for i in inputs if i):
+            raise ValueError(f"{file} is an input and would be overwritten: choose another name")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")
 
 
@@ -2738,6 +2763,24 @@ def open_separator(args, spectrograms: bool, device: str):
     separator = load_separator(checkpoint, device)
     check_num_speakers(args.num_speakers, separator.max_speakers)
     return separator, checkpoint
+
+
+@contextlib.contextmanager
+def answering(model: str):
+    """Turn what a model's own files make transformers raise into a ValueError that names it.
+
+    What is raised in a file of this project is a mistake of ours and stays.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if Path(frame.f_code.co_filename).resolve().parent == Path(__file__).resolve().parent:
+            raise
+        raise ValueError(f"{model} cannot be used: {type(error).__name__}, {first_line(error)}"
+                         ) from None
 
 
 @torch.inference_mode()
@@ -2765,7 +2808,9 @@ def cmd_evaluate(args) -> None:
     device = pick_device(args.device)
     if not args.model and (args.prompt or args.max_new_tokens):
         raise ValueError("--prompt and --max_new_tokens are for counting words: add --model")
-    check_writable(args.json, args.picture)
+    data, default = Path(args.data_dir), Path(DEFAULT_CHECKPOINT_DIR) / "best_model.pt"
+    check_writable(args.json, args.picture, inputs=(
+        data / args.split, data / "dataset.json", args.checkpoint or default, args.model))
     dataset = MultiSpeakerDataset(args.data_dir, args.split)
     separator, checkpoint = open_separator(args, dataset.is_spectrogram, device)
     check_data(f"the separator {checkpoint}", separator.config, dataset)
@@ -2789,9 +2834,11 @@ def cmd_evaluate(args) -> None:
     print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
     if args.model:
         model, processor = load_model(args.model, device, args.dtype)
-        scores["words"] = scoring.word_scores(evaluate_words(
-            separator, dataset, model, processor, threshold=args.threshold, prompt=args.prompt,
-            num_speakers=args.num_speakers, max_new_tokens=args.max_new_tokens or 64))
+        with answering(args.model):
+            rows = evaluate_words(
+                separator, dataset, model, processor, threshold=args.threshold, prompt=args.prompt,
+                num_speakers=args.num_speakers, max_new_tokens=args.max_new_tokens or 64)
+        scores["words"] = scoring.word_scores(rows)
         print("\n" + "\n".join(scoring.word_table(scores["words"])))
     if args.json:
         Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
@@ -2863,7 +2910,7 @@ def check_integration(args, config, separator) -> None:
         raise ValueError("--prompt and --mode=joint are for Qwen2-Audio; Whisper takes no prompt")
     if "<|AUDIO|>" in (args.prompt or ""):
         raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
-    check_writable(args.json)
+    check_writable(args.json, inputs=(*args.audio, args.checkpoint, args.model))
 
 
 def load_answering(args, separator, device: str, layer: int | None = None):
@@ -2890,7 +2937,8 @@ def cmd_integrate(args) -> None:
     answer, answers = load_answering(args, separator, device, args.layer), {}
     print(f"separator {checkpoint}")
     for audio in args.audio:
-        answers[audio] = answer(audio, num_speakers=args.num_speakers, mode=args.mode)
+        with answering(args.model):
+            answers[audio] = answer(audio, num_speakers=args.num_speakers, mode=args.mode)
         if len(args.audio) > 1:
             print(audio)
         for row in answers[audio]:

@@ -1,5 +1,6 @@
 """Damaged, hostile and interrupted: one clear line, nothing lost."""
 
+import contextlib
 import os
 import pickletools
 import shutil
@@ -7,12 +8,25 @@ import signal
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU_FLAGS, ROOT, assert_fails, train_flags
+from conftest import (
+    CPU_FLAGS,
+    ROOT,
+    WIDTH,
+    assert_fails,
+    edit_json,
+    sine,
+    tiny_separator,
+    tiny_spectrogram_separator,
+    train_flags,
+    write_wav,
+)
 
+import generate_multi_speaker_dataset as generator
 import speaker_separator_module as ssm
 
 # --------------------------------------------------------------------------------------------------
@@ -247,16 +261,23 @@ def test_signals_where_there_is_nothing_to_save(dataset, tmp_path, monkeypatch, 
 # Folders: one run at a time, a damaged checkpoint among others
 
 
-def test_a_second_run_in_a_folder_is_refused(dataset, tmp_path, capsys):
-    code = ("import sys, time; from pathlib import Path; import speaker_separator_module as ssm\n"
-            f"with ssm.locked(Path({str(tmp_path)!r})): print('held', flush=True); time.sleep(60)")
+@contextlib.contextmanager
+def held_by_another_process(folder):
+    """Lock a folder elsewhere; that process ends by a kill."""
+    code = ("import time; from pathlib import Path; import speaker_separator_module as ssm\n"
+            f"with ssm.locked(Path({str(folder)!r})): print('held', flush=True); time.sleep(60)")
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT)
     try:
         assert holder.stdout.readline() == b"held\n"
-        assert_fails(capsys, train_flags(dataset, tmp_path), "in use by process", holder.pid)
+        yield holder.pid
     finally:
         holder.kill()
         holder.wait()
+
+
+def test_a_second_run_in_a_folder_is_refused(dataset, tmp_path, capsys):
+    with held_by_another_process(tmp_path) as pid:
+        assert_fails(capsys, train_flags(dataset, tmp_path), "in use by process", pid)
     assert (tmp_path / ".lock").exists()  # stale
     assert ssm.main(train_flags(dataset, tmp_path)) == 0
     assert not (tmp_path / ".lock").exists()
@@ -342,3 +363,194 @@ def test_odd_values(flag, best, capsys, tmp_path):
 def test_sizes_are_bounded(flag, dataset, tmp_path, capsys):
     assert_fails(capsys, train_flags(dataset, tmp_path / "run", flag), flag[2:].split("=")[0])
     assert not list(tmp_path.glob("run/*.pt"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Datasets: an earlier one stays until the new one is whole
+
+
+def files_of(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+class Killed(BaseException):
+    """Nothing handles it, as nothing handles a kill."""
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_kill_while_a_dataset_is_replaced(moves, dataset, tmp_path, monkeypatch, capsys):
+    """Before the first move the old one is whole, after it nothing else is taken for a dataset."""
+    folder, new = shutil.copytree(dataset, tmp_path / "data"), tmp_path / "new"
+    flags = ["--feature_dim=48", "--seq_len=10", "--train_samples=2", "--val_samples=2"]
+    argv = [*flags, f"--output_dir={folder}"]
+    assert generator.main([*flags, f"--output_dir={new}"]) == 0
+    count = iter(range(100))
+
+    def replace(path, target):
+        if next(count) == moves:
+            raise Killed
+        os.replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(Killed):
+            generator.main(argv)
+    if moves == 0:
+        assert ssm.MultiSpeakerDataset(folder, "train").feature_dim == WIDTH
+    else:
+        assert_fails(capsys, train_flags(folder, tmp_path / "run"), "half replaced")
+    assert generator.main(argv) == 0
+    kept = {p: c for p, c in files_of(folder).items() if p.name != "dataset.json"}
+    assert kept == {p: c for p, c in files_of(new).items() if p.name != "dataset.json"}
+
+
+def test_two_generators_in_a_folder(tmp_path, capsys):
+    with held_by_another_process(tmp_path) as pid:
+        argv = ["--train_samples=1", "--val_samples=1", f"--output_dir={tmp_path}"]
+        assert_fails(capsys, argv, "in use by process", pid, main=generator.main)
+
+
+def test_a_stopped_generator(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(generator, "simulate_utterance", stop)
+    assert generator.main([f"--output_dir={tmp_path / 'data'}"]) == 143
+    assert capsys.readouterr().err.startswith("stopped")
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize(("flag", "words"), [
+    ("--train_samples=2147483648", "--train_samples"), ("--seq_len=9223372036854775808", "seq_len"),
+    ("--feature_dim=99999999", "feature_dim"), (f"--seed={2**70}", "--seed"),
+    ("--output_dir=--", "--output_dir"), ("--min_speakers=a\nb", "min_speakers"),
+])  # fmt: skip
+def test_generator_values(flag, words, capsys):
+    assert_fails(capsys, [flag], words, main=generator.main)
+
+
+def test_a_dataset_larger_than_the_disk(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    argv = [f"--output_dir={tmp_path / 'data'}"]
+    assert_fails(capsys, argv, "GB free", main=generator.main)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"audio": 5, "speaker": ' + "9" * 5000 + "}"])
+def test_damaged_manifest(line, tmp_path, capsys):
+    (tmp_path / "list.jsonl").write_text(line)
+    argv = [f"--speech_dir={tmp_path / 'list.jsonl'}"]
+    assert_fails(capsys, argv, "line 1", main=generator.main)
+
+
+@pytest.mark.parametrize("change", [
+    lambda about: about["mixing"].update(join=[10**9, 10**9]),
+    lambda about: about["mixing"].update(min_seconds=1e308),
+    lambda about: about["mixing"].update(speed="fast"),
+    lambda about: about["mixing"].update(noise_dir=5),
+])  # fmt: skip
+def test_mixing_options_of_a_dataset_are_bounded(change, recordings, tmp_path, capsys):
+    data = shutil.copytree(recordings, tmp_path / "data")
+    edit_json(data / "dataset.json", change)
+    argv = ["train", f"--data_dir={data}", f"--checkpoint_dir={tmp_path / 'run'}", *CPU_FLAGS]
+    assert_fails(capsys, argv, "dataset.json")
+
+
+# --------------------------------------------------------------------------------------------------
+# Recordings and results
+
+
+LOUD = {"too loud": 1e30, "NaN": np.nan}
+
+
+@pytest.mark.parametrize("kind", LOUD)
+def test_samples_that_cannot_be_squared(kind, spectrogram_checkpoint, tmp_path, capsys):
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", np.full(4000, LOUD[kind], np.float32), 16000, "FLOAT")
+    argv = ["infer", f"--input={tmp_path / 'a.wav'}", f"--checkpoint={spectrogram_checkpoint}"]
+    assert_fails(capsys, [*argv, *CPU_FLAGS], "NaN or infinite")
+
+
+def test_a_sampling_rate_of_7_hertz(spectrogram_checkpoint, tmp_path, capsys):
+    write_wav(tmp_path / "a.wav", sine(0.1, 200), rate=7)
+    argv = ["infer", f"--input={tmp_path / 'a.wav'}", f"--checkpoint={spectrogram_checkpoint}"]
+    assert_fails(capsys, [*argv, *CPU_FLAGS], "7 Hz")
+
+
+def test_a_flac_that_claims_more_than_it_holds(spectrogram_checkpoint, tmp_path, capsys):
+    import soundfile
+
+    soundfile.write(tmp_path / "a.flac", sine(0.5, 200), 16000)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    data[22:26] = b"\xff\xff\xff\xff"  # of the 36 bits that count the samples
+    (tmp_path / "a.flac").write_bytes(data)
+    argv = ["infer", f"--input={tmp_path / 'a.flac'}", f"--checkpoint={spectrogram_checkpoint}"]
+    assert_fails(capsys, [*argv, *CPU_FLAGS], "a.flac")
+
+
+AUDIBLE = {
+    "silence": np.zeros(8000), "constant": np.ones(8000), "one frame": np.ones(640),
+    "quiet": 1e-6 * sine(0.5, 200), "clipped": np.sign(sine(0.5, 200)),
+    "in 16-bit units": 32768 * sine(0.5, 200),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", AUDIBLE)
+def test_odd_audio_has_finite_streams_and_gradients(kind):
+    import audio
+
+    separator = tiny_spectrogram_separator().train()
+    waveform = torch.from_numpy(np.float32(AUDIBLE[kind]))
+    mixture = audio.floor_log_mel(audio.log_mel(waveform, 80))[None]
+    streams, probs = separator(mixture)
+    mask = torch.tensor([[True, False, False]])
+    loss = ssm.separator_loss(streams, probs, torch.stack([mixture] * 3, 1), mask, mixture)
+    loss.total.backward()
+    assert streams.isfinite().all() and probs.isfinite().all() and loss.total.isfinite()
+    assert all(w.grad is None or w.grad.isfinite().all() for w in separator.parameters())
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0, 1e12])
+@pytest.mark.parametrize("frames", [1, 7])
+def test_odd_features_have_finite_streams_and_gradients(scale, frames):
+    separator = tiny_separator().train()
+    mixture = torch.full((1, frames, WIDTH), scale)
+    streams, probs = separator(mixture)
+    targets = torch.stack([mixture] * 3, 1)
+    loss = ssm.separator_loss(streams, probs, targets, torch.tensor([[True, True, False]]), mixture)
+    loss.total.backward()
+    assert streams.isfinite().all() and probs.isfinite().all() and loss.total.isfinite()
+    assert all(w.grad is None or w.grad.isfinite().all() for w in separator.parameters())
+
+
+def test_features_that_cannot_be_squared(best, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.full((5, WIDTH), 3e38, np.float32))
+    argv = ["infer", f"--input={tmp_path / 'a.npy'}", f"--checkpoint={best}", *CPU_FLAGS]
+    assert_fails(capsys, argv, "a.npy", "squared")
+
+
+def test_a_full_disk_keeps_earlier_results(best, dataset, tmp_path, monkeypatch, capsys):
+    mixture = next((dataset / "val/mixed").glob("*.npy"))
+    argv = ["infer", f"--input={mixture}", f"--checkpoint={best}", "--threshold=0",
+            f"--output_dir={tmp_path / 'out'}", *CPU_FLAGS]  # fmt: skip
+    assert ssm.main(argv) == 0
+    before = files_of(tmp_path / "out")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    assert_fails(capsys, argv, "No space left")
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("target", ["data/val/metadata.json", "data/dataset.json", "best.pt", "."])
+def test_results_do_not_go_onto_inputs(target, best, dataset, tmp_path, capsys):
+    shutil.copytree(dataset, tmp_path / "data")
+    shutil.copy(best, tmp_path / "best.pt")
+    before = files_of(tmp_path)
+    argv = ["evaluate", f"--data_dir={tmp_path / 'data'}", f"--checkpoint={tmp_path / 'best.pt'}"]
+    assert_fails(capsys, [*argv, f"--json={tmp_path / target}", *CPU_FLAGS], tmp_path / target)
+    assert files_of(tmp_path) == before
