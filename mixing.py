@@ -8,11 +8,11 @@ first utterance to the end of the last, pauses included. Talkers who take turns 
 from __future__ import annotations
 
 import multiprocessing
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, lru_cache, partial
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -397,16 +397,12 @@ def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Ite
         yield from (render_mixture(plan, max_seconds) for plan in plans)
         return
     # spawned: neither torch's threads nor a CUDA context survive a fork
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    waiting = deque()
-    try:
-        for plan in plans:
-            waiting.append(pool.submit(render_mixture, plan, max_seconds))
-            if len(waiting) > 4 * workers:  # no more in memory, however slow the reader is
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise ValueError("a rendering process died, out of memory? Use fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        size = 8 * workers  # no more in memory, however slow the reader is
+        try:
+            for start in range(0, len(plans), size):
+                yield from pool.map(
+                    render_mixture, plans[start : start + size], repeat(max_seconds))
+        except BrokenProcessPool:
+            raise ValueError(
+                "a rendering process died, out of memory? Use fewer --workers") from None

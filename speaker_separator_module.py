@@ -576,13 +576,6 @@ def talker_mse(estimates: Tensor, targets: Tensor, frame_mask: Tensor) -> Tensor
     return masked_mean((estimates - targets).square().mean(-1), frame_mask[:, None], -1)
 
 
-def check_shapes(**tensors_and_shapes: tuple[Tensor, tuple]) -> None:
-    """Fail unless each tensor has the shape that is beside it."""
-    for name, (tensor, shape) in tensors_and_shapes.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)}, not {list(tensor.shape)}")
-
-
 def separator_loss(
     separated: Tensor, speaker_probs: Tensor, targets: Tensor, speaker_mask: Tensor,
     mixture: Tensor, frame_mask: Tensor | None = None, reconstruction_weight: float = 0.5,
@@ -598,10 +591,12 @@ def separator_loss(
     if frame_mask is None:
         frame_mask = mixture.new_ones(mixture.shape[:2], dtype=torch.bool)
     B, S, T, D = separated.shape if separated.dim() == 4 else (0, 0, 0, 0)
-    check_shapes(
-        separated=(separated, (B, S, T, D)), targets=(targets, (B, S, T, D)),
-        speaker_probs=(speaker_probs, (B, S)), speaker_mask=(speaker_mask, (B, S)),
-        mixture=(mixture, (B, T, D)), frame_mask=(frame_mask, (B, T)))
+    for name, tensor, shape in (
+            ("separated", separated, [B, S, T, D]), ("targets", targets, [B, S, T, D]),
+            ("speaker_probs", speaker_probs, [B, S]), ("speaker_mask", speaker_mask, [B, S]),
+            ("mixture", mixture, [B, T, D]), ("frame_mask", frame_mask, [B, T])):
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, not {list(tensor.shape)}")
     separated, targets, mixture = separated.float(), targets.float(), mixture.float()
     active = speaker_mask.float()
     with torch.no_grad():
