@@ -49,6 +49,19 @@ def _reading(path):
         raise ValueError(f"cannot read audio from {path}: {first_line(error)}") from None
 
 
+def _blocks_of_file(path) -> Iterator[np.ndarray]:
+    """Yield a file's samples block by block, the channels averaged."""
+    with _reading(path) as soundfile, soundfile.SoundFile(path) as file:
+        size, missing = max(1, READ_BLOCK // file.channels), file.frames
+        while len(block := file.read(size, dtype="float32", always_2d=True)):
+            missing -= len(block)
+            with np.errstate(all="ignore"):
+                yield block.mean(axis=1)
+        if missing > file.samplerate:  # the headers of some kinds are not exact
+            raise ValueError(f"cannot read audio from {path}: it breaks off, {missing} samples are "
+                             "missing")
+
+
 def audio_info(path):
     """Return the header (``frames``, ``samplerate``) of a file, as soundfile gives it.
 
@@ -67,19 +80,6 @@ def audio_info(path):
     if info.frames > 100 * Path(path).stat().st_size:  # too good to be believed without counting
         sum(map(len, _blocks_of_file(path)))
     return info
-
-
-def _blocks_of_file(path) -> Iterator[np.ndarray]:
-    """Yield a file's samples block by block, the channels averaged."""
-    with _reading(path) as soundfile, soundfile.SoundFile(path) as file:
-        size, missing = max(1, READ_BLOCK // file.channels), file.frames
-        while len(block := file.read(size, dtype="float32", always_2d=True)):
-            missing -= len(block)
-            with np.errstate(all="ignore"):
-                yield block.mean(axis=1)
-        if missing > file.samplerate:  # the headers of some kinds are not exact
-            raise ValueError(f"cannot read audio from {path}: it breaks off, {missing} samples are "
-                             "missing")
 
 
 def _blocks_in_memory(audio) -> Iterator[np.ndarray]:

@@ -2496,10 +2496,7 @@ class Integration:
     def generate(
         self, inputs=None, *args, num_speakers=None, mode="separate", choose_rows=None, **kwargs
     ):
-        """Stand before the model's ``generate``; ``integrate_speaker_separator`` explains it.
-
-        Long recordings give a ``choose_rows`` of their own.
-        """
+        """Stand before the model's ``generate``; ``integrate_speaker_separator`` explains it."""
         model, ids, joint = self.model, None, mode == "joint"
         model.speaker_rows = None
         config = kwargs.get("generation_config") or (
