@@ -28,10 +28,11 @@ if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C wo
 import argparse
 import json
 import shutil
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,23 +152,23 @@ def simulated_dataset(args) -> tuple[Iterator[dict], dict]:
 
 
 def _read_manifest(manifest: Path) -> list[Utterance]:
+    utterances, number = [], 0
     try:
-        lines, utterances = manifest.read_text(encoding="utf-8").splitlines(), []
+        with open(manifest, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    audio, speaker = manifest.parent / row["audio"], str(row["speaker"])
+                    if not os.path.isfile(audio):
+                        raise FileNotFoundError(
+                            f"{manifest}, line {number}: no such audio file: {audio}")
+                    text, split = (str(row.get(key) or "") for key in ("text", "split"))
+                    utterances.append(
+                        Utterance(audio, sys.intern(speaker), text, sys.intern(split)))
     except UnicodeDecodeError:
         raise ValueError(f"{manifest} is no manifest of JSON lines, nor a folder") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            audio, speaker = manifest.parent / row["audio"], str(row["speaker"])
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{manifest}, line {number}: needs audio and speaker ({error})") from None
-        if not audio.is_file():
-            raise FileNotFoundError(f"{manifest}, line {number}: no such audio file: {audio}")
-        text, split = (str(row.get(key) or "") for key in ("text", "split"))
-        utterances.append(Utterance(audio, speaker, text, split))
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest}, line {number}: needs audio and speaker ({error})") from None
     return utterances
 
 
@@ -217,7 +218,9 @@ def split_speech(utterances: list, split_by: str, seed: int) -> dict[str, list]:
             if u.split not in splits:
                 raise ValueError(f"the manifest's split must be train or val for every line or for "
                                  f"none, and {u.audio} has {u.split or 'none'!r}")
-        train, val = ({u.audio.resolve() for u in splits[split]} for split in splits)
+        names = {u.audio.name for u in splits["val"]}  # to find out where few links lead is fast
+        train, val = ({u.audio.resolve() for u in splits[split] if u.audio.name in names}
+                      for split in splits)
         if train & val:
             raise ValueError(f"the manifest has {min(train & val)} in both splits")
         return splits
@@ -311,30 +314,63 @@ def check_bounds(options, bounds: dict[str, tuple]) -> None:
             raise ValueError(f"--{name} must be {low:g} to {high:g}{order}, not {value!s:.40}")
 
 
+def _utterance(row: dict) -> Utterance:
+    return Utterance(Path(row["audio"]), str(row["speaker"]), str(row["text"]))
+
+
+class ListedUtterances(Sequence):
+    """The utterances of one talker in utterances.json, each read from its line when it is drawn."""
+
+    def __init__(self, listing: Path):
+        self.listing, self.places = listing, array("q")  # bytes from the start of the file
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Utterance:
+        with open(self.listing, "rb") as lines:
+            lines.seek(self.places[index])
+            return _utterance(json.loads(lines.readline().rstrip(b",\n")))
+
+
+def _read_listing(listing: Path) -> dict[str, Sequence[Utterance]]:
+    """Return the utterances of each talker; a million that have a line each take some 10 MB."""
+    talkers, place = {}, 0
+    with open(listing, "rb") as lines:
+        if lines.readline() != b"[\n" or not lines.readline().startswith(b'{"'):
+            lines.seek(0)
+            return group_by_speaker(map(_utterance, json.load(lines)))
+        lines.seek(0)
+        for line in lines:
+            if len(line) > 2:  # between the brackets
+                speaker = _utterance(json.loads(line.rstrip(b",\n"))).speaker
+                talkers.setdefault(speaker, ListedUtterances(listing)).places.append(place)
+            place += len(line)
+    return talkers
+
+
 def load_source(data_dir, split: str):
     """Return the ``mixing.SpeechSource`` that a split of recordings was drawn from.
 
     Raises FileNotFoundError or ValueError if the dataset was not made from recordings, its files
-    are damaged, or a recording is gone.
+    are damaged, or one of its first thousand recordings is gone.
     """
     listing = Path(data_dir) / split / "utterances.json"
     if not listing.is_file():
         raise FileNotFoundError(f"no {listing}: {data_dir} was not made with --speech_dir")
     try:
         about = json.loads((Path(data_dir) / "dataset.json").read_text(encoding="utf-8"))
-        rows = json.loads(listing.read_text(encoding="utf-8"))
         options = _mixing_options(about["mixing"])
         check_bounds(options, MIXING_BOUNDS | {
             "max_speakers": (1, 7), "min_speakers": (1, options.max_speakers)})
-        utterances = [Utterance(Path(row["audio"]), str(row["speaker"]), str(row["text"]))
-                      for row in rows]
-        noises = list_noises(options.noise_dir)
+        talkers, noises = _read_listing(listing), list_noises(options.noise_dir)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"dataset.json or {listing} is damaged ({error})") from None
-    gone = next((u.audio for u in utterances if not u.audio.is_file()), None)
+    first = islice(chain.from_iterable(talkers.values()), 1000)
+    gone = next((u.audio for u in first if not u.audio.is_file()), None)
     if gone is not None:
         raise FileNotFoundError(f"{data_dir} was made from {gone}, which is gone")
-    return SpeechSource(options, group_by_speaker(utterances), noises, split)
+    return SpeechSource(options, talkers, noises, split)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,8 +400,17 @@ def write_mixture(
 
 
 def write_json(path: Path, content) -> None:
-    """Write JSON, an entry a line."""
+    """Write JSON."""
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_listing(path: Path, utterances: list[Utterance]) -> None:
+    """Write utterances as JSON, one a line, so that each can be read alone."""
+    with open(path, "w", encoding="utf-8") as file:
+        for number, u in enumerate(utterances):
+            row = {"audio": os.path.abspath(u.audio), "speaker": u.speaker, "text": u.text}
+            file.write((",\n" if number else "[\n") + json.dumps(row))
+        file.write("\n]\n")
 
 
 def write_split(folder: Path, split: str, samples: int, mixtures: Iterator[dict]) -> list[dict]:
@@ -416,9 +461,7 @@ def write_dataset(
         staging.mkdir()
         entries = {s: write_split(staging / s, s, n, mixtures) for s, n in sizes.items()}
         for split, utterances in splits.items():
-            rows = [{"audio": str(Path(u.audio).resolve()), "speaker": u.speaker, "text": u.text}
-                    for u in utterances]
-            write_json(staging / split / "utterances.json", rows)
+            write_listing(staging / split / "utterances.json", utterances)
         write_json(staging / "dataset.json", about)
         if (output_dir / "train").exists():
             print(f"replacing the earlier dataset in {output_dir}")

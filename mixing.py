@@ -11,7 +11,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -132,7 +132,7 @@ class PlannedMixture(NamedTuple):
     room: int | None = None  # number of the simulated room
 
 
-@cache
+@lru_cache(maxsize=1 << 16)
 def recording_seconds(path) -> float:
     """Length of a recording by its header; errors as of ``audio_info``."""
     info = audio_info(path)

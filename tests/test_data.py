@@ -568,6 +568,22 @@ def test_remixed_recordings_stay_within_max_seconds(speech_dir, tmp_path):
     assert max(mixtures[i]["waveforms"].shape[1] for i in range(4)) == 4800
 
 
+def test_utterances_are_read_when_drawn(recordings, tmp_path):
+    """An older listing, without a line for each, is read whole; both say the same."""
+    folder = shutil.copytree(recordings, tmp_path / "own")
+    lined = generator.load_source(folder, "train").by_speaker
+    listing = folder / "train/utterances.json"
+    rows = json.loads(listing.read_text())
+    assert sum(map(len, lined.values())) == len(rows) > 5
+    before = {speaker: list(talker) for speaker, talker in lined.items()}
+    assert [u.text for talker in before.values() for u in talker] == [row["text"] for row in rows]
+    listing.write_text(json.dumps(rows, indent=1))
+    assert generator.load_source(folder, "train").by_speaker == before
+    listing.unlink()
+    with pytest.raises(FileNotFoundError):
+        next(iter(lined.values()))[0]
+
+
 def test_recordings_that_are_gone(recordings, tmp_path):
     folder = shutil.copytree(recordings, tmp_path / "own")
     edit_json(folder / "train/utterances.json", lambda rows: rows[0].update(audio="/gone.wav"))
