@@ -9,6 +9,7 @@ the answers under them.
 """
 
 import argparse
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -75,6 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Mix, separate, answer, and write everything."""
     args = build_parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         ssm.prepare_folder(args.output_dir)
         mixture = mix(args.one, args.other)
@@ -89,9 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"without separator: {alone}")
     panels = [("Two people talk at once, and the model writes:", spectrogram, alone)]
     for number, (text, (_, values, audio)) in enumerate(zip(per_talker, talkers, strict=True), 1):
-        print(f"talker {number}: {text}")
+        print(f"speaker {number}: {text}")
         write_wav(args.output_dir / f"speaker_{number}.wav", audio.numpy())
-        panels.append((f"With the separator, talker {number}:", values, text))
+        panels.append((f"With the separator, speaker {number}:", values, text))
     picture(args.output_dir / "two_talkers.png", panels)
     print(f"pictures and sound: {args.output_dir}")
     return 0

@@ -97,7 +97,7 @@ def test_two_talkers_from_any_two_recordings(qwen_folder, spectrogram_checkpoint
     assert np.square(mixture[11200:]).sum() > 0.05**2 * 3000
     printed = capsys.readouterr().out
     assert "without separator: " in printed
-    assert "talker 1: " in printed and "talker 2: " in printed
+    assert "speaker 1: " in printed and "speaker 2: " in printed
     for name in ("speaker_1.wav", "speaker_2.wav"):
         assert len(audio.read_audio(tmp_path / "out" / name)) == len(mixture)
     assert (tmp_path / "out/two_talkers.png").stat().st_size > 10_000
