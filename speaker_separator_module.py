@@ -2551,10 +2551,11 @@ class Integration:
 def warn_of_other_features(separator, source: dict) -> None:
     """Say in one line that a separator gets other features than those it was trained on."""
     trained = {} if separator.is_spectrogram else separator.feature_source
-    for key, name in (("kind", "{} features"), ("layer", "features after layer {}")):
-        now = source.get(key, trained.get(key))
-        if key in trained and trained[key] != now:
-            print(f"warning: the separator was trained on {name.format(trained[key])} and gets "
+    for key, name in (("kind", "{} features"), ("encoder", "features of {}"),
+                      ("layer", "features after layer {}")):
+        before, now = (Path(str(s.get(key, trained.get(key)))).name for s in (trained, source))
+        if key in trained and before != now:
+            print(f"warning: the separator was trained on {name.format(before)} and gets "
                   f"{name.format(now)}: its streams will mean nothing; for recordings use a "
                   "spectrogram separator", file=sys.stderr)
             return

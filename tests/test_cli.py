@@ -338,6 +338,18 @@ def test_evaluate_refusals(best, spectrogram_checkpoint, dataset, recordings, ca
         assert_fails(capsys, argv, *words)
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [({"kind": "speech"}, "simulated features and gets speech features"),
+     ({"encoder": "a/b"}, "features of None and gets features of b"), ({}, "")])  # fmt: skip
+def test_evaluate_warns_of_other_features(source, words, best, own_dataset, capsys):
+    edit_json(own_dataset / "dataset.json", lambda about: about.update(source))
+    argv = ["evaluate", f"--checkpoint={best}", f"--data_dir={own_dataset}", *CPU_FLAGS]
+    assert ssm.main(argv) == 0
+    errors = capsys.readouterr().err
+    assert words in errors and errors.count("warning:") == bool(words)
+
+
 def test_evaluate_cannot_write(best, dataset, tmp_path, capsys):
     argv = ["evaluate", f"--checkpoint={best}", f"--data_dir={dataset}", *CPU_FLAGS]
     for flag in ("json", "picture"):

@@ -80,6 +80,9 @@ def test_ci_runs_the_test_command_of_the_readme():
     command = next(line for line in readme.splitlines() if "pytest" in line and "pip" in line)
     last_of_ci = (ROOT / ".ci/run").read_text(encoding="utf-8").strip().splitlines()[-1]
     assert command.endswith(last_of_ci)
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    for words in ("run: bash .ci/run", "ubuntu-latest, macos-latest", '"3.11", "3.13"'):
+        assert words in workflow
 
 
 def test_contributing_names_what_exists():
