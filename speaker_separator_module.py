@@ -2962,7 +2962,10 @@ def cmd_demo(args) -> None:
         infer_recording, separator=separator, encoder=None, threshold=args.threshold)
     print(f"separator {checkpoint}")
     page = build_page(separate, answer, separator.max_speakers, args.num_speakers)
-    page.launch(server_name="127.0.0.1", server_port=args.port, inbrowser=True)
+    _, address, _ = page.launch(server_name="127.0.0.1", server_port=args.port, inbrowser=True,
+                                quiet=True, prevent_thread_lock=True)
+    print(f"page {address}, until Ctrl-C", flush=True)
+    page.block_thread()
 
 
 # --------------------------------------------------------------------------------------------------

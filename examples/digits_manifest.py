@@ -6,6 +6,7 @@ Writes one JSON line per ``{digit}_{speaker}_{index}.wav`` with audio, speaker, 
 recordings 0 to 9 of each digit and speaker are for validation, the others for training.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ def main(folder: str, manifest: str) -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    sys.exit(main(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", help="the recordings")
+    parser.add_argument("manifest", help="the file to write, .jsonl")
+    sys.exit(main(**vars(parser.parse_args())))

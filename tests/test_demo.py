@@ -81,13 +81,19 @@ def gradio(monkeypatch):
 def test_command_serves_on_this_machine_alone(gradio, separator, tmp_path, monkeypatch, capsys):
     checkpoint = save_tiny_checkpoint(tmp_path / "a.pt", separator)
     launched, pages = {}, []
-    page = SimpleNamespace(launch=launched.update)
+
+    def launch(**options):
+        launched.update(options)
+        return None, "http://127.0.0.1:7999/", None
+
+    page = SimpleNamespace(launch=launch, block_thread=lambda: pages.append("waits"))
     monkeypatch.setattr(demo_page, "build_page", lambda *given: pages.append(given) or page)
     argv = ["demo", f"--checkpoint={checkpoint}", "--port=7999", "--num_speakers=2", *CPU_FLAGS]
     assert ssm.main(argv) == 0
     assert (launched["server_name"], launched["server_port"]) == ("127.0.0.1", 7999)
-    assert pages[0][1:] == (None, 3, 2)
-    assert f"separator {checkpoint}" in capsys.readouterr().out
+    assert pages[0][1:] == (None, 3, 2) and pages[1] == "waits"
+    printed = capsys.readouterr().out
+    assert f"separator {checkpoint}" in printed and "page http://127.0.0.1:7999/" in printed
 
 
 def test_command_refuses(gradio, tmp_path, monkeypatch, capsys):
