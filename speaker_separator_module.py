@@ -240,7 +240,15 @@ def check_sizes(config: dict, width_name: str) -> None:
         raise ValueError("its feature_source is damaged")
 
 
-class SpeakerSeparatorTransformer(nn.Module, PyTorchModelHubMixin):
+class StrictHubMixin(PyTorchModelHubMixin):
+    """``from_pretrained`` that refuses weights which are missing, too many or of other shapes."""
+
+    @classmethod
+    def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
+        return super()._load_as_safetensor(model, model_file, map_location, True)
+
+
+class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
     """Splits feature vectors that add up into one stream per talker, each a share of the mixture.
 
     ``S = max_speakers`` learned talker queries attend to the mixture's frames in ``num_layers``
@@ -415,7 +423,7 @@ def speaking_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> T
     return loudest > floor.clamp(min=DIGITAL_SILENCE) + 1e-2  # bfloat16 rounds by 8e-3
 
 
-class SpectrogramSeparator(nn.Module, PyTorchModelHubMixin):
+class SpectrogramSeparator(nn.Module, StrictHubMixin):
     """Splits log-mel spectrograms into one spectrogram per talker, for any Whisper or Qwen2-Audio.
 
     Works on a grid of 80 mel bins; others are resampled to it, and the gains back. ``num_layers``

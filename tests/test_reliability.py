@@ -138,6 +138,25 @@ def test_checkpoints_hold_what_is_opened(trained):
     assert not ssm.PICKLED.fullmatch("builtins bytearray")
 
 
+@pytest.mark.parametrize("change", [
+    lambda state: state.pop("speaker_queries"),
+    lambda state: state.update(more=torch.zeros(2)),
+    lambda state: state.update(speaker_queries=torch.zeros(1, WIDTH)),
+    lambda state: state.update(speaker_queries=torch.full((3, WIDTH), torch.nan)),
+])  # fmt: skip
+def test_exported_weights_that_do_not_fit(change, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    ssm.export_separator(tiny_separator(), tmp_path / "weights")
+    path = tmp_path / "weights/model.safetensors"
+    save_file((state := load_file(path), change(state))[0], path)
+    with pytest.raises(ValueError, match="does not fit"):
+        ssm.load_separator(tmp_path / "weights")
+    if not any(weight.isnan().any() for weight in state.values()):
+        with pytest.raises(RuntimeError):
+            ssm.SpeakerSeparatorTransformer.from_pretrained(tmp_path / "weights")
+
+
 # --------------------------------------------------------------------------------------------------
 # Losses that are not finite
 
@@ -554,3 +573,40 @@ def test_results_do_not_go_onto_inputs(target, best, dataset, tmp_path, capsys):
     argv = ["evaluate", f"--data_dir={tmp_path / 'data'}", f"--checkpoint={tmp_path / 'best.pt'}"]
     assert_fails(capsys, [*argv, f"--json={tmp_path / target}", *CPU_FLAGS], tmp_path / target)
     assert files_of(tmp_path) == before
+
+
+# --------------------------------------------------------------------------------------------------
+# A share of the benchmarks
+
+
+def test_share_of_the_fuzzer(tmp_path, monkeypatch):
+    """One input of every kind; ``--seed 7`` is one that no mend was made for."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import fuzz
+
+    (tmp_path / "base").mkdir()
+    fuzz.make_base(tmp_path / "base")
+    answers = [fuzz.run_input(tmp_path / "base", 7, number) for number in range(len(fuzz.INPUTS))]
+    assert [answer for answer in answers if answer[1]] == []
+
+
+def test_the_fuzzer_sees_faults(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import fuzz
+
+    def fail(argv):
+        raise KeyError("exp_avg")
+
+    monkeypatch.setattr(ssm, "main", fail)
+    assert "traceback: KeyError" in fuzz.run_command(["train"])
+    monkeypatch.setattr(ssm, "main", lambda argv: print("a\nb", file=sys.stderr) or 2)
+    assert "2 lines" in fuzz.run_command(["train"])
+    monkeypatch.setattr(ssm, "main", lambda argv: 2)
+    assert "status 2 with 0 lines" in fuzz.run_command(["train"])
+
+
+def test_share_of_the_crash_test():
+    argv = [sys.executable, ROOT / "benchmarks/crash_test.py", "--kills=2"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": 2 kills") == 2 and "ended equal" in done.stdout
