@@ -2757,6 +2757,27 @@ def check_writable(*files: str | None, inputs=()) -> None:
             raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")
 
 
+def inputs_in(file: str | None) -> set[str]:
+    """Return which inputs have a line in a file of JSON lines; half a line at its end goes."""
+    if file is None or not Path(file).is_file():
+        return set()
+    with reading(file, "is not what --jsonl wrote"):
+        *lines, rest = Path(file).read_bytes().split(b"\n")
+        done = {json.loads(line)["input"] for line in lines}
+        if not b'{"input": '.startswith(rest[:10]):
+            raise ValueError("no line of results at its end")
+    if rest:
+        os.truncate(file, Path(file).stat().st_size - len(rest))
+    return done
+
+
+def append_line(file: str | None, row: dict) -> None:
+    """Append a line of JSON to a file, if there is one."""
+    if file is not None:
+        with open(file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
 def open_separator(args, spectrograms: bool, device: str):
     """Load the checkpoint asked for, else the default one for the kind of input; say which."""
     default = SHIPPED_SEPARATOR if spectrograms else Path(DEFAULT_CHECKPOINT_DIR) / "best_model.pt"
@@ -2881,27 +2902,54 @@ def holds_features(path: Path) -> bool:
     return False
 
 
+def list_inputs(path: Path) -> list[Path]:
+    """Return the recordings in a folder, or the .npy files if it has none; a file as it is."""
+    if not path.is_dir():
+        return [path]
+    from mixing import list_recordings
+
+    if paths := list_recordings(path, "*") or sorted(path.glob("*.npy")):
+        return paths
+    raise ValueError(f"no such audio file: {path} is a folder without recordings or .npy files; "
+                     "name one file, or another folder")
+
+
+def infer_file(args, path: Path, folder: Path, separator, checkpoint: str, encoder) -> None:
+    """Separate one mixture into files in a folder, print what was found and add it to --jsonl."""
+    options, is_features = (args.threshold, args.num_speakers), path.suffix == ".npy"
+    if is_features:
+        about, mixture, talkers = infer_features(path, separator, *options)
+    else:
+        about, mixture, talkers = infer_recording(path, separator, encoder, *options)
+    about = {"input": str(path), "checkpoint": checkpoint, **about}
+    write_separation(folder, about, mixture, talkers, separator.is_spectrogram)
+    probabilities = about.get("probabilities") or [facts["probability"] for facts, *_ in talkers]
+    print(f"{len(talkers)} talker{'s' * (len(talkers) != 1)} "
+          f"({'stream ' * is_features}probabilities "
+          f"{', '.join(f'{p:.2f}' for p in probabilities)}) -> {folder} "
+          f"(separator {checkpoint})")
+    append_line(args.jsonl, {"input": str(path), "output_dir": str(folder),
+                             "num_speakers": len(talkers), "probabilities": probabilities})
+
+
 def cmd_infer(args) -> None:
-    """Separate one mixture into a file per talker."""
-    device, path = pick_device(args.device), Path(args.input)
-    is_features = holds_features(path)
+    """Separate a mixture, or each in a folder, into a file per talker."""
+    device, source = pick_device(args.device), Path(args.input)
+    check_writable(args.jsonl)
+    done = inputs_in(args.jsonl)
+    paths = [path for path in list_inputs(source) if str(path) not in done]
+    if not paths:
+        print(f"{args.jsonl} has every recording already")
+        return
+    is_features = [holds_features(path) for path in paths][0]
     separator, checkpoint = open_separator(args, not is_features, device)
     reads_hidden = not (is_features or separator.is_spectrogram)
     if (args.encoder or args.layer is not None) and not reads_hidden:
         raise ValueError("--encoder and --layer are for audio and a separator of hidden features")
-    options = args.threshold, args.num_speakers
-    if is_features:
-        about, mixture, talkers = infer_features(path, separator, *options)
-    else:
-        encoder = open_encoder(args, separator, device) if reads_hidden else None
-        about, mixture, talkers = infer_recording(path, separator, encoder, *options)
-    about = {"input": str(path), "checkpoint": checkpoint, **about}
-    write_separation(Path(args.output_dir), about, mixture, talkers, separator.is_spectrogram)
-    probabilities = about.get("probabilities") or [facts["probability"] for facts, *_ in talkers]
-    print(f"{len(talkers)} talker{'s' * (len(talkers) != 1)} "
-          f"({'stream ' * is_features}probabilities "
-          f"{', '.join(f'{p:.2f}' for p in probabilities)}) -> {args.output_dir} "
-          f"(separator {checkpoint})")
+    encoder = open_encoder(args, separator, device) if reads_hidden else None
+    for path in paths:
+        folder = Path(args.output_dir, path.name if source.is_dir() else "")
+        infer_file(args, path, folder, separator, checkpoint, encoder)
 
 
 def check_integration(args, config, separator) -> None:
@@ -2911,7 +2959,7 @@ def check_integration(args, config, separator) -> None:
         raise ValueError("--prompt and --mode=joint are for Qwen2-Audio; Whisper takes no prompt")
     if "<|AUDIO|>" in (args.prompt or ""):
         raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
-    check_writable(args.json, inputs=(*args.audio, args.checkpoint, args.model))
+    check_writable(args.json, args.jsonl, inputs=(*args.audio, args.checkpoint, args.model))
 
 
 def load_answering(args, separator, device: str, layer: int | None = None):
@@ -2931,15 +2979,21 @@ def cmd_integrate(args) -> None:
     from audio import load_config, recording_length
 
     device, config = pick_device(args.device), load_config(args.model)
-    for audio in args.audio:
+    done = inputs_in(args.jsonl)
+    pending = [audio for audio in args.audio if audio not in done]
+    if not pending:
+        print(f"{args.jsonl} has every recording already")
+        return
+    for audio in pending:
         recording_length(audio)
     separator, checkpoint = open_separator(args, True, "cpu")
     check_integration(args, config, separator)
     answer, answers = load_answering(args, separator, device, args.layer), {}
     print(f"separator {checkpoint}")
-    for audio in args.audio:
+    for audio in pending:
         with answering(args.model):
             answers[audio] = answer(audio, num_speakers=args.num_speakers, mode=args.mode)
+        append_line(args.jsonl, {"input": audio, "answers": answers[audio]})
         if len(args.audio) > 1:
             print(audio)
         for row in answers[audio]:
@@ -3015,7 +3069,8 @@ def add_evaluate_arguments(add) -> None:
 
 def add_infer_arguments(add) -> None:
     """Add the options of ``infer``."""
-    add("--input",      required=True, help="features [T, D] as .npy, or an audio file")
+    add("--input",      required=True, help="features [T, D] as .npy, audio, or a folder of either")
+    add("--jsonl",      metavar="FILE", help="add a line for each input; skip those that have one")
     add("--encoder",    help="model that makes the features: that of the checkpoint")
     add("--layer",      type=int, help="encoder block to separate after: that of the checkpoint")
     add("--output_dir", default="separated", help="where speaker_1.npy ... go")
@@ -3031,6 +3086,8 @@ def add_integrate_arguments(add) -> None:
     add("--layer",          type=int, help="encoder block to separate after: the checkpoint's")
     add("--max_new_tokens", type=int, help="length limit of each answer: 256, or Whisper's own")
     add("--json",           metavar="FILE", help="also write the answers, by window too")
+    add("--jsonl",          metavar="FILE",
+        help="add a line for each recording; skip those that have one")
 
 
 def add_demo_arguments(add) -> None:

@@ -6,9 +6,10 @@ products; what optimizer and data pipeline add; memory.
 
     python benchmarks/throughput.py --json throughput.json
 
-FLOPs are counted by the shapes of the products (``torch.utils.flop_counter``); a step is forward
-and backward pass, the optimizer is extra. On a CPU with one thread the clock is that of the
-process, so that other work beside it does not count; else it is the clock on the wall.
+FLOPs are counted by the shapes of the products (``torch.utils.flop_counter``). A step is forward
+and backward pass and has three times those of the forward pass; the optimizer is extra. On a CPU
+with one thread the clock is that of the process, so that other work beside it does not count; else
+it is the clock on the wall.
 """
 
 import argparse
@@ -127,7 +128,7 @@ def measure(kind: str, B: int, T: int, rate: int, device: str, dtype, repeats: i
         with ssm.autocast(device, dtype):
             separator(batch["mixture"], batch["frame_mask"])
 
-    flops = {"forward": count_flops(forward), "step": count_flops(step)}
+    flops = {"forward": (count := count_flops(forward)), "step": 3 * count}
     reset_peak(device)
     seconds = {"step": seconds_of(step, device, repeats),
                "optimizer": seconds_of(optimizer.step, device, repeats)}

@@ -1,14 +1,20 @@
 """The benchmarks run, on short recordings."""
 
+import json
 import sys
 
 import numpy as np
+import pytest
 import torch
 from conftest import ROOT, save_tiny_checkpoint, sine, tiny_spectrogram_separator, write_wav
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import long_recording  # noqa: E402
 import meetings  # noqa: E402
+import peers  # noqa: E402
+import throughput  # noqa: E402
+
+import speaker_separator_module as ssm  # noqa: E402
 
 
 def make_digits(folder):
@@ -61,3 +67,37 @@ def test_talkers_in_every_frame_of_a_meeting(tmp_path):
 def test_a_meeting_has_a_reference(tmp_path, capsys):
     assert meetings.main([f"--recordings={tmp_path}"]) == 2
     assert "no reference.rttm" in capsys.readouterr().err
+
+
+def test_throughput(tmp_path, capsys, monkeypatch):
+    layer, x = torch.nn.Linear(30, 50), torch.randn(7, 30)
+    assert throughput.count_flops(lambda: layer(x)) == 2 * 7 * 30 * 50
+    monkeypatch.setattr(throughput, "SIZE", 64)
+    monkeypatch.setattr(throughput, "CASES", (("spectrogram", 2, 40, 100),))
+    argv = ["--device=cpu", "--dtypes=float32", "--cases=0", "--repeats=1",
+            f"--json={tmp_path / 'a.json'}"]  # fmt: skip
+    assert throughput.main(argv) == 0
+    results = json.loads((tmp_path / "a.json").read_text())
+    (row,), printed = results["cases"], capsys.readouterr().out
+    linear = 2 * 20 * sum(  # of all blocks on 20 steps of 40 ms and those on streams thrice
+        w.numel() * (3 if "stream_blocks" in name or "exchanges" in name else 1)
+        for name, w in ssm.SpectrogramSeparator().named_parameters() if w.dim() == 2)
+    assert row["flops"]["forward"] == pytest.approx(linear, rel=0.15)
+    assert 0 < row["outside_products"] < 1 and 0 < row["optimizer_share"] < 1
+    assert row["peak_bytes"] > 0 and results["data"]["mixing"] > 0
+    assert "| spectrogram | 2 x 40 | float32 |" in printed
+    assert throughput.main(["--device=tpu"]) == 2
+
+
+def test_peers(tmp_path, whisper_folder, capsys):
+    separate, separator, rate = peers.ours()
+    with torch.no_grad():
+        streams, probabilities = separate(torch.randn(rate))
+    assert streams.shape == (1, 3, 100, 80) and probabilities.shape == (1, 3)
+    rows = {"Whisper": {"seconds": 4.0, "peak_bytes": 0}}
+    rows |= {name: {"seconds": seconds, "peak_bytes": 0, "parameters": 1_000_000}
+             for name, seconds in (("ours", 1.0), ("other", 6.0))}
+    assert "| 6.00 | 0.200 | 2.50 | 2.00 | 6.0 |" in peers.table(rows)[-1]
+    argv = [f"--model={whisper_folder}", "--speech", str(tmp_path / "gone.wav"), "gone.wav"]
+    assert peers.main(argv) == 2
+    assert "gone.wav" in capsys.readouterr().err

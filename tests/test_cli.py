@@ -613,9 +613,10 @@ def test_infer_refusals(best, mixture_file, qwen_checkpoint, spectrogram_checkpo
                         tmp_path, capsys):  # fmt: skip
     (tmp_path / "file").write_text("in the way")
     np.save(tmp_path / "whispers_own.npy", np.zeros((80, 30), np.float32))
+    (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
     for argv, *words in (
-        (infer_flags(best, tmp_path, out), "is a folder", "name one file"),
+        (infer_flags(best, tmp_path / "empty", out), "is a folder", "name one file"),
         (infer_flags(best, tmp_path / "a.npz", out), "a.npz is an archive", "as .npy"),
         (infer_flags(spectrogram_checkpoint, tmp_path / "whispers_own.npy", out),
          "80 or 128; save them as [T, 80], transposed"),
@@ -662,6 +663,50 @@ def test_integrate(kind, qwen_folder, qwen_checkpoint, spectrogram_checkpoint, t
         for row in rows:
             line = f"Speaker {row['speaker']} ({row['probability']:.2f}): {row['text']}"
             assert line.strip() in printed
+
+
+def test_integrate_goes_on_in_a_file_of_lines(
+    whisper_folder, spectrogram_checkpoint, tmp_path, capsys
+):
+    recordings = [write_wav(tmp_path / f"{pitch}.wav", sine(0.4, pitch)) for pitch in (150, 400)]
+    lines = tmp_path / "answers.jsonl"
+    argv = integrate_flags(whisper_folder, spectrogram_checkpoint, recordings,
+                           f"--jsonl={lines}", "--threshold=0")  # fmt: skip
+    assert ssm.main(argv) == 0
+    whole = lines.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["input"] for row in rows] == [str(path) for path in recordings]
+    assert all([talker["speaker"] for talker in row["answers"]] == [1, 2, 3] for row in rows)
+    first = whole.index("\n") + 1
+    lines.write_text(whole[: first + 30])  # killed while it wrote the second line
+    capsys.readouterr()
+    assert ssm.main(argv) == 0
+    assert lines.read_text() == whole
+    assert "150.wav" not in capsys.readouterr().out
+    assert ssm.main(argv) == 0 and lines.read_text() == whole
+    lines.write_text("[1]")
+    assert_fails(capsys, argv, "answers.jsonl", "--jsonl")
+    assert lines.read_text() == "[1]"
+
+
+def test_infer_folder(spectrogram_checkpoint, tmp_path, capsys):
+    recordings = [write_wav(tmp_path / "meetings" / f"{pitch}.wav", sine(0.4, pitch))
+                  for pitch in (150, 400)]
+    out, lines = tmp_path / "out", tmp_path / "lines.jsonl"
+    argv = infer_flags(
+        spectrogram_checkpoint, tmp_path / "meetings", out, f"--jsonl={lines}", "--threshold=0")
+    assert ssm.main(argv) == 0
+    for path in recordings:
+        assert len(list((out / path.name).glob("speaker_*.wav"))) == 3
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [row["input"] for row in rows] == [str(path) for path in recordings]
+    assert all(row["num_speakers"] == len(row["probabilities"]) == 3 for row in rows)
+    shutil.rmtree(out)
+    lines.write_text(json.dumps(rows[0]) + "\n")
+    assert ssm.main(argv) == 0
+    assert [path.name for path in out.iterdir()] == ["400.wav"]
+    (tmp_path / "empty").mkdir()
+    assert_fails(capsys, infer_flags(spectrogram_checkpoint, tmp_path / "empty", out), "a folder")
 
 
 @pytest.mark.parametrize(("flag", "rows"), [("--num_speakers=2", 2), ("--threshold=1", 0)])
