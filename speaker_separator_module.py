@@ -2815,7 +2815,7 @@ def sample_panels(separator, dataset, device: str, count: int = 3) -> list[dict]
         separated, _ = separator(batch["mixture"])
         cost = pairwise_mse(separated, batch["targets"], batch["frame_mask"])
         streams = reorder(separated, best_assignment(cost, batch["speaker_mask"]))[0]
-        row = {"mixture": batch["mixture"][0]}
+        row = {f"mixture {dataset.samples[index]['id']}": batch["mixture"][0]}
         for i in range(int(batch["speaker_mask"].sum())):
             row |= {f"speaker {i + 1} alone": batch["targets"][0, i],
                     f"speaker {i + 1} separated": streams[i]}

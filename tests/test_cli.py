@@ -310,7 +310,8 @@ def test_picture_has_streams_beside_their_talkers(best, dataset, tmp_path, monke
     assert ssm.main(argv) == 0
     separator, val_set = ssm.load_separator(best), ssm.MultiSpeakerDataset(dataset, "val")
     assert len(drawn) == 3
-    for row, item in zip(drawn, val_set, strict=True):
+    for row, item, sample in zip(drawn, val_set, val_set.samples, strict=True):
+        torch.testing.assert_close(row[f"mixture {sample['id']}"], item["mixture"])
         with torch.no_grad():
             streams = separator(item["mixture"][None])[0][0]
         errors = (streams[:, None] - item["targets"]).square().mean((2, 3)).numpy()
