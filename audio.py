@@ -230,6 +230,18 @@ def check_numbers(folder: Path) -> None:
             walk(json.loads(path.read_text(encoding="utf-8")), path.name)
 
 
+def check_size(kind: type, config, folder: Path) -> None:
+    """Fail if a model on this disk has far more weights than its files hold.
+
+    The rest would be drawn at random, which takes memory before it is found out.
+    """
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in kind(config).parameters())
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if folder.is_dir() and count > 1e6 + 4 * sum(file.stat().st_size for file in files):
+        raise ValueError(f"its configuration asks for {count:,} weights, more than its files hold")
+
+
 def load_pretrained(kind, path_or_id: str, **options):
     """Load with a class of transformers, or its name, in silence; failures raise ValueError."""
     import transformers
@@ -241,6 +253,8 @@ def load_pretrained(kind, path_or_id: str, **options):
     try:
         check_numbers(Path(path_or_id))
         loader = getattr(transformers, kind) if isinstance(kind, str) else kind
+        if "config" in options:
+            check_size(loader, options["config"], Path(path_or_id))
         return loader.from_pretrained(path_or_id, trust_remote_code=False, **options)
     except Exception as error:  # safetensors' and the hub's own kinds among them
         raise ValueError(f"cannot load a model from {path_or_id}: {first_line(error)}") from None
@@ -264,10 +278,11 @@ def load_model(path_or_id: str, device: str = "cpu", dtype="auto"):
     ``dtype`` "auto" is that of the file, but float32 for a CPU and float16, which few CPUs multiply
     and others emulate, 100 times slower.
     """
-    name = {"qwen2_audio": "Qwen2Audio", "whisper": "Whisper"}[load_config(path_or_id).model_type]
+    config = load_config(path_or_id)
+    name = {"qwen2_audio": "Qwen2Audio", "whisper": "Whisper"}[config.model_type]
     processor = load_pretrained("AutoProcessor", path_or_id)
-    model, loaded = load_pretrained(f"{name}ForConditionalGeneration", path_or_id, dtype=dtype,
-                                    output_loading_info=True)
+    model, loaded = load_pretrained(f"{name}ForConditionalGeneration", path_or_id, config=config,
+                                    dtype=dtype, output_loading_info=True)
     if loaded["missing_keys"]:
         raise ValueError(f"{path_or_id} lacks the weight {min(loaded['missing_keys'])}")
     if (device, dtype, model.dtype) == ("cpu", "auto", torch.float16):

@@ -309,8 +309,10 @@ def check_bounds(options, bounds: dict[str, tuple]) -> None:
     for name, (low, high) in bounds.items():
         value = getattr(options, name)
         values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        if not all(a <= b for a, b in pairwise([low, *values, high])):
-            order = ", the smaller first" * (len(values) > 1)
+        pair = name in ("join", "overlap", "speed", "snr_db")
+        given = len(values) == 1 + pair or value is None and name in ("overlap", "max_seconds")
+        if not given or not all(a <= b for a, b in pairwise([low, *values, high])):
+            order = ", the smaller first" * pair
             raise ValueError(f"--{name} must be {low:g} to {high:g}{order}, not {value!s:.40}")
 
 

@@ -169,7 +169,8 @@ def check_limits(values: dict) -> None:
     """Fail if a number is not what ``LIMITS`` has under its name; None stands for a default."""
     for name, value in values.items():
         kind, low, high = LIMITS.get(name, (None, 0, 0))
-        several = value if isinstance(value, (list, tuple)) else [value]
+        pair = name == "crop_seconds" and isinstance(value, (list, tuple)) and len(value) == 2
+        several = value if pair else [value]
         if kind and not all(v is None or is_number(v, low, high, kind) for v in several):
             bounds = f"{low:g} {'to' if high < 1e6 else 'or more, at most'} {high:g}"
             raise ValueError(f"{name} must be {bounds}, not {value!r:.40}")
@@ -228,6 +229,8 @@ def check_features(features: Tensor, frame_mask: Tensor | None, width: int | Non
 def check_sizes(config: dict, width_name: str) -> None:
     """Fail unless a separator of this configuration can be built."""
     check_limits(config)
+    if missing := [name for name in LIMITS if config.get(name, 0) is None]:
+        raise ValueError(f"{missing[0]} must be a number, not None")
     width, num_heads = config[width_name], config["num_heads"]
     if num_heads < 2 or num_heads % 2 or width % num_heads:
         raise ValueError(

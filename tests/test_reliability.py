@@ -1,6 +1,7 @@
 """Damaged, hostile and interrupted: one clear line, nothing lost."""
 
 import contextlib
+import json
 import os
 import pickletools
 import shutil
@@ -86,6 +87,8 @@ DAMAGE = {
     "a billion layers": edited(lambda c: c["model_config"].update(num_layers=10**9)),
     "huge feed-forward": edited(lambda c: c["model_config"].update(ff_dim=40_000_000)),
     "dropout in words": edited(lambda c: c["model_config"].update(dropout="much")),
+    "threshold missing": edited(lambda c: c["model_config"].update(threshold=None)),
+    "layers a list": edited(lambda c: c["model_config"].update(num_layers=[1])),
     "threshold NaN": edited(lambda c: c["model_config"].update(threshold=float("nan"))),
     "numbered weights": edited(lambda c: c["model_state_dict"].update({3: torch.zeros(2)})),
     "weight in words": weight(str),
@@ -95,7 +98,7 @@ DAMAGE = {
     "weight cut": weight(lambda w: w[:1]),
 }
 RESUME_DAMAGE = {
-    **{kind: damage for kind, damage in DAMAGE.items() if kind != "threshold NaN"},
+    **{kind: damage for kind, damage in DAMAGE.items() if "threshold" not in kind},
     "trained weight NaN": weight(lambda w: w * torch.nan, "training_state_dict"),
     "history of another epoch": edited(lambda c: c["train_history"].pop()),
     "history without losses": edited(lambda c: c["train_history"][0].update(train={})),
@@ -467,6 +470,7 @@ def test_damaged_manifest(line, tmp_path, capsys):
     lambda about: about["mixing"].update(join=[10**9, 10**9]),
     lambda about: about["mixing"].update(min_seconds=1e308),
     lambda about: about["mixing"].update(speed="fast"),
+    lambda about: about["mixing"].update(join=[1]),
     lambda about: about["mixing"].update(noise_dir=5),
 ])  # fmt: skip
 def test_mixing_options_of_a_dataset_are_bounded(change, recordings, tmp_path, capsys):
@@ -610,3 +614,36 @@ def test_share_of_the_crash_test():
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": 2 kills") == 2 and "ended equal" in done.stdout
+
+
+# --------------------------------------------------------------------------------------------------
+# Model folders
+
+
+MODELS = {
+    "a template that raises": ("chat_template.jinja", lambda _: "{{ raise_exception('no') }}"),
+    "an extractor that is a number": ("processor_config.json", lambda c: c | {
+        "feature_extractor": 5}),
+    "the sizes of another model": ("config.json", lambda c: c | {"text_config": None}),
+    "a million layers": ("config.json", lambda c: c | {
+        "audio_config": c["audio_config"] | {"encoder_layers": 10**6}}),
+    "more layers than weights": ("config.json", lambda c: c | {
+        "audio_config": c["audio_config"] | {"encoder_layers": 4}}),
+    "code of its own": ("config.json", lambda c: {
+        "model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}),
+    "nested": ("config.json", lambda _: "[" * 100_000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_damaged_model_folder(kind, qwen_folder, spectrogram_checkpoint, tmp_path, capsys):
+    folder = shutil.copytree(qwen_folder, tmp_path / "model")
+    name, change = MODELS[kind]
+    content = change(json.loads((folder / name).read_text()) if name.endswith("json") else None)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    wav = write_wav(tmp_path / "a.wav", sine(0.5, 200))
+    argv = ["integrate", f"--model={folder}", f"--audio={wav}", "--max_new_tokens=2",
+            f"--checkpoint={spectrogram_checkpoint}", *CPU_FLAGS]  # fmt: skip
+    assert_fails(capsys, argv, folder)
+    assert not (tmp_path / "ran").exists()
