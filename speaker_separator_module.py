@@ -308,8 +308,10 @@ class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
         frames = frames.to(mixture.dtype)
         context = normalize(self.refinement[0](frames, src_key_padding_mask=padding))
         queries = self.speaker_queries.expand(B, -1, D)
+        # As the attention turns it: else PyTorch copies the weights for every frame (measured).
+        memory = context.transpose(0, 1).contiguous().transpose(0, 1)
         for block in self.decoder:
-            queries = block(queries, context, memory_key_padding_mask=padding)
+            queries = block(queries, memory, memory_key_padding_mask=padding)
 
         streams = context[:, None] + normalize(queries)[:, :, None]  # [B, S, T, D]
         streams = self.refinement[1](
