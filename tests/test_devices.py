@@ -164,3 +164,46 @@ def test_bfloat16_training_agrees(train_set, tmp_path):
         assert {p.dtype for p in run.averaged.module.parameters()} == {torch.float32}
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
     assert losses["bfloat16"] != losses["float32"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Waiting for the device
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes a host wait for its device: values read, and shapes that depend on them."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        masks = [a for a in (args[1] if op.overloadpacket.__name__.startswith("index") else ())
+                 if isinstance(a, torch.Tensor) and a.dtype == torch.bool]  # fmt: skip
+        if op.overloadpacket.__name__ in self.NAMES or masks:
+            self.found.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["dataset", "recordings"])
+def test_a_step_reads_nothing_back(kind, request, tmp_path):
+    """Of a GPU nothing is waited for but at the epoch's end; the average counts on the CPU."""
+    data = request.getfixturevalue(kind)
+    sizes = SIZES if kind == "dataset" else SPECTROGRAM_SIZES
+    options = ssm.TrainOptions(**{**sizes, **SHORT, **CPU})
+    sets = [ssm.MultiSpeakerDataset(data, split) for split in ("train", "val")]
+    run = ssm.start_run(options, *sets, tmp_path)
+    raw = next(iter(run.loader))
+    with Reads() as reads:
+        torch.ones(2).sum().item(), torch.ones(3)[torch.ones(3) > 0]
+    assert len(reads.found) == 2
+    with Reads() as reads:
+        ssm.backward(run, [ssm.add_spectrograms(ssm.to_device(raw, "cpu"))])
+        run.optimizer.step()
+    assert reads.found == []
+    with Reads() as reads:
+        run.averaged.update_parameters(run.separator)
+    assert set(reads.found) <= {"aten._local_scalar_dense.default"} and len(reads.found) <= 2
+    assert run.averaged.n_averaged.device.type == "cpu"
