@@ -1,4 +1,4 @@
-"""Recordings in and out: reading, log-mel spectrograms, gains back to audio, frozen encoders.
+"""Recordings in and out: reading, log-mel spectrograms, gains back to audio, frozen models.
 
 Spectrograms are those of every Whisper and of Qwen2-Audio: 16 kHz, 80 or 128 mel bins,
 ``(log10(power) + 4) / 4``. ``T`` frames, ``D`` bins or feature width, ``S`` talkers (streams).
@@ -23,7 +23,7 @@ SAMPLING_RATE = 16000  # what every Whisper and Qwen2-Audio reads
 N_FFT, HOP_LENGTH = 400, 160  # samples: 25 ms every 10 ms
 FRAME_RATE = SAMPLING_RATE // HOP_LENGTH  # spectrogram frames per second
 READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
-RATES, LOUDEST = (1000, 768_000), 1e9  # Hz, and what float32 can square and add up
+RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; samples whose squares float32 can add up
 LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotary base
 SHORTEST = 640  # samples: one output frame of Qwen2-Audio's encoder
 DIGITAL_SILENCE = -1.5  # what ``log_mel`` gives for it: (log10(1e-10) + 4) / 4
@@ -77,7 +77,7 @@ def audio_info(path):
     if not RATES[0] <= info.samplerate <= RATES[1]:
         raise ValueError(f"{path} has a sampling rate of {info.samplerate} Hz, not {RATES[0]:,} to "
                          f"{RATES[1]:,}")
-    if info.frames > 100 * Path(path).stat().st_size:  # too good to be believed without counting
+    if info.frames > 100 * Path(path).stat().st_size:  # the header may be wrong: count
         sum(map(len, _blocks_of_file(path)))
     return info
 

@@ -82,16 +82,16 @@ class TalkerTracker:
     """
 
     # Measured on streams of two talkers: benchmarks/ABLATIONS.md.
-    ALIKE = 0.8  # correlation of shared frames above which they speak for the same talker
+    ALIKE = 0.8  # correlation of shared frames above which two streams are one talker
     SHARED, OFTEN = 8.0, 2.0  # weights of the shared frames and of the number of windows
 
     def __init__(self, shared: int, most: int | None = None):
         self.shared, self.most = shared, most
         self.voices: list[Tensor] = []  # mean voice [2 D] of each talker
         self.windows: list[int] = []  # windows that each was found in
-        self.same: list[float] = []  # distances between voices of one talker,
-        self.different: list[float] = []  # and of two
-        self.talker_of: dict[int, int] = {}  # {stream: talker} of the last window with any talker
+        self.same: list[float] = []  # distances between voices of one talker
+        self.different: list[float] = []  # distances between voices of two talkers
+        self.talker_of: dict[int, int] = {}  # {stream: talker} of the last window with a talker
         self.tail = self.scale = None
 
     def _voice(self, stream: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class TalkerTracker:
         """Return a talker for every stream, known or new, with the highest summed score."""
         from scipy.optimize import linear_sum_assignment
 
-        # Voices are taken for one talker's up to twice the middle of both kinds of distances.
+        # Largest distance of one talker's voices: twice the geometric mean of both mean distances.
         # Measured: with a factor above 2 the second of two talkers is missed more often.
         means = [np.mean(distances) for distances in (self.same, self.different) if distances]
         limit = 2 * math.sqrt(means[0] * means[-1]) if means else 1e6
@@ -132,7 +132,7 @@ class TalkerTracker:
         score = self.SHARED * shared - distance / unit + self.OFTEN * np.log(self.windows)
         streams, known = alike.shape
         new = streams if self.most is None else min(streams, self.most - known)
-        fresh = np.tile(-limit / unit - 1e-9 * np.arange(new), (streams, 1))  # the next first
+        fresh = np.tile(-limit / unit - 1e-9 * np.arange(new), (streams, 1))  # lowest number first
         if not np.isnan(alike).any():  # all talkers were in the window before
             fresh -= self.SHARED * self.ALIKE
         _, talkers = linear_sum_assignment(np.hstack([score, fresh]), maximize=True)
@@ -202,7 +202,7 @@ def separate_recording(
     separate: Callable, audio, encoder: AudioEncoder | None = None, num_bins: int = 80,
     most: int | None = None, sampling_rate: int | None = None,
 ) -> SeparatedRecording:
-    """Separate a recording of any length; memory grows with the streams it returns alone.
+    """Separate a recording of any length; memory grows only with the streams it returns.
 
     ``separate(features [T, D], alone) -> values [S, T, D], probabilities [S], active [S]`` is given
     each window; ``alone`` says whether it is the only one. Features are an ``encoder``'s, or
@@ -305,7 +305,9 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
 # Answers of long recordings
 
 
-def _transcribe(integration, processor, recording: SeparatedRecording, options: dict) -> list[dict]:
+def _decode_streams(
+    integration, processor, recording: SeparatedRecording, options: dict
+) -> list[dict]:
     """Let Whisper decode every talker's spectrogram, all as one batch."""
     if not recording.talkers:
         return []
@@ -408,7 +410,7 @@ def answer_per_talker(
         recording = separate_recording(
             integration.window_separator(num_speakers), audio, None,
             processor.feature_extractor.feature_size, num_speakers, sampling_rate)
-        return _transcribe(integration, processor, recording, options)
+        return _decode_streams(integration, processor, recording, options)
     if mode == "joint":
         options["tokenizer"] = processor.tokenizer
     options |= {"num_speakers": num_speakers, "mode": mode}

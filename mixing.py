@@ -89,7 +89,7 @@ def list_noises(noise_dir: str | None) -> list[str]:
         raise FileNotFoundError(f"no noise folder at {noise_dir}")
     noises = list_recordings(Path(noise_dir), "**/*")
     if not noises:
-        raise ValueError(f"{noise_dir} holds no recordings of noise (.wav, .flac, .ogg, .mp3)")
+        raise ValueError(f"{noise_dir} holds no recordings ({', '.join(sorted(AUDIO_SUFFIXES))})")
     return [str(path) for path in noises]
 
 
@@ -263,7 +263,7 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
     if max(count, 1) > len(by_speaker):
         raise ValueError(f"{count} talkers were asked for and there are {len(by_speaker)} speakers")
     names = sorted(by_speaker)
-    shares = np.array([len(by_speaker[name]) for name in names], float)  # utterances alike
+    shares = np.array([len(by_speaker[name]) for name in names], float)  # by utterances
     draw = partial(rng.choice, names, max(count, 1), replace=False, p=shares / shares.sum())
     aimed = options.overlap is not None and count > 1
     target = float(rng.uniform(*options.overlap)) if aimed else None

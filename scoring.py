@@ -11,8 +11,6 @@ import torch
 
 from audio import mel_bin
 
-TRIVIAL_OUTPUTS = ("zeros", "mixture", "mixture / count")
-
 # --------------------------------------------------------------------------------------------------
 # Words
 
@@ -172,9 +170,9 @@ def plot_history(path: Path, history: list[dict]) -> None:
         loss.plot(epochs, [row[split]["total"] for row in history], style, ms=3, label=split)
         values = [row[split]["separation"] for row in history]
         separation.plot(epochs, values, style, ms=3, label=f"separator, {split}")
-    trivial = history[-1]["val"]["trivial_mse"]
-    for name, grey in zip(TRIVIAL_OUTPUTS, ("0.2", "0.45", "0.7"), strict=True):
-        separation.axhline(trivial[name], color=grey, linestyle=":", label=name)
+    trivial = history[-1]["val"]["trivial_mse"].items()
+    for (name, error), grey in zip(trivial, ("0.2", "0.45", "0.7"), strict=True):
+        separation.axhline(error, color=grey, linestyle=":", label=name)
     count.plot(
         epochs, [100 * row["val"]["count_accuracy"] for row in history], "o-", ms=3, label="val")
     count.set_ylim(0, 105)

@@ -19,7 +19,7 @@ def drawn(monkeypatch):
 
 
 def epochs(*totals):
-    trivial = dict.fromkeys(scoring.TRIVIAL_OUTPUTS, 1.0)
+    trivial = dict.fromkeys(("zeros", "mixture", "mixture / count"), 1.0)
     return [{"epoch": number, "train": {"total": total, "separation": total},
              "val": {"total": total, "separation": total, "count_accuracy": 0.25,
                      "trivial_mse": trivial}}
