@@ -82,7 +82,7 @@ MAX_STREAMS = 7  # the loss scores every assignment of streams to talkers: 7! ar
 class Option(NamedTuple):
     """An option of training: default (None: what suits the data), kind, least, most and help.
 
-    What the help says after a colon is the default of a spectrogram separator.
+    After a colon the help names a default that depends on the data: that of recordings first.
     """
 
     default: object
@@ -95,8 +95,8 @@ class Option(NamedTuple):
 OPTIONS = {
     "epochs": Option(20, int, 1, 1e6, "passes over the training mixtures"),
     "batch_size": Option(8, int, 1, 1e5, "mixtures per step of each process"),
-    "accumulate": Option(1, int, 1, 1e5, "batches per step: as if they were one, less memory"),
-    "lr": Option(None, float, 1e-12, 1e30, "rate at the start: 2e-3; features 0.128 / width"),
+    "accumulate": Option(1, int, 1, 1e5, "batches per step: one large batch in less memory"),
+    "lr": Option(None, float, 1e-12, 1e30, "first learning rate: 2e-3; features 0.128 / width"),
     "weight_decay": Option(0.01, float, 0, 1e30, "weight decay of the optimizer"),
     "num_layers": Option(None, int, 1, 128, "blocks on the mixture: 4"),
     "num_heads": Option(None, int, 1, 1024, "attention heads: 4; features 8"),
@@ -105,14 +105,13 @@ OPTIONS = {
     "dropout": Option(None, float, 0, 1, "dropout in every block: 0.1; features only"),
     "max_speakers": Option(None, int, 1, MAX_STREAMS, "streams: as many as the data has talkers"),
     "reconstruction_weight": Option(
-        None, float, 0, 1e30, "weight of that loss: 0.5 if features add up, else 0"),
-    "activity_weight": Option(None, float, 0, 1e30, "weight of that loss: 0.02; features 0.5"),
-    "mixtures_per_epoch": Option(
-        None, int, 1, 1e6, "fresh mixtures: twice the data's, at least 120"),
-    "crop_seconds": Option(None, float, 1e-12, 1e6, "train on parts so long; recordings only"),
-    "workers": Option(0, int, 0, 1024, "processes that load or mix; 0: this one"),
+        None, float, 0, 1e30, "weight of that loss part: 0.5 if features add up, else 0"),
+    "activity_weight": Option(None, float, 0, 1e30, "weight of that loss part: 0.02; features 0.5"),
+    "mixtures_per_epoch": Option(None, int, 1, 1e6, "fresh mixtures: twice the data, at least 120"),
+    "crop_seconds": Option(None, float, 1e-12, 1e6, "lengths of training parts; recordings only"),
+    "workers": Option(0, int, 0, 1024, "processes that load or mix, 0 for this one"),
     "save_every": Option(5, int, 1, 1e6, "epochs between periodic checkpoints"),
-    "patience": Option(None, int, 1, 1e6, "stop after so many epochs without a better one"),
+    "patience": Option(None, int, 1, 1e6, "stop after this many epochs without a better one"),
     "seed": Option(42, int, 0, 1 << 62, "seed of weights, order, mixtures and dropout"),
 }
 OTHERS = {  # not numbers
@@ -160,13 +159,13 @@ def reading(path, complaint: str):
 
 
 def is_number(value, low: float, high: float, kind: type = float) -> bool:
-    """Say whether a value is a number, finite and in these bounds; True and False are none."""
+    """Return whether a value is a finite number in these bounds; True and False are not numbers."""
     kinds = (int, float) if kind is float else kind
     return isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high
 
 
 def check_limits(values: dict) -> None:
-    """Fail if a number is not what ``LIMITS`` has under its name; None stands for a default."""
+    """Fail if a number is outside the ``LIMITS`` of its name; None stands for a default."""
     for name, value in values.items():
         kind, low, high = LIMITS.get(name, (None, 0, 0))
         pair = name == "crop_seconds" and isinstance(value, (list, tuple)) and len(value) == 2
@@ -273,7 +272,7 @@ class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
         super().__init__()
         self.feature_dim, self.max_speakers, self.threshold = feature_dim, max_speakers, threshold
         self.feature_source = dict(feature_source or {})
-        self.config = {  # what builds another of the kind
+        self.config = {  # arguments that build a copy
             "feature_dim": feature_dim, "max_speakers": max_speakers, "num_layers": num_layers,
             "num_heads": num_heads, "ff_dim": ff_dim, "dropout": dropout, "threshold": threshold,
             "feature_source": self.feature_source}
@@ -318,7 +317,7 @@ class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
             streams.flatten(0, 1), src_key_padding_mask=padding.repeat_interleave(S, dim=0))
         logits = (streams.unflatten(0, (B, S)) - frames[:, None]).float()
         separated = (logits.softmax(dim=1) * mixture[:, None]).to(mixture.dtype)
-        # Activity is read off what was separated: an empty stream is a talker who is not there.
+        # Activity is read from the streams: an empty one is a talker who is not there.
         pooled = masked_mean(separated / level[:, None], valid[:, None], 2)  # [B, S, D]
         logit = self.activity_head(pooled.to(mixture.dtype)).squeeze(-1)
         return separated, logit.float().sigmoid()
@@ -453,7 +452,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         super().__init__()
         self.max_speakers, self.threshold = max_speakers, threshold
         self.feature_source = {"kind": "recordings"}
-        self.config = {  # what builds another of the kind
+        self.config = {  # arguments that build a copy
             "max_speakers": max_speakers, "num_layers": num_layers, "num_heads": num_heads,
             "ff_dim": ff_dim, "dim": dim, "threshold": threshold}
         check_sizes(self.config, "dim")
@@ -630,6 +629,10 @@ def separator_loss(
 # --------------------------------------------------------------------------------------------------
 # Metrics
 
+LOSS_PARTS = ("total", "separation", "reconstruction", "activity")
+TRIVIAL_OUTPUTS = ("zeros", "mixture", "mixture / count")
+SCORES = (*LOSS_PARTS[1:], "si_sdr_improvement", *TRIVIAL_OUTPUTS)
+
 
 def si_sdr(estimates: Tensor, targets: Tensor) -> Tensor:
     """Scale-invariant SDR in dB (arXiv:1811.02508) over the last dimension, [..., N] -> [...]."""
@@ -650,7 +653,7 @@ def trivial_outputs(mixture: Tensor, speaker_mask: Tensor, log_mel: bool = False
     if log_mel:
         floor = mixture.amax((1, 2), keepdim=True) - LOG_MEL_RANGE
         zeros, shared = floor.expand_as(mixture), mixture - count.log10() / 2
-    return {"zeros": zeros, "mixture": mixture, "mixture / count": shared}
+    return dict(zip(TRIVIAL_OUTPUTS, (zeros, mixture, shared), strict=True))
 
 
 def check_num_speakers(num_speakers: int | None, streams: int) -> None:
@@ -809,7 +812,7 @@ class MultiSpeakerDataset(Dataset):
         names += [str(speaker["speaker_id"]) for speaker in sample["speakers"]]
         texts = [speaker.get("text") or "" for speaker in sample["speakers"]]
         if not all(isinstance(text, str) for text in names + texts):
-            raise TypeError("id and text must be words")
+            raise TypeError("id and text must be strings")
         if not (overlap is None or is_number(overlap, 0, 1)):
             raise TypeError(f"overlap is {overlap!r:.40}")
 
@@ -858,7 +861,7 @@ class RemixedDataset(Dataset):
 
     SILENCE = 0.04  # share of mixtures without any talker
     LEAST, TIMES = 120, 2  # mixtures per epoch: sources make many more mixtures than the data has
-    COUNT_POWER = 0  # a count of talkers is drawn in proportion to this power of it
+    COUNT_POWER = 0  # a count of talkers has a probability proportional to count**COUNT_POWER
 
     def __init__(self, base: MultiSpeakerDataset, options: TrainOptions, max_speakers: int):
         self.base, self.seed, self.crop_seconds = base, options.seed, options.crop_seconds
@@ -969,7 +972,7 @@ def collate(items: list[dict], max_speakers: int) -> dict:
     there = torch.arange(1 + S) < counts[:, None]
     batch = {"speaker_mask": there[:, 1:]}
     if recorded:
-        # Numbers, since a GPU that is given a mask to index by has to be waited for.
+        # Row numbers, because indexing by a mask would wait for the GPU.
         rows = there.flatten().nonzero().flatten()
         return batch | {"waveforms": padded, "lengths": lengths, "rows": rows}
     return batch | {"mixture": padded[:, 0], "targets": padded[:, 1:],
@@ -1003,8 +1006,8 @@ def batches_of_like_length(order: list[int], seconds, size: int, random: torch.G
 class EpochBatches:
     """Batch sampler: shuffled item numbers of one epoch, of like length where lengths are known.
 
-    A step takes ``accumulate`` batches in every process. They are parts of one large batch; what is
-    left at the end is used if each of them gets an item of it. ``start`` is the first step given.
+    A step takes ``accumulate`` batches in every process, all parts of one large batch. The last
+    step may be smaller; it is left out if a part would be empty. ``start`` is the first step given.
     """
 
     start = 0
@@ -1097,8 +1100,8 @@ def autocast(device: str, dtype: torch.dtype):
 def attention_kernel(device: str, dtype: torch.dtype):
     """Return the context for attention in training.
 
-    On CPUs in bfloat16 that is plain products: forward and backward pass of the spectrogram
-    separator take 0.8 to 0.9 of the time with the fused kernel, which is slow backward (measured).
+    On CPUs in bfloat16 that is plain products: a training step of the spectrogram separator takes
+    0.8 to 0.9 as long as with the fused kernel, whose backward pass is slow (measured).
     """
     plain = device == "cpu" and dtype == torch.bfloat16
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
@@ -1115,7 +1118,7 @@ def fuses_optimizer(device: str) -> bool:
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device, so that a clock read next is honest; a CPU never runs ahead."""
+    """Wait for the device before a clock is read; a CPU never runs ahead."""
     getattr(torch, device).synchronize()
 
 
@@ -1144,7 +1147,7 @@ def to_device(batch: dict, device: str) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes: torchrun starts several, which take the steps that one would on all their batches
+# Processes: those of torchrun train as one process would on all their batches
 
 
 def process_rank() -> tuple[int, int]:
@@ -1195,7 +1198,7 @@ def join_processes(device: str):
 
 
 def fails_first() -> bool:
-    """Return whether no other process failed before, so that one fault is reported in one line."""
+    """Return whether no other process failed before: a fault is reported once."""
     if process_rank()[1] == 1:
         return True
     try:
@@ -1222,7 +1225,7 @@ def stop_at_once(number: int, _=None):
 
 
 def outlast_signals(_=None) -> None:
-    """Let a worker live on after signals to all processes, while the main one ends its step."""
+    """Keep a worker alive after signals to all processes, while the main one ends its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
@@ -1411,7 +1414,8 @@ def load_separator(path_or_id, device: str = "cpu"):
         separator = build_separator(
             checkpoint["model_config"], checkpoint["model_state_dict"], path)
     elif path.is_absolute() and not path.exists():
-        raise FileNotFoundError(f"no separator at {path}; train one and name its best_model.pt")
+        raise FileNotFoundError(f"no separator at {path}; train one and give its "
+                                "best_model.pt (--checkpoint)")
     elif path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json; give it a best_model.pt instead")
     else:
@@ -1476,7 +1480,6 @@ def move_earlier_run(folder: Path) -> Path | None:
 # --------------------------------------------------------------------------------------------------
 # Train: optimizer, schedule and average
 
-LOSS_PARTS = ("total", "separation", "reconstruction", "activity")
 ADAM_BETAS = (0.9, 0.98)  # with 0.999 the second moment remembers too long for short runs
 
 
@@ -1503,7 +1506,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure=None):
-        """Take one step with both, on the groups and the state that are shown and saved."""
+        """Take one step with both, on the groups and the state of this optimizer."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
             part.step()
@@ -1557,7 +1560,7 @@ def fitting_moments(optimizer, saved: dict) -> dict:
         for number, weight in zip(numbers["params"], group["params"], strict=True):
             shapes |= {(number, n): () if n == "step" else weight.shape for n in names}
     check_tensors(found, shapes)
-    if any((moment < 0).any() for (_, name), moment in found.items() if name[-1] in "qp"):
+    if any((found[key] < 0).any() for key in found if key[1] in ("step", "exp_avg_sq")):
         raise ValueError("a step or second moment is negative")
     return {"state": saved["state"], "param_groups": own}
 
@@ -1567,8 +1570,8 @@ def check_history(history: list, epochs: int) -> None:
     for number, row in enumerate(history, start=1):
         train, val = row["train"], row["val"]
         values = [row["lr"], row["seconds"], *(train[part] for part in LOSS_PARTS),
-                  *(val[name] for name in (*LOSS_PARTS, *SCORES[3:4], *COUNT_SCORES)),
-                  *(val["trivial_mse"][name] for name in SCORES[4:])]
+                  *(val[name] for name in (*LOSS_PARTS, "si_sdr_improvement", *COUNT_SCORES)),
+                  *(val["trivial_mse"][name] for name in TRIVIAL_OUTPUTS)]
         if row["epoch"] != number or not all(is_number(v, -1e30, 1e30) for v in values):
             raise ValueError(f"epoch {number} of its history is damaged")
     if len(history) != epochs:
@@ -1576,7 +1579,7 @@ def check_history(history: list, epochs: int) -> None:
 
 
 def check_progress(checkpoint: dict) -> None:
-    """Fail unless what an interrupted epoch left can be gone on from."""
+    """Fail unless the interrupted epoch of a checkpoint can be resumed."""
     if "progress" in checkpoint:
         rows, random = (checkpoint["progress"][key] for key in ("rows", "random"))
         check_tensors({"rows": rows}, {"rows": (len(rows), len(LOSS_PARTS) + 2)})
@@ -1620,7 +1623,7 @@ class Run(NamedTuple):
     loader: DataLoader
     val_set: Dataset
     history: list[dict]
-    partial: dict  # of an epoch that a signal stopped: rows of ``backward``, random states
+    progress: dict  # of an interrupted epoch: rows of ``backward`` and random states
     signals: list[int]  # those that asked to stop
 
 
@@ -1686,14 +1689,14 @@ def asked_to_stop(run: Run) -> bool:
 def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
     """Train for one epoch; return the mean of every loss part, or None if a signal stopped it.
 
-    Losses are read once at the end, so that a GPU is never waited for; a CPU reads them any time.
+    Losses are read once at the end, so as not to wait for a GPU; on a CPU after every step.
     """
     run.separator.train()
-    rows, batches, sampler = [*run.partial.get("rows", [])], [], run.loader.batch_sampler
+    rows, batches, sampler = [*run.progress.get("rows", [])], [], run.loader.batch_sampler
     sampler.epoch, sampler.start = epoch, len(rows)
     loaded, stopped = iter(run.loader), False  # iter draws a random number
     if rows:
-        set_random_states(run.device, run.partial["random"][process_rank()[0]])
+        set_random_states(run.device, run.progress["random"][process_rank()[0]])
     for raw in progress(loaded, f"epoch {epoch}"):
         batches.append(add_spectrograms(to_device(raw, run.device)))
         if len(batches) < run.options.accumulate:
@@ -1709,9 +1712,9 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
     rows = sum_over_processes(torch.stack([row.to(run.device) for row in rows])).cpu()
     check_finite(run, epoch, rows)
     if stopped:
-        run.partial.update(rows=rows, random=random_states(run.device))
+        run.progress.update(rows=rows, random=random_states(run.device))
         return None
-    run.partial.clear()
+    run.progress.clear()
     losses, sizes = rows[:, :4], rows[:, 4:5]
     means = (losses * sizes).sum(0) / sizes.sum()
     return dict(zip(LOSS_PARTS, means.tolist(), strict=True))
@@ -1829,11 +1832,11 @@ def import_sibling(name: str):
 
 
 def rest_of_epoch(checkpoint: dict | None) -> dict:
-    """Return what a signal left of an epoch; the first process has the losses of all."""
-    partial = dict((checkpoint or {}).get("progress", {}))
-    if partial and process_rank()[0]:
-        partial["rows"] = torch.zeros_like(partial["rows"])
-    return partial
+    """Return the progress of an interrupted epoch; the first process holds the losses of all."""
+    rest = dict((checkpoint or {}).get("progress", {}))
+    if rest and process_rank()[0]:
+        rest["rows"] = torch.zeros_like(rest["rows"])
+    return rest
 
 
 def start_run(
@@ -1922,7 +1925,7 @@ def checkpoint_of(run: Run) -> dict:
         "train_history": run.history, "training_state_dict": run.separator.state_dict(),
         "steps": int(run.averaged.n_averaged), "options": run.options._asdict(),
         "model_config": separator.config | {"threshold": threshold},
-        **({"progress": run.partial} if run.partial else {}),
+        **({"progress": run.progress} if run.progress else {}),
     }
 
 
@@ -1943,10 +1946,10 @@ def write_results(run: Run, folder: Path, train_set) -> None:
 
 
 def stop_run(run: Run, folder: Path):
-    """Save a run that a signal stops, and stop it."""
+    """Save a run that a signal stopped; always raises ``Stopped``."""
     if process_rank()[0] == 0:
         save_checkpoint(folder / INTERRUPTED, checkpoint_of(run))
-    epoch, steps = len(run.history) + 1, len(run.partial.get("rows", []))
+    epoch, steps = len(run.history) + 1, len(run.progress.get("rows", []))
     run.loader.batch_sampler.start = 0
     total = len(run.loader) // run.options.accumulate
     where = (f"in epoch {epoch} after {steps} of {total} steps" if steps
@@ -2003,8 +2006,8 @@ def train_speaker_separator(
     Raises FileNotFoundError or ValueError for data, checkpoints or devices that cannot be used.
     Ctrl-C and SIGTERM finish the step, write ``interrupted.pt`` and raise KeyboardInterrupt.
     """
-    folder, checkpoint, given = Path(checkpoint_dir), None, options
-    options = TrainOptions(**given)
+    given, options = options, TrainOptions(**options)
+    folder, checkpoint = Path(checkpoint_dir), None
     if options.resume:
         checkpoint = newest_checkpoint(folder)
         options = resumed_options(given, checkpoint, folder)
@@ -2029,9 +2032,6 @@ def train_speaker_separator(
 
 # --------------------------------------------------------------------------------------------------
 # Evaluate
-
-SCORES = ("separation", "reconstruction", "activity", "si_sdr_improvement",
-          "zeros", "mixture", "mixture / count")
 
 
 def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
@@ -2106,7 +2106,7 @@ def evaluate_separator(
     scores = dict(zip(SCORES, (sums[0] / sums[1].clamp(min=1e-9)).tolist(), strict=True))
     scores["total"] = (scores["separation"] + weights.reconstruction * scores["reconstruction"]
                        + weights.activity * scores["activity"])
-    scores["trivial_mse"] = {name: scores.pop(name) for name in SCORES[4:]}
+    scores["trivial_mse"] = {name: scores.pop(name) for name in TRIVIAL_OUTPUTS}
     truths = truths.bool()
     threshold = separator.threshold if threshold is None else threshold
     if calibrate and len(truths) > 1:
@@ -2191,7 +2191,7 @@ def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict
 
 
 def infer_recording(path: Path, separator, encoder, threshold, num_speakers) -> tuple:
-    """Do the same for an audio file; a separator of hidden features reads it by an encoder."""
+    """Separate an audio file as ``infer_features`` a .npy; hidden features need ``encoder``."""
     from audio import apply_gains, read_audio
     from long_recordings import separate_recording
 
@@ -2211,7 +2211,7 @@ def infer_recording(path: Path, separator, encoder, threshold, num_speakers) -> 
 
 
 def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, log_mel: bool):
-    """Write the talkers' files, separation.json and separation.png; old talkers' files go."""
+    """Write the talkers' files, separation.json and separation.png in place of earlier ones."""
     source, panels, files = Path(about["input"]).resolve(), {"mixture": mixture}, {}
     about = about | {"num_frames": len(mixture), "num_speakers": len(talkers), "speakers": []}
     for number, (facts, values, audio) in enumerate(talkers, start=1):
@@ -2316,7 +2316,7 @@ def tower_front(
 # --------------------------------------------------------------------------------------------------
 # Integrate: what a call of generate asks for
 
-# Options with which Whisper reads from a timestamp on, or once more; temperature if there are many.
+# Options that make Whisper read a recording again; temperature only as a list of several.
 READ_AGAIN = ("return_timestamps", "temperature", "no_speech_threshold")
 
 
@@ -2327,7 +2327,7 @@ def audio_slots(model, ids: Tensor) -> list[list[int]]:
 
 
 def check_call(integration: Integration, ids, features, mode: str, option) -> None:
-    """Refuse calls of ``generate`` that would answer something else than was asked."""
+    """Fail if a call of ``generate`` does not fit the model, the separator or its prompts."""
     frames = 0 if features is None else features.shape[-1]
     if mode not in ("separate", "joint"):
         raise ValueError(f"mode must be separate or joint, not {mode!r}")
@@ -2707,7 +2707,7 @@ def evaluate_words(
     answers = {"mixture": transcribe(model, processor, mixtures, **options)}
     singles = iter(transcribe(model, processor, alone, **options))
     answers["oracle"] = [[text for _ in talkers for text in next(singles)] for talkers in said]
-    integrate_speaker_separator(model, None, separator, threshold=threshold)
+    integrate_speaker_separator(model, separator_checkpoint=separator, threshold=threshold)
     try:
         answers["separated"] = transcribe(
             model, processor, mixtures, num_speakers=num_speakers, **options)
@@ -2729,20 +2729,18 @@ def evaluate_words(
 
 def cmd_train(args) -> None:
     """Train a separator; writes checkpoints, a report and curves."""
-    given = vars(args)  # holds no option that was not given
     writes = process_rank()[0] == 0
     if writes and args.export:
         prepare_folder(Path(args.export))
     missing = args.data_dir == DEFAULT_DATA_DIR and not Path(args.data_dir).exists()
-    sibling = "generate_multi_speaker_dataset"
-    if writes and missing and (generator := import_sibling(sibling)):
+    if writes and missing and (generator := import_sibling("generate_multi_speaker_dataset")):
         print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
         if generator.main([]):
             raise ValueError("could not make the default dataset")
     sum_over_processes(torch.zeros(1))  # wait for it
     folder = Path(args.checkpoint_dir)
     train_speaker_separator(
-        args.data_dir, folder, **{k: v for k, v in given.items() if k in TrainOptions._fields})
+        args.data_dir, folder, **{k: v for k, v in vars(args).items() if k in TrainOptions._fields})
     reports = [folder / name for name in ("training_report.md", "training_curves.png")]
     names = [str(p) for p in reports if p.exists()] + [p.name for p in list_checkpoints(folder)]
     print(f"{folder} holds " + ", ".join(names))
@@ -2763,7 +2761,7 @@ def check_writable(*files: str | None, inputs=()) -> None:
 
 
 def inputs_in(file: str | None) -> set[str]:
-    """Return which inputs have a line in a file of JSON lines; half a line at its end goes."""
+    """Return which inputs have a line in a file of JSON lines; cut off half a line at its end."""
     if file is None or not Path(file).is_file():
         return set()
     with reading(file, "is not what --jsonl wrote"):
@@ -2784,7 +2782,7 @@ def append_line(file: str | None, row: dict) -> None:
 
 
 def open_separator(args, spectrograms: bool, device: str):
-    """Load the checkpoint asked for, else the default one for the kind of input; say which."""
+    """Load the separator asked for, else the default of this input; return it and its path."""
     default = SHIPPED_SEPARATOR if spectrograms else Path(DEFAULT_CHECKPOINT_DIR) / "best_model.pt"
     checkpoint = str(args.checkpoint or default)
     separator = load_separator(checkpoint, device)
@@ -2796,7 +2794,7 @@ def open_separator(args, spectrograms: bool, device: str):
 def answering(model: str):
     """Turn what a model's own files make transformers raise into a ValueError that names it.
 
-    What is raised in a file of this project is a mistake of ours and stays.
+    A mistake in this project's own files is raised as it is.
     """
     try:
         yield
@@ -2946,7 +2944,7 @@ def cmd_infer(args) -> None:
     if not paths:
         print(f"{args.jsonl} has every recording already")
         return
-    is_features = [holds_features(path) for path in paths][0]
+    is_features = [holds_features(path) for path in paths][0]  # each is checked
     separator, checkpoint = open_separator(args, not is_features, device)
     reads_hidden = not (is_features or separator.is_spectrogram)
     if (args.encoder or args.layer is not None) and not reads_hidden:
@@ -2958,7 +2956,7 @@ def cmd_infer(args) -> None:
 
 
 def check_integration(args, config, separator) -> None:
-    """Check everything that can be before the model is loaded."""
+    """Check what can be checked before the model is loaded."""
     check_fit(separator, getattr(config, "audio_config", config), args.layer)
     if config.model_type == "whisper" and (args.prompt is not None or args.mode == "joint"):
         raise ValueError("--prompt and --mode=joint are for Qwen2-Audio; Whisper takes no prompt")
@@ -2973,7 +2971,8 @@ def load_answering(args, separator, device: str, layer: int | None = None):
     from long_recordings import answer_per_talker
 
     model, processor = load_model(args.model, device, args.dtype)
-    integrate_speaker_separator(model, None, separator, layer, args.threshold)
+    integrate_speaker_separator(
+        model, separator_checkpoint=separator, layer=layer, threshold=args.threshold)
     length = args.max_new_tokens or (256 if hasattr(processor, "audio_token") else None)
     options = {"max_new_tokens": length} if length else {}
     return partial(answer_per_talker, model, processor, prompt=args.prompt, **options)
@@ -3106,7 +3105,7 @@ def add_demo_arguments(add) -> None:
 def add_shared_arguments(name: str, add) -> None:
     """Add the options that several commands have."""
     if name != "train":
-        add("--checkpoint",   help="separator: checkpoints/best_model.pt, the shipped for audio")
+        add("--checkpoint",   help="separator: checkpoints/best_model.pt; for audio the shipped")
         add("--threshold",    type=float, help="least probability of a talker: the checkpoint's")
         add("--num_speakers", type=int, help="how many talkers there are, when known")
     default = argparse.SUPPRESS if name == "train" else "auto"
@@ -3186,7 +3185,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; return 0, or 2 after one line on standard error for bad input."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # none of its warnings can be mended
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a user can mend none of them
     args = None
     try:
         with handling_signals(stop_at_once):
