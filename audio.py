@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -251,11 +252,13 @@ def load_pretrained(kind, path_or_id: str, **options):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        check_numbers(Path(path_or_id))
-        loader = getattr(transformers, kind) if isinstance(kind, str) else kind
-        if "config" in options:
-            check_size(loader, options["config"], Path(path_or_id))
-        return loader.from_pretrained(path_or_id, trust_remote_code=False, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check_numbers(Path(path_or_id))
+            loader = getattr(transformers, kind) if isinstance(kind, str) else kind
+            if "config" in options:
+                check_size(loader, options["config"], Path(path_or_id))
+            return loader.from_pretrained(path_or_id, trust_remote_code=False, **options)
     except Exception as error:  # safetensors' and the hub's own kinds among them
         raise ValueError(f"cannot load a model from {path_or_id}: {first_line(error)}") from None
     finally:

@@ -32,6 +32,7 @@ from audio import (
 )
 
 WINDOW_SECONDS = 30
+TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
 ABSENT = -2.0  # gain of a talker in windows without it: 80 dB down
 DEFAULT_PROMPT = "What does the person say?"
 
@@ -268,6 +269,8 @@ def ask(model, processor, recordings: list, prompt: str | None = None, **options
     read = {"sampling_rate": SAMPLING_RATE, "return_tensors": "pt"}
     if hasattr(processor, "audio_token"):
         text = [build_prompt(processor, prompt or DEFAULT_PROMPT)] * len(recordings)
+        # With one audio token each, transformers takes a prompt for one to be expanded, and fails.
+        recordings = [np.pad(r, (0, max(0, TWO_TOKENS - len(r)))) for r in recordings]
         inputs = processor(text=text, audio=recordings, padding=True, **read)
     else:
         inputs = processor.feature_extractor(recordings, return_attention_mask=True, **read)

@@ -2797,7 +2797,9 @@ def answering(model: str):
     A mistake in this project's own files is raised as it is.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except (ValueError, OSError):
         raise
     except Exception as error:

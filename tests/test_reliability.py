@@ -579,6 +579,15 @@ def test_results_do_not_go_onto_inputs(target, best, dataset, tmp_path, capsys):
     assert files_of(tmp_path) == before
 
 
+def test_very_short_recordings_are_answered(qwen, processor, spectrogram_checkpoint):
+    from long_recordings import answer_per_talker
+
+    ssm.integrate_speaker_separator(qwen, None, spectrogram_checkpoint, threshold=0.0)
+    for length in (640, 641, 799, 801, 959, 961):
+        rows = answer_per_talker(qwen, processor, sine(length / 16000, 200), max_new_tokens=2)
+        assert len(rows) == 3, length
+
+
 # --------------------------------------------------------------------------------------------------
 # A share of the benchmarks
 
