@@ -212,6 +212,15 @@ def normalize(values: Tensor) -> Tensor:
     return F.layer_norm(values, values.shape[-1:])
 
 
+def time_first(frames: Tensor) -> Tensor:
+    """Lay out frames [B, T, D] in memory by time, as ``nn.MultiheadAttention`` turns them.
+
+    Without that PyTorch copies the weights for every frame where there are no gradients: with
+    bfloat16 on a CPU a separator of features took 6 times as long (measured).
+    """
+    return frames.transpose(0, 1).contiguous().transpose(0, 1)
+
+
 def check_features(features: Tensor, frame_mask: Tensor | None, width: int | None = None) -> Tensor:
     """Return the frame mask [B, T] of features [B, T, D]; ValueError if a shape does not fit."""
     shape = list(features.shape)
@@ -307,8 +316,7 @@ class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
         frames = frames.to(mixture.dtype)
         context = normalize(self.refinement[0](frames, src_key_padding_mask=padding))
         queries = self.speaker_queries.expand(B, -1, D)
-        # As the attention turns it: else PyTorch copies the weights for every frame (measured).
-        memory = context.transpose(0, 1).contiguous().transpose(0, 1)
+        memory = time_first(context)
         for block in self.decoder:
             queries = block(queries, memory, memory_key_padding_mask=padding)
 
@@ -491,7 +499,8 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         queries = self.speaker_queries.to(frames.dtype).expand(len(frames), -1, -1)
         for block, attention in zip(self.mixture_blocks, self.query_attention, strict=True):
             frames = block(frames, valid, bias)
-            read, _ = attention(normalize(queries), frames, frames, key_padding_mask=silent,
+            memory = time_first(frames)
+            read, _ = attention(normalize(queries), memory, memory, key_padding_mask=silent,
                                 need_weights=False)
             queries = queries + read
         return normalize(frames), normalize(queries), bias
