@@ -134,7 +134,10 @@ def check_length(audio, length: int) -> int:
 
 
 def recording_length(audio, given_rate: int | None = None) -> int:
-    """Read a recording to its end and return its samples at 16 kHz; errors as above."""
+    """Return how many samples at 16 kHz a recording has; it is read to its end.
+
+    Raises as ``read_audio`` and ``check_length`` do.
+    """
     return check_length(audio, sum(map(len, audio_blocks(audio, given_rate))))
 
 

@@ -130,7 +130,7 @@ def simulate_mixture(args, split: str, index: int, voices: list[Voice]) -> dict:
 
 
 def check_space(folder: Path, need: int) -> None:
-    """Fail if a dataset of so many bytes cannot fit on the disk of a folder."""
+    """Fail if a dataset of ``need`` bytes cannot fit on the disk of a folder."""
     there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     if need > (free := shutil.disk_usage(there).free):
         raise ValueError(f"the dataset takes up to {need / 1e9:.1f} GB and {there} has "
@@ -218,7 +218,7 @@ def split_speech(utterances: list, split_by: str, seed: int) -> dict[str, list]:
             if u.split not in splits:
                 raise ValueError(f"the manifest's split must be train or val for every line or for "
                                  f"none, and {u.audio} has {u.split or 'none'!r}")
-        names = {u.audio.name for u in splits["val"]}  # to find out where few links lead is fast
+        names = {u.audio.name for u in splits["val"]}  # to resolve all would be slow
         train, val = ({u.audio.resolve() for u in splits[split] if u.audio.name in names}
                       for split in splits)
         if train & val:
@@ -416,7 +416,7 @@ def write_listing(path: Path, utterances: list[Utterance]) -> None:
 
 
 def write_split(folder: Path, split: str, samples: int, mixtures: Iterator[dict]) -> list[dict]:
-    """Write so many mixtures into ``folder`` as they come, and their metadata.json."""
+    """Write a split's mixtures into ``folder`` as they are rendered, and its metadata.json."""
     (folder / "mixed").mkdir(parents=True)
     (folder / "separated").mkdir()
     entries = []
@@ -549,14 +549,14 @@ def build_parser() -> argparse.ArgumentParser:
             f"--{name}", type=kind, default=getattr(mixing, name), help=help, **more)
 
     draw("join", int, "recordings said in a row by each talker", **between)
-    draw("min_seconds", float, "each talker says more recordings until it has talked so long")
+    draw("min_seconds", float, "fewest seconds of each talker: recordings are added until then")
     draw("max_gap", float, "longest pause between them in seconds")
     draw("max_onset", float,
          "latest start of a talker in seconds; of the first talker with --overlap")
     draw("overlap", float,
          "share of the speech in which two or more talk, 0 to 1; none: onsets decide", **between)
     draw("level_difference", float, "most dB between two talkers")
-    draw("speed", float, "all that a talker says is played this much faster", **between)
+    draw("speed", float, "factor by which a talker's recordings are sped up", **between)
     draw("noise_dir", str, "recordings of noise to add to the mixture alone")
     draw("snr_db", float, "dB from that noise up to all talkers together", **between)
     draw("reverb", float, "share of the mixtures in a simulated room; all without a number",

@@ -48,7 +48,7 @@ def read_windows(
 ) -> Iterator[tuple[int, np.ndarray, bool]]:
     """Yield first sample, samples and whether it is the only one of each overlapping window.
 
-    The recording is read once, the last window may be shorter; ValueError if all is too short.
+    The recording is read once, the last window may be shorter; ValueError if it is too short.
     """
     held, start, step = np.zeros(0, np.float32), 0, window_step(window)
     for block in audio_blocks(audio, sampling_rate):
@@ -376,12 +376,12 @@ def _answer_windows(
             found.setdefault(0 if joint else said_by, []).append((number, part))
     rows = []
     for said_by, numbered in sorted(found.items()):
-        windows = [part for _, part in numbered]
+        parts = [part for _, part in numbered]
         if joint:
-            said_by = sorted({talker for part in windows for talker in part[key]})
+            said_by = sorted({talker for part in parts for talker in part[key]})
         text = join_texts([(number, part["text"]) for number, part in numbered], shared / window)
-        rows.append({key: said_by, "probability": max(part["probability"] for part in windows),
-                     "text": text, "windows": windows})
+        rows.append({key: said_by, "probability": max(part["probability"] for part in parts),
+                     "text": text, "windows": parts})
     return rows
 
 

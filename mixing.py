@@ -26,9 +26,9 @@ CACHED_RECORDINGS, CACHED_SECONDS = 8192, 60.0  # decoded recordings kept in mem
 OVERLAP_STEPS = 200  # placements tried between turn-taking and the most overlap
 OVERLAP_TOLERANCE, OVERLAP_DRAWS = 0.01, 30  # draws of talkers until the ratio is met
 ROOMS, MOUTHS = 200, 7  # rooms of each split, and talkers that each has a response for
-ROOM_METRES = ((4.0, 3.5, 2.5), (7.0, 6.0, 3.2))  # smallest and largest; all can have these RT60
+ROOM_METRES = ((4.0, 3.5, 2.5), (7.0, 6.0, 3.2))  # smallest, largest; both allow all of ROOM_RT60
 ROOM_RT60 = (0.15, 0.4)  # seconds
-WALL_DISTANCE, TABLE_HEIGHT, MOUTH_HEIGHT = 0.5, 0.8, (1.2, 1.8)  # metres; no mouth at the mic
+WALL_DISTANCE, TABLE_HEIGHT, MOUTH_HEIGHT = 0.5, 0.8, (1.2, 1.8)  # metres; mouths above the mic
 MAX_REFLECTIONS = 30  # per path: the first 20 dB of decay; all of them would take 0.5 s a room
 
 
@@ -333,7 +333,7 @@ def room_responses(number: int) -> list[tuple[np.ndarray, int]]:
 
 
 def _at_level(samples: np.ndarray, measured: np.ndarray, level: float, gain_db: float):
-    """Scale samples so that the measured part of them has an RMS of level plus gain."""
+    """Scale samples so that the measured part of them has an RMS of ``level`` plus ``gain_db``."""
     rms = float(np.sqrt(np.mean(measured**2)))
     return samples * np.float32(level / max(rms, 1e-5) * 10 ** (gain_db / 20))
 
@@ -392,7 +392,7 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
 
 
 def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Iterator[tuple]:
-    """Yield what ``render_mixture`` returns for every plan, in order, from so many processes."""
+    """Yield what ``render_mixture`` returns for every plan, in order, by ``workers`` processes."""
     if not workers:
         yield from (render_mixture(plan, max_seconds) for plan in plans)
         return

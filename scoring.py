@@ -30,7 +30,7 @@ def normalize_words(text: str) -> list[str]:
 
     if text.isascii():
         words = re.sub(r"(\d)", r" \1 ", EnglishTextNormalizer({})(text)).split()
-        return ["1" if word == "one" else word for word in words]  # the only one left a word
+        return ["1" if word == "one" else word for word in words]  # the only digit left as a word
     text = BasicTextNormalizer()(text)
     return re.sub(r"([\u3040-\u30ff\u4e00-\u9fff])", r" \1 ", text).split()
 
