@@ -137,7 +137,7 @@ SPECTROGRAM_WEIGHTS = LossWeights(0.0, 0.02)  # errors of log-mel spectra are sm
 
 
 # --------------------------------------------------------------------------------------------------
-# What comes from outside
+# Checks of values and files
 
 
 def first_line(error: Exception) -> str:
@@ -1350,8 +1350,7 @@ def load_checkpoint(path) -> dict:
     there = {key: kind for key, kind in LATER_KEYS.items() if key in checkpoint}
     for key, kind in {**CHECKPOINT_KEYS, **there}.items():
         if not isinstance(checkpoint.get(key), kind):
-            raise ValueError(f"{path} is not a separator checkpoint: its {key!r} is missing or "
-                             "damaged")
+            raise ValueError(f"{path} is not a separator checkpoint: {key!r} is missing or damaged")
     return checkpoint
 
 
@@ -2051,8 +2050,7 @@ def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
 
         gains = (estimates - mixture).clamp(max=0)
         mixture, targets = batch["waveforms"].tensor_split([1], dim=1)
-        estimates = torch.stack(
-            [apply_gains(m[0], g) for m, g in zip(mixture, gains, strict=True)])
+        estimates = torch.stack([apply_gains(m[0], g) for m, g in zip(mixture, gains, strict=True)])
     else:
         valid = batch["frame_mask"][:, None, :, None]
         estimates, mixture, targets = (
@@ -2434,8 +2432,8 @@ class Integration:
         self.window = 2 * getattr(encoder, "max_source_positions", math.inf)  # mel frames
         # Mel frames to a frame of what is separated.
         self.stride = 1 if separator.is_spectrogram else 4 if self.is_qwen and layer is None else 2
-        self.trained = separator.training  # the separator's own state, for removal
-        self.gradients = [p.requires_grad for p in separator.parameters()]
+        self.was_training = separator.training  # restored on removal, as is the next
+        self.needs_gradient = [p.requires_grad for p in separator.parameters()]
         separator.eval().requires_grad_(False)
         # Libraries keep wrappers on the object itself (accelerate its hooks): call and restore it.
         self.own_generate = vars(model).get("generate")
@@ -2608,8 +2606,8 @@ def remove_speaker_separator(model):
         del attributes[name]
     if integration.own_generate is not None:
         attributes["generate"] = integration.own_generate
-    separator = integration.separator.train(integration.trained)
-    for weight, needed in zip(separator.parameters(), integration.gradients, strict=True):
+    separator = integration.separator.train(integration.was_training)
+    for weight, needed in zip(separator.parameters(), integration.needs_gradient, strict=True):
         weight.requires_grad_(needed)
     return model
 
@@ -2733,30 +2731,7 @@ def evaluate_words(
 
 
 # --------------------------------------------------------------------------------------------------
-# Commands: train and evaluate
-
-
-def cmd_train(args) -> None:
-    """Train a separator; writes checkpoints, a report and curves."""
-    writes = process_rank()[0] == 0
-    if writes and args.export:
-        prepare_folder(Path(args.export))
-    missing = args.data_dir == DEFAULT_DATA_DIR and not Path(args.data_dir).exists()
-    if writes and missing and (generator := import_sibling("generate_multi_speaker_dataset")):
-        print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
-        if generator.main([]):
-            raise ValueError("could not make the default dataset")
-    sum_over_processes(torch.zeros(1))  # wait for it
-    folder = Path(args.checkpoint_dir)
-    train_speaker_separator(
-        args.data_dir, folder, **{k: v for k, v in vars(args).items() if k in TrainOptions._fields})
-    reports = [folder / name for name in ("training_report.md", "training_curves.png")]
-    names = [str(p) for p in reports if p.exists()] + [p.name for p in list_checkpoints(folder)]
-    print(f"{folder} holds " + ", ".join(names))
-    if writes and args.export:
-        with reading(args.export, "could not be written"):
-            export_separator(load_separator(folder / "best_model.pt"), Path(args.export))
-        print(f"exported the best weights to {args.export}")
+# Commands: what several share, train and evaluate
 
 
 def check_writable(*files: str | None, inputs=()) -> None:
@@ -2817,6 +2792,29 @@ def answering(model: str):
             raise
         raise ValueError(f"{model} cannot be used: {type(error).__name__}, {first_line(error)}"
                          ) from None
+
+
+def cmd_train(args) -> None:
+    """Train a separator; writes checkpoints, a report and curves."""
+    writes = process_rank()[0] == 0
+    if writes and args.export:
+        prepare_folder(Path(args.export))
+    missing = args.data_dir == DEFAULT_DATA_DIR and not Path(args.data_dir).exists()
+    if writes and missing and (generator := import_sibling("generate_multi_speaker_dataset")):
+        print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
+        if generator.main([]):
+            raise ValueError("could not make the default dataset")
+    sum_over_processes(torch.zeros(1))  # wait for it
+    folder = Path(args.checkpoint_dir)
+    train_speaker_separator(
+        args.data_dir, folder, **{k: v for k, v in vars(args).items() if k in TrainOptions._fields})
+    reports = [folder / name for name in ("training_report.md", "training_curves.png")]
+    names = [str(p) for p in reports if p.exists()] + [p.name for p in list_checkpoints(folder)]
+    print(f"{folder} holds " + ", ".join(names))
+    if writes and args.export:
+        with reading(args.export, "could not be written"):
+            export_separator(load_separator(folder / "best_model.pt"), Path(args.export))
+        print(f"exported the best weights to {args.export}")
 
 
 @torch.inference_mode()
@@ -3035,8 +3033,7 @@ def cmd_demo(args) -> None:
     if not separator.is_spectrogram:
         raise ValueError(f"{checkpoint} reads features: the page needs a spectrogram separator")
     answer = load_answering(args, separator, device) if args.model else None
-    separate = partial(
-        infer_recording, separator=separator, encoder=None, threshold=args.threshold)
+    separate = partial(infer_recording, separator=separator, encoder=None, threshold=args.threshold)
     print(f"separator {checkpoint}")
     page = build_page(separate, answer, separator.max_speakers, args.num_speakers)
     _, address, _ = page.launch(server_name="127.0.0.1", server_port=args.port, inbrowser=True,
