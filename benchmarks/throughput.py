@@ -14,6 +14,7 @@ it is the clock on the wall.
 
 import argparse
 import contextlib
+import gc
 import json
 import resource
 import sys
@@ -110,6 +111,7 @@ def peak_bytes(device: str) -> int:
 
 def measure(kind: str, B: int, T: int, rate: int, device: str, dtype, repeats: int) -> dict:
     """Return seconds, FLOPs and memory of one separator at one size."""
+    gc.collect()  # the separator before this one
     torch.manual_seed(0)
     kinds = {"features": ssm.SpeakerSeparatorTransformer, "spectrogram": ssm.SpectrogramSeparator}
     separator = kinds[kind]().to(device).train()
