@@ -49,7 +49,7 @@ def test_one_real_talker_passes_unharmed(shipped):
         found = ssm.separate(shipped, mixture)
         assert int(found.active.sum()) == 1
         loud = mixture > mixture.amax() - 0.5  # 20 dB below the loudest bin, in Whisper's units
-        assert (found.streams[found.active][0] - mixture)[loud].abs().mean() < 0.025  # 1 dB
+        assert (found.streams[found.active][0] - mixture)[loud].abs().mean() < 0.05  # 2 dB
 
 
 def test_two_real_talkers_are_separated(shipped):
@@ -65,6 +65,6 @@ def test_two_real_talkers_are_separated(shipped):
         best = ssm.best_assignment(cost, active)
         streams = ssm.reorder(found.streams[found.active][None], best)
         errors = ssm.talker_mse(streams, targets, mask).mean()
-        shares.append(errors / ssm.talker_mse(mixture[None, None], targets, mask).mean())
+        shares.append(float(errors / ssm.talker_mse(mixture[None, None], targets, mask).mean()))
     assert max(shares) < 0.6
     assert shares[1] == pytest.approx(shares[0], rel=0.15)
