@@ -281,8 +281,8 @@ def load_config(path_or_id: str):
 def load_model(path_or_id: str, device: str = "cpu", dtype="auto"):
     """Load a frozen Qwen2-Audio or Whisper model and its processor; ValueError if it is neither.
 
-    ``dtype`` "auto" is that of the file, but float32 for a CPU and float16, which few CPUs multiply
-    and others emulate, 100 times slower.
+    ``dtype`` "auto" is that of the file, but float32 for a CPU and float16, which most CPUs
+    emulate, far slower.
     """
     config = load_config(path_or_id)
     name = {"qwen2_audio": "Qwen2Audio", "whisper": "Whisper"}[config.model_type]

@@ -2982,8 +2982,9 @@ def load_answering(args, separator, device: str, layer: int | None = None):
     model, processor = load_model(args.model, device, args.dtype)
     integrate_speaker_separator(
         model, separator_checkpoint=separator, layer=layer, threshold=args.threshold)
-    length = args.max_new_tokens or (256 if hasattr(processor, "audio_token") else None)
-    options = {"max_new_tokens": length} if length else {}
+    # Nobody says 200 tokens in 30 s; a Whisper that repeats itself would write 448.
+    length = args.max_new_tokens or (256 if hasattr(processor, "audio_token") else 200)
+    options = {"max_new_tokens": length}
     return partial(answer_per_talker, model, processor, prompt=args.prompt, **options)
 
 
@@ -3096,7 +3097,7 @@ def add_integrate_arguments(add) -> None:
     add("--mode",           default="separate", choices=["separate", "joint"],
         help="an answer per talker, or one about all of them in one prompt")
     add("--layer",          type=int, help="encoder block to separate after: the checkpoint's")
-    add("--max_new_tokens", type=int, help="length limit of each answer: 256, or Whisper's own")
+    add("--max_new_tokens", type=int, help="length limit of each answer: 256, Whisper 200")
     add("--json",           metavar="FILE", help="also write the answers, by window too")
     add("--jsonl",          metavar="FILE",
         help="add a line for each recording; skip those that have one")
@@ -3106,7 +3107,7 @@ def add_demo_arguments(add) -> None:
     """Add the options of ``demo``."""
     add("--model",          metavar="PATH_OR_ID", help="also show what this model answers")
     add("--prompt",         help="question to Qwen2-Audio: What does the person say?")
-    add("--max_new_tokens", type=int, help="length limit of each answer: 256, or Whisper's own")
+    add("--max_new_tokens", type=int, help="length limit of each answer: 256, Whisper 200")
     add("--port",           type=int, help="port of 127.0.0.1: the first free from 7860 on")
 
 

@@ -547,7 +547,7 @@ def test_load_source_says_what_is_gone(everything, dataset, tmp_path):
         (["--layer", "1"], "--layer needs --encoder"),
         (["--split_by", "colour"], "--split_by"),
         (["--noise_dir", "/no/such/folder"], "/no/such/folder"),
-        (["--noise_dir", "."], "no recordings of noise"),
+        (["--noise_dir", "."], "holds no recordings"),
         (["--max_speakers", "6"], "the train split has 5 speakers"),
         (["--max_speakers", "8"], "--max_speakers must be 1 to 7"),
     ],

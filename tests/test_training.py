@@ -381,7 +381,7 @@ def test_pictures_have_streams_assigned_to_their_talkers(scripted):
         talkers = len(dataset.samples[index]["speakers"])
         titles = [f"speaker {n + 1} {what}" for n in range(talkers)
                   for what in ("alone", "separated")]  # fmt: skip
-        assert list(row) == ["mixture", *titles]
+        assert list(row) == [f"mixture {dataset.samples[index]['id']}", *titles]
         for n in range(1, talkers + 1):
             assert torch.equal(row[f"speaker {n} separated"], row[f"speaker {n} alone"])
 
