@@ -526,6 +526,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         for block, exchange in zip(self.stream_blocks, self.exchanges, strict=True):
             rows = block(streams.flatten(0, 1), valid_rows, bias_rows)  # each stream is a row
             streams = exchange(rows.view_as(streams))  # [B, S, T / STACK, dim]
+        # an untrained stream is nearly the mixture: sigmoid(3) is 0.95
         gains = F.logsigmoid(self.output(streams).float() + 3) / (4 * math.log(10))
         gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(2, 3)[:, :, :T]
         return resample_bins(gains, D), self._activity(streams, valid)
@@ -2844,7 +2845,8 @@ def cmd_evaluate(args) -> None:
         raise ValueError("--prompt and --max_new_tokens are for counting words: add --model")
     data, default = Path(args.data_dir), Path(DEFAULT_CHECKPOINT_DIR) / "best_model.pt"
     check_writable(args.json, args.picture, inputs=(
-        data / args.split, data / "dataset.json", args.checkpoint or default, args.model))
+        data / args.split, data / "dataset.json", args.checkpoint or default, SHIPPED_SEPARATOR,
+        args.model))
     dataset = MultiSpeakerDataset(args.data_dir, args.split)
     separator, checkpoint = open_separator(args, dataset.is_spectrogram, device)
     check_data(f"the separator {checkpoint}", separator.config, dataset)
