@@ -33,6 +33,14 @@ def run(module, *words) -> None:
         sys.exit(status)
 
 
+def existing(path: Path) -> Path:
+    """Return the path of a file; end with one line and status 2 if there is none."""
+    if not path.is_file():
+        print(f"error: no {path}", file=sys.stderr)
+        sys.exit(2)
+    return path
+
+
 def generate(args, name: str, *flags) -> Path:
     """Make one dataset of digits, unless it is there already."""
     folder = args.work_dir / name

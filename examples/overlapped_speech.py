@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from overlapped_digits import run  # noqa: E402
+from overlapped_digits import existing, run  # noqa: E402
 
 import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
@@ -24,7 +24,7 @@ from scoring import markdown_table, word_table  # noqa: E402
 
 def select_corpus(args) -> Path:
     """Write the manifest's lines of one corpus, with absolute paths; return the new manifest."""
-    source = Path(args.speech) / "manifest.jsonl"
+    source = existing(Path(args.speech) / "manifest.jsonl")
     rows = map(json.loads, source.read_text(encoding="utf-8").splitlines())
     rows = [row | {"audio": str((source.parent / row["audio"]).resolve())} for row in rows
             if row.get("corpus", "").startswith(args.corpus)]

@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import digits_manifest  # noqa: E402
 import torch  # noqa: E402
-from overlapped_digits import run  # noqa: E402
+from overlapped_digits import existing, run  # noqa: E402
 
 import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
@@ -27,10 +27,11 @@ SIZES = ["--dim=240", "--num_heads=4", "--ff_dim=640"]  # 5.9 million weights, 1
 def write_manifest(args) -> Path:
     """Write one manifest of the speech and the digits, with absolute paths."""
     manifest, digits = args.work_dir / "speech.jsonl", args.work_dir / "digits.jsonl"
+    speech = existing(Path(args.speech) / "manifest.jsonl")
     if digits_manifest.main(args.fsdd, digits):
         sys.exit(2)
     with open(manifest, "w", encoding="utf-8") as lines:
-        for listing in (Path(args.speech) / "manifest.jsonl", digits):
+        for listing in (speech, digits):
             for line in listing.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 row["audio"] = str((listing.parent / row["audio"]).resolve())

@@ -119,3 +119,12 @@ def test_overlapped_speech_takes_one_corpus(
     assert "| 1 talker | 2 |" in printed and "| 2 talkers | 2 |" in printed
     score = json.loads((tmp_path / "overlapped_speech/2_talkers/scores.json").read_text())
     assert f"| 2 talkers | {score['si_sdr_improvement']:.1f} |" in printed
+
+
+@pytest.mark.parametrize("example", [pretrain, overlapped_speech])
+def test_speech_without_a_manifest(example, tmp_path, capsys):
+    more = {pretrain: ["--fsdd=none"], overlapped_speech: ["--model=none", "--corpus=book"]}
+    with pytest.raises(SystemExit) as ended:
+        example.main([f"--speech={tmp_path}", *more[example]])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: no {tmp_path / 'manifest.jsonl'}\n"
