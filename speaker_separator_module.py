@@ -1217,6 +1217,19 @@ def fails_first() -> bool:
         return True
 
 
+def leave(status: int) -> int:
+    """Return an exit status after a fault; one of several processes ends here.
+
+    At the interpreter's exit the threads that wait for the other processes would abort it. The
+    first one keeps the count of failures and stays until the others asked for it.
+    """
+    if process_rank()[1] > 1:
+        sys.stderr.flush()
+        time.sleep(2 * (process_rank()[0] == 0))
+        os._exit(status)
+    return status
+
+
 # --------------------------------------------------------------------------------------------------
 # Interruptions and locks
 
@@ -3207,7 +3220,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
         if fails_first():
             print(f"error: {first_line(error)}", file=sys.stderr)
-        return 2
+        return leave(2)
     except KeyboardInterrupt as stop:
         message = str(stop) or "stopped"
         if message == "stopped" and getattr(args, "command", "") == "train":
@@ -3216,7 +3229,7 @@ def main(argv: list[str] | None = None) -> int:
                         " before the first checkpoint: start again without --resume")
         if process_rank()[0] == 0:
             print("\n" * sys.stderr.isatty() + message, file=sys.stderr)
-        return getattr(stop, "status", 130)
+        return leave(getattr(stop, "status", 130))
     return 0
 
 
