@@ -2999,8 +2999,7 @@ def load_answering(args, separator, device: str, layer: int | None = None):
         model, separator_checkpoint=separator, layer=layer, threshold=args.threshold)
     # Nobody says 200 tokens in 30 s; a Whisper that repeats itself would write 448.
     length = args.max_new_tokens or (256 if hasattr(processor, "audio_token") else 200)
-    options = {"max_new_tokens": length}
-    return partial(answer_per_talker, model, processor, prompt=args.prompt, **options)
+    return partial(answer_per_talker, model, processor, prompt=args.prompt, max_new_tokens=length)
 
 
 def cmd_integrate(args) -> None:

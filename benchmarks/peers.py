@@ -27,6 +27,7 @@ from throughput import clock, peak_bytes, reset_peak  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, load_model, log_mel, read_audio  # noqa: E402
 from long_recordings import ask  # noqa: E402
+from scoring import markdown_table  # noqa: E402
 
 SECONDS, PEER_RATE = 30, 8000
 
@@ -117,17 +118,18 @@ def table(results: dict) -> list[str]:
     """Return the lines of a Markdown table; times with Whisper on both talkers after it."""
     whisper = results["Whisper"]["seconds"]
     added = results["ours"]["seconds"]
-    lines = ["| separator | parameters | seconds | real-time factor | with Whisper, of Whisper | "
-             "of ours | separation alone, of ours | peak memory |", "| --- " * 8 + "|"]
+    rows = []
     for name, row in results.items():
         alone = name == "Whisper"
         seconds, size = row["seconds"], "" if alone else f"{row['parameters'] / 1e6:.1f}M"
-        lines.append(
-            f"| {'Whisper alone, two talkers' if alone else name} | {size} | {seconds:.2f} | "
-            f"{seconds / SECONDS:.3f} | {1 if alone else 1 + seconds / whisper:.2f} | "
-            f"{'' if alone else f'{(whisper + seconds) / (whisper + added):.2f}'} | "
-            f"{'' if alone else f'{seconds / added:.1f}'} | {row['peak_bytes'] / 1e6:.0f} MB |")
-    return lines
+        rows.append([
+            "Whisper alone, two talkers" if alone else name, size, f"{seconds:.2f}",
+            f"{seconds / SECONDS:.3f}", f"{1 if alone else 1 + seconds / whisper:.2f}",
+            "" if alone else f"{(whisper + seconds) / (whisper + added):.2f}",
+            "" if alone else f"{seconds / added:.1f}", f"{row['peak_bytes'] / 1e6:.0f} MB"])
+    return markdown_table(
+        ["separator", "parameters", "seconds", "real-time factor", "with Whisper, of Whisper",
+         "of ours", "separation alone, of ours", "peak memory"], rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, write_wav  # noqa: E402
+from scoring import markdown_table  # noqa: E402
 
 CASES = (  # separator, batch, frames, frames per second
     ("features", 8, 100, 25), ("features", 4, 750, 25),
@@ -173,20 +174,20 @@ def measure_data(seconds: float, batch_size: int, device: str, repeats: int) -> 
 
 def table(results: dict) -> list[str]:
     """Return the lines of a Markdown table."""
-    lines = [
-        "| separator | batch x frames | precision | forward | of the rate | step | of the rate | "
-        "outside products | optimizer | peak memory | per s of audio |", "| --- " * 11 + "|"]
+    rows = []
     for row in results["cases"]:
         cells = []
         for part in ("forward", "step"):
             speed = row["flops"][part] / row["seconds"][part]
             cells += [f"{speed / 1e9:.0f} GFLOP/s", f"{speed / results['rates'][row['dtype']]:.0%}"]
-        lines.append(
-            f"| {row['separator']} | {row['batch']} x {row['frames']} | {row['dtype']} | "
-            f"{' | '.join(cells)} | {row['outside_products']:.0%} | {row['optimizer_share']:.0%} | "
-            f"{row['peak_bytes'] / 1e6:.0f} MB | "
-            f"{row['peak_bytes_per_second_of_audio'] / 1e6:.1f} MB |")
-    return lines
+        rows.append([
+            row["separator"], f"{row['batch']} x {row['frames']}", row["dtype"], *cells,
+            f"{row['outside_products']:.0%}", f"{row['optimizer_share']:.0%}",
+            f"{row['peak_bytes'] / 1e6:.0f} MB",
+            f"{row['peak_bytes_per_second_of_audio'] / 1e6:.1f} MB"])
+    return markdown_table(
+        ["separator", "batch x frames", "precision", "forward", "of the rate", "step",
+         "of the rate", "outside products", "optimizer", "peak memory", "per s of audio"], rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from audio import SAMPLING_RATE
+from audio import FRAME_RATE, SAMPLING_RATE
 from scoring import plot_streams
 
 
@@ -21,7 +21,7 @@ def look_at(mixture, talkers: list) -> np.ndarray:
     panels = {f"speaker {number}, probability {facts['probability']:.2f}": values
               for number, (facts, values, _) in enumerate(talkers, start=1)}
     file = io.BytesIO()
-    plot_streams(file, [{"mixture": mixture, **panels}], SAMPLING_RATE // 160, log_mel=True)
+    plot_streams(file, [{"mixture": mixture, **panels}], FRAME_RATE, log_mel=True)
     return np.asarray(Image.open(file))
 
 
