@@ -9,24 +9,27 @@ project, printed as it would be typed. Run again, it goes on where it stopped.
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 import digits_manifest  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from overlapped_digits import existing, run  # noqa: E402
 
 import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
+from audio import SAMPLING_RATE, write_wav  # noqa: E402
 
 SIZES = ["--dim=240", "--num_heads=4", "--ff_dim=640"]  # 5.9 million weights, 12 MB in bfloat16
 
 
-def write_manifest(args) -> Path:
-    """Write one manifest of the speech and the digits, with absolute paths."""
-    manifest, digits = args.work_dir / "speech.jsonl", args.work_dir / "digits.jsonl"
+def write_manifest(args, name: str, read_speech: int) -> Path:
+    """Write a manifest of the speech and the digits, LibriSpeech's part ``read_speech`` times."""
+    manifest, digits = args.work_dir / f"{name}.jsonl", args.work_dir / "digits.jsonl"
     speech = existing(Path(args.speech) / "manifest.jsonl")
     if digits_manifest.main(args.fsdd, digits):
         sys.exit(2)
@@ -35,19 +38,34 @@ def write_manifest(args) -> Path:
             for line in listing.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 row["audio"] = str((listing.parent / row["audio"]).resolve())
-                lines.write(json.dumps(row) + "\n")
+                is_read = row.get("corpus") == "librispeech" and row["split"] == "train"
+                lines.write((json.dumps(row) + "\n") * (read_speech if is_read else 1))
     return manifest
 
 
-def make_data(args) -> Path:
-    """Make the dataset whose recordings are mixed anew in training, unless it is there."""
-    data = args.work_dir / "data"
+def make_noises(args) -> Path:
+    """Copy the recordings of noise, and add half as many steady ones, white to brown."""
+    folder = args.work_dir / "noise"
+    if not folder.is_dir():
+        shutil.copytree(Path(args.speech) / "noise", folder)
+        rng, samples = np.random.default_rng(0), 6 * SAMPLING_RATE
+        frequencies = np.arange(1, samples // 2 + 2)
+        for number in range(len(list(folder.iterdir())) // 2):
+            spectrum = np.fft.rfft(rng.standard_normal(samples))
+            noise = np.fft.irfft(spectrum * frequencies ** -rng.uniform(0, 1))
+            write_wav(folder / f"steady_{number}.wav", 0.1 * noise / np.std(noise))
+    return folder
+
+
+def make_data(args, name: str, noise_dir, read_speech: int, *flags) -> Path:
+    """Make a dataset whose recordings are mixed anew in training, unless it is there."""
+    data = args.work_dir / name
     if not (data / "dataset.json").is_file():
-        run(generator, f"--speech_dir={write_manifest(args)}", f"--output_dir={data}",
-            "--train_samples=10", "--val_samples=120", "--min_speakers=1", "--join", 1, 3,
-            "--min_seconds=3", "--max_onset=3", "--level_difference=5", "--speed", 0.85, 1.2,
-            "--max_seconds=17",
-            f"--noise_dir={Path(args.speech) / 'noise'}", "--snr_db", 5, 50, "--reverb", 0.2)
+        run(generator, f"--speech_dir={write_manifest(args, name, read_speech)}",
+            f"--output_dir={data}", "--train_samples=10", "--val_samples=120", "--min_speakers=1",
+            "--join", 1, 3, "--min_seconds=3", "--level_difference=5", "--speed", 0.85, 1.2,
+            "--max_seconds=17", f"--noise_dir={noise_dir}", "--snr_db", 5, 50, "--reverb", 0.2,
+            *flags)
     return data
 
 
@@ -61,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
     add("--epochs", type=int, default=11, help="epochs of short parts of mixtures")
-    add("--long_epochs", type=int, default=2, help="epochs of long parts after them")
+    add("--long_epochs", type=int, default=14, help="epochs of long parts after them")
     add("--mixtures_per_epoch", type=int, default=4000,
         help="fresh mixtures in an epoch of short parts; half as many in one of long parts")
     add("--workers", type=int, default=0, help="processes that mix; 0: this one")
@@ -81,11 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run every step that is not done yet."""
     args = build_parser().parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    data, checkpoints = make_data(args), args.work_dir / "checkpoints"
+    checkpoints, noises = args.work_dir / "checkpoints", Path(args.speech) / "noise"
+    data = make_data(args, "short", noises, 1, "--max_onset=3")
     train(args, data, checkpoints, args.epochs, "--batch_size=12", "--crop_seconds", 2, 6,
           f"--mixtures_per_epoch={args.mixtures_per_epoch}")
+    data = make_data(args, "long", make_noises(args), 4, "--max_onset=8", "--max_gap=1")
     epochs = args.epochs + args.long_epochs
-    train(args, data, checkpoints, epochs, "--batch_size=6", "--crop_seconds", 6, 16,
+    train(args, data, checkpoints, epochs, "--batch_size=8", "--crop_seconds", 4, 16,
           f"--mixtures_per_epoch={args.mixtures_per_epoch // 2}", "--activity_weight=0.1")
     separator = ssm.load_separator(checkpoints / f"checkpoint_epoch_{epochs}.pt")
     ssm.export_separator(separator, Path(args.output_dir), torch.bfloat16)
