@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
     add("--epochs", type=int, default=11, help="epochs of short parts of mixtures")
-    add("--long_epochs", type=int, default=14, help="epochs of long parts after them")
+    add("--long_epochs", type=int, default=19, help="epochs of long parts after them")
     add("--mixtures_per_epoch", type=int, default=4000,
         help="fresh mixtures in an epoch of short parts; half as many in one of long parts")
     add("--workers", type=int, default=0, help="processes that mix; 0: this one")
@@ -88,7 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def train(args, data: Path, checkpoints: Path, epochs: int, *flags) -> None:
-    """Train until so many epochs are done in all."""
+    """Train until so many epochs are done in all, unless they are."""
+    if (checkpoints / f"checkpoint_epoch_{epochs}.pt").is_file():
+        return
     resume = ["--resume"] if any(checkpoints.glob("*.pt")) else []
     run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
         f"--epochs={epochs}", *flags, f"--workers={args.workers}", "--save_every=2",
