@@ -22,10 +22,10 @@ import signal
 import sys
 
 if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C would be a traceback
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (os.write(2, b"stopped\n"), os._exit(128 + n)))
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped\n"), os._exit(130)))
 
 import argparse
+import contextlib
 import json
 import shutil
 from array import array
@@ -58,6 +58,7 @@ BANDS_PER_VOICE = 6
 VOICE_SEED = 1280  # one inventory for all datasets; --seed draws utterances and mixtures
 MODULATION = 0.6
 MOST_VALUES = 10_000_000  # of an array of simulated features
+REPLACING = ".replacing"  # holds a dataset while it is moved to its place
 MIXING_BOUNDS = {
     "join": (1, 1000), "min_seconds": (0, 1000), "max_gap": (0, 1000), "max_onset": (0, 1000),
     "overlap": (0, 1), "level_difference": (0, 1000), "speed": (0.5, 2), "snr_db": (-100, 100),
@@ -437,38 +438,58 @@ def print_statistics(split: str, entries: list[dict]) -> None:
           f"{np.mean(counts):.2f} talkers on average ({spread}){overlap}")
 
 
-def finish_replacing(output_dir: Path) -> None:
-    """Move the whole dataset in ``.complete`` to its place, or the rest of it after a kill.
+def is_running(process: int) -> bool:
+    """Say whether a process with this number is running."""
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # somebody else's
+        return True
+    except OSError:
+        return False
+    return True
 
-    The earlier one goes piece by piece just before; while ``.complete`` is there, nothing in the
-    folder is taken for a dataset. Other files stay.
+
+def make_staging(output_dir: Path) -> Path:
+    """Make the folder that this process writes to; remove those of processes that were killed."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    staging = output_dir / f".making_{os.getpid()}"
+    shutil.rmtree(output_dir / REPLACING, ignore_errors=True)
+    for folder in output_dir.glob(".making_[0-9]*"):
+        if folder == staging or not is_running(int(folder.name.removeprefix(".making_"))):
+            shutil.rmtree(folder, ignore_errors=True)
+    staging.mkdir()
+    return staging
+
+
+def replace_dataset(staging: Path, output_dir: Path) -> None:
+    """Replace the dataset in ``output_dir`` by that in ``staging``; other files stay.
+
+    The earlier splits go first. So, whenever a run is killed, a split that is there is whole and
+    belongs to the dataset.json beside it. Of two runs at once one fails here.
     """
-    new = output_dir / ".complete"
-    for part in ("train", "val", "dataset.json") if new.exists() else ():
-        if (new / part).exists():
-            if (old := output_dir / part).is_dir():
-                shutil.rmtree(old)
-            (new / part).replace(old)
-    shutil.rmtree(new, ignore_errors=True)
+    new = output_dir / REPLACING
+    staging.replace(new)
+    for split in ("train", "val"):
+        if (old := output_dir / split).exists():
+            old.replace(new / f"old_{split}")
+    for part in ("dataset.json", "val", "train"):
+        (new / part).replace(output_dir / part)
+    shutil.rmtree(new)
 
 
 def write_dataset(
     output_dir: Path, sizes: dict, mixtures: Iterator[dict], splits: dict, about: dict
 ) -> dict[str, list[dict]]:
-    """Write a dataset beside the earlier one and put it in its place; return its metadata."""
-    staging = output_dir / ".staging"
-    finish_replacing(output_dir)
+    """Write a dataset into a folder of its own and then into place; return its metadata."""
+    staging = make_staging(output_dir)
     try:
-        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-        staging.mkdir()
         entries = {s: write_split(staging / s, s, n, mixtures) for s, n in sizes.items()}
         for split, utterances in splits.items():
             write_listing(staging / split / "utterances.json", utterances)
         write_json(staging / "dataset.json", about)
         if (output_dir / "train").exists():
             print(f"replacing the earlier dataset in {output_dir}")
-        staging.replace(output_dir / ".complete")
-        finish_replacing(output_dir)
+        replace_dataset(staging, output_dir)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return entries
@@ -476,8 +497,6 @@ def write_dataset(
 
 def generate_dataset(args, command_line: str) -> None:
     """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
-    from speaker_separator_module import locked
-
     output_dir, splits = Path(args.output_dir), {}
     for old in (output_dir / "train", output_dir / "val"):
         if old.exists() and not (old / "metadata.json").is_file():
@@ -487,9 +506,7 @@ def generate_dataset(args, command_line: str) -> None:
     mixtures, about = speech_dataset(args, splits) if splits else simulated_dataset(args)
     about |= {"seed": args.seed, "command_line": command_line}
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with locked(output_dir):
-            entries = write_dataset(output_dir, split_sizes(args), mixtures, splits, about)
+        entries = write_dataset(output_dir, split_sizes(args), mixtures, splits, about)
     except FileNotFoundError:
         raise
     except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
@@ -586,25 +603,26 @@ def check_arguments(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Make a dataset; return 0, or 2 after one line on standard error for bad input."""
-    from speaker_separator_module import handling_signals, stop_at_once
-
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments, parser = sys.argv[1:] if argv is None else argv, build_parser()
+    stopped = "stopped; an earlier dataset is intact\n"
+    with contextlib.suppress(ValueError):  # outside the main thread there are no signals
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: parser.exit(143, stopped))
     try:
-        with handling_signals(stop_at_once):
-            parser = build_parser()
-            if odd := [text for text in arguments if text.endswith("=--")]:  # argparse stumbles
-                parser.error(f"{odd[0][:-3]} needs a value")
-            args = parser.parse_args(arguments)
-            check_arguments(args)
-            generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))
+        if odd := [text for text in arguments if text.endswith("=--")]:  # argparse stumbles
+            parser.error(f"{odd[0][:-3]} needs a value")
+        args = parser.parse_args(arguments)
+        check_arguments(args)
+        generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print("stopped; an earlier dataset is intact", file=sys.stderr)
-        return getattr(stop, "status", 130)
+        print(stopped, end="", file=sys.stderr)
+        return getattr(stop, "status", 130)  # a caller's handler of SIGTERM gives its status
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

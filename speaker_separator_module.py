@@ -771,9 +771,6 @@ class MultiSpeakerDataset(Dataset):
         self.data_dir, self.split = Path(data_dir), split
         self.folder = self.data_dir / split
         path, about = self.folder / "metadata.json", self.data_dir / "dataset.json"
-        if (self.data_dir / ".complete").exists():
-            raise ValueError(f"the dataset in {data_dir} is half replaced: its generator was "
-                             "stopped, run it again")
         if not path.is_file():
             raise FileNotFoundError(
                 f"no dataset at {path}; make one: python generate_multi_speaker_dataset.py "

@@ -20,6 +20,7 @@ from conftest import (
     WIDTH,
     assert_fails,
     edit_json,
+    run,
     sine,
     tiny_separator,
     tiny_spectrogram_separator,
@@ -399,9 +400,9 @@ class Killed(BaseException):
     """Nothing handles it, as nothing handles a kill."""
 
 
-@pytest.mark.parametrize("moves", range(4))
+@pytest.mark.parametrize("moves", range(6))
 def test_a_kill_while_a_dataset_is_replaced(moves, dataset, tmp_path, monkeypatch, capsys):
-    """Before the first move the old one is whole, after it nothing else is taken for a dataset."""
+    """Until the old one is moved it is whole, then nothing is a dataset until the new one is."""
     folder, new = shutil.copytree(dataset, tmp_path / "data"), tmp_path / "new"
     flags = ["--feature_dim=48", "--seq_len=10", "--train_samples=2", "--val_samples=2"]
     argv = [*flags, f"--output_dir={folder}"]
@@ -417,27 +418,55 @@ def test_a_kill_while_a_dataset_is_replaced(moves, dataset, tmp_path, monkeypatc
         patch.setattr(Path, "replace", replace)
         with pytest.raises(Killed):
             generator.main(argv)
-    if moves == 0:
+    if moves < 2:
         assert ssm.MultiSpeakerDataset(folder, "train").feature_dim == WIDTH
     else:
-        assert_fails(capsys, train_flags(folder, tmp_path / "run"), "half replaced")
+        assert_fails(capsys, train_flags(folder, tmp_path / "run"), "no dataset at")
     assert generator.main(argv) == 0
+    assert {p.name for p in folder.iterdir()} == {"train", "val", "dataset.json"}
     kept = {p: c for p, c in files_of(folder).items() if p.name != "dataset.json"}
     assert kept == {p: c for p, c in files_of(new).items() if p.name != "dataset.json"}
 
 
-def test_two_generators_in_a_folder(tmp_path, capsys):
-    with held_by_another_process(tmp_path) as pid:
-        argv = ["--train_samples=1", "--val_samples=1", f"--output_dir={tmp_path}"]
-        assert_fails(capsys, argv, "in use by process", pid, main=generator.main)
+def test_what_killed_generators_left_is_removed(tmp_path):
+    """But not what a running process writes beside this one."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for name in (f".making_{dead.pid}", f".making_{os.getppid()}", ".replacing"):
+        (tmp_path / name / "train").mkdir(parents=True)
+    assert generator.main(["--train_samples=1", "--val_samples=1", f"--output_dir={tmp_path}"]) == 0
+    hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert hidden == {f".making_{os.getppid()}"}
 
 
-def test_a_stopped_generator(tmp_path, monkeypatch, capsys):
+def test_two_generators_in_a_folder(tmp_path, monkeypatch):
+    """One ends while the other writes: each leaves a whole dataset, and the last one wins."""
+    replace = generator.replace_dataset
+
+    def make(name, samples):
+        argv = ["--feature_dim=32", "--seq_len=9", "--val_samples=1", f"--train_samples={samples}"]
+        assert generator.main([*argv, f"--output_dir={tmp_path / name}"]) == 0
+        return [files_of(tmp_path / name / split) for split in ("train", "val")]
+
+    def replace_after_another(*folders):
+        with monkeypatch.context() as patch:
+            patch.setattr(generator, "replace_dataset", replace)
+            patch.setattr(os, "getpid", os.getppid)
+            assert make("data", 2) == make("alone", 2)
+        replace(*folders)
+
+    expected = make("other", 3)
+    monkeypatch.setattr(generator, "replace_dataset", replace_after_another)
+    assert make("data", 3) == expected
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_generator(number, status, tmp_path, monkeypatch, capsys):
     def stop(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(generator, "simulate_utterance", stop)
-    assert generator.main([f"--output_dir={tmp_path / 'data'}"]) == 143
+    assert run(generator.main, [f"--output_dir={tmp_path / 'data'}"]) == status
     assert capsys.readouterr().err.startswith("stopped")
     assert not list((tmp_path / "data").iterdir())
 
