@@ -24,6 +24,8 @@ import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, write_wav  # noqa: E402
 from scoring import word_table  # noqa: E402
 
+TALKERS = (1, 2, 3)  # in the mixtures of the test sets
+
 
 def run(module, *words) -> None:
     """Run one command of the project, printed as it would be typed."""
@@ -64,7 +66,7 @@ def make_data(args) -> tuple[Path, dict[str, Path]]:
     tests = {}
     kinds = {"": [], ", noise": [f"--noise_dir={noises / 'test'}"], ", room": ["--reverb"]}
     for kind, flags in kinds.items():
-        for talkers in (1, 2, 3):
+        for talkers in TALKERS:
             name = f"{talkers} talker{'s' * (talkers > 1)}{kind}"
             tests[name] = generate(
                 args, name.replace(", ", "_").replace(" ", "_"), f"--min_speakers={talkers}",

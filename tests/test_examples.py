@@ -47,13 +47,14 @@ def test_overlapped_digits_tells_the_whole_story(
     fsdd, qwen_folder, tmp_path, capsys, monkeypatch
 ):
     shrink(monkeypatch, overlapped_digits, "--dim=16", "--num_heads=2", "--ff_dim=16")
+    monkeypatch.setattr(overlapped_digits, "TALKERS", (3,))
     argv = [f"--fsdd={fsdd}", f"--model={qwen_folder}", "--epochs=1", "--mixtures_per_epoch=4",
             "--test_samples=1"]  # fmt: skip
     overlapped_digits.main(argv)
     printed = capsys.readouterr().out
     assert "| 3 talkers, room | 1 |" in printed
     assert "--num_speakers 3" in printed
-    assert (tmp_path / "overlapped_digits/2_talkers.png").is_file()
+    assert (tmp_path / "overlapped_digits/3_talkers.png").is_file()
     overlapped_digits.main(argv)  # goes on where it stopped: nothing is made or trained again
     again = capsys.readouterr().out
     assert " train " not in again and "--speech_dir" not in again

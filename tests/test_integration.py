@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import os
 import pickle
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    CPU_FLAGS,
     RATE,
     ROOT,
     SHARED,
@@ -22,6 +24,7 @@ from conftest import (
     tiny_separator,
     tiny_spectrogram_separator,
     tower_states,
+    train_flags,
 )
 
 import speaker_separator_module as ssm
@@ -608,29 +611,43 @@ def test_device_map(kind, qwen_folder, integrate, processor):
         model.generate(**inputs, max_new_tokens=2)
 
 
-def test_the_module_alone_in_a_folder(qwen_folder, tmp_path):
-    """Copied without its siblings the module still puts either separator into a model."""
-    shutil.copy(ROOT / "speaker_separator_module.py", tmp_path)
-    script = f"""
+ALONE = """
+import json, sys
 import torch
-from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
 import speaker_separator_module as ssm
-model = Qwen2AudioForConditionalGeneration.from_pretrained({str(qwen_folder)!r}).eval()
-processor = AutoProcessor.from_pretrained({str(qwen_folder)!r})
+for argv in json.loads(sys.argv[1]):
+    assert ssm.main(argv) == 0
+print("trained")
+print("trained", file=sys.stderr)
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+model = Qwen2AudioForConditionalGeneration.from_pretrained(sys.argv[2]).eval()
+processor = AutoProcessor.from_pretrained(sys.argv[2])
 text = "<|audio_bos|> <|AUDIO|> <|audio_eos|> Who speaks?"
 audio = torch.sin(torch.arange(9000) / 9).numpy()
 inputs = processor(text=text, audio=audio, sampling_rate=16000, return_tensors="pt")
-ssm.integrate_speaker_separator(model, max_speakers=2, threshold=0)
-print(len(model.generate(**inputs, max_new_tokens=2)), len(model.speaker_rows))
-separator = ssm.SpectrogramSeparator(dim=16, num_layers=1, num_heads=2, ff_dim=16)
-ssm.integrate_speaker_separator(model, None, separator, threshold=0)
-print(len(model.generate(**inputs, max_new_tokens=2)), len(model.speaker_rows))
+spectrograms = ssm.SpectrogramSeparator(dim=16, num_layers=1, num_heads=2, ff_dim=16)
+for separator in ("run/best_model.pt", spectrograms):
+    ssm.integrate_speaker_separator(model, None, separator, threshold=0)
+    print(len(model.generate(**inputs, max_new_tokens=2)), len(model.speaker_rows))
 """
+
+
+def test_the_module_alone_in_a_folder(dataset, qwen_folder, tmp_path):
+    """Copied without its siblings it trains on features, infers from .npy and integrates."""
+    shutil.copy(ROOT / "speaker_separator_module.py", tmp_path)
+    mixture = next((dataset / "val/mixed").glob("*.npy"))
+    infer = ["infer", f"--input={mixture}", "--checkpoint=run/best_model.pt", "--num_speakers=2"]
+    commands = [train_flags(dataset, "run", "--max_speakers=3"), [*infer, *CPU_FLAGS]]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "2", "3", "3"]
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, json.dumps(commands), str(qwen_folder)], cwd=tmp_path,
+        env=environment, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0 and done.stderr.startswith("trained"), done.stderr
+    assert done.stdout.split("trained\n")[1].split() == ["3", "3"] * 2
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "best_model.pt", "checkpoint_epoch_1.pt"]  # the report and the curves are a sibling's
+    assert sorted(path.name for path in (tmp_path / "separated").iterdir()) == [
+        "separation.json", "speaker_1.npy", "speaker_2.npy"]
 
 
 # --------------------------------------------------------------------------------------------------
