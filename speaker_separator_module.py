@@ -1129,24 +1129,6 @@ def synchronize(device: str) -> None:
     getattr(torch, device).synchronize()
 
 
-def random_states(device: str) -> list[list[Tensor]]:
-    """Return the states that every process draws from: of the CPU's generator, the device's."""
-    own = [] if device == "cpu" else [getattr(torch, device).get_rng_state()]
-    every, ranks = [], process_rank()[1]
-    for state in [torch.get_rng_state(), *own]:
-        every.append([state.clone() for _ in range(ranks)])
-        if ranks > 1:
-            dist.all_gather(every[-1], state)
-    return [list(states) for states in zip(*every, strict=True)]
-
-
-def set_random_states(device: str, states: list[Tensor]) -> None:
-    """Put back what one process drew from; the generator of another device is left out."""
-    torch.set_rng_state(states[0])
-    if device != "cpu" and len(states) > 1:
-        getattr(torch, device).set_rng_state(states[1])
-
-
 def to_device(batch: dict, device: str) -> dict:
     """Move a batch, without waiting where its memory is page-locked."""
     pinned = pins_memory(device)
@@ -1597,17 +1579,6 @@ def check_history(history: list, epochs: int) -> None:
         raise ValueError(f"it has {len(history)} rows of history after {epochs} epochs")
 
 
-def check_progress(checkpoint: dict) -> None:
-    """Fail unless the interrupted epoch of a checkpoint can be resumed."""
-    if "progress" in checkpoint:
-        rows, random = (checkpoint["progress"][key] for key in ("rows", "random"))
-        check_tensors({"rows": rows}, {"rows": (len(rows), len(LOSS_PARTS) + 2)})
-        if len(random) != (ranks := process_rank()[1]):
-            raise ValueError(f"it was stopped in an epoch of {len(random)} processes, not {ranks}")
-        for states in random:
-            torch.Generator().set_state(states[0])
-
-
 def restore(separator, optimizer, checkpoint: dict, origin) -> list[dict]:
     """Put separator and optimizer back where a checkpoint left them; return its history."""
     state = checkpoint.get("training_state_dict", separator.state_dict())
@@ -1615,7 +1586,10 @@ def restore(separator, optimizer, checkpoint: dict, origin) -> list[dict]:
         check_tensors(state, {name: w.shape for name, w in separator.state_dict().items()})
         check_history(checkpoint["train_history"], checkpoint["epoch"])
         moments = fitting_moments(optimizer, checkpoint["optimizer_state_dict"])
-        check_progress(checkpoint)
+        if "progress" in checkpoint:
+            rows, step_size = (checkpoint["progress"][name] for name in ("rows", "step_size"))
+            check_tensors({"rows": rows}, {"rows": (len(rows), len(LOSS_PARTS) + 2)})
+            check_limits({"batch_size": step_size})
     separator.load_state_dict(state)
     optimizer.load_state_dict(moments)
     for group in optimizer.param_groups:
@@ -1642,7 +1616,7 @@ class Run(NamedTuple):
     loader: DataLoader
     val_set: Dataset
     history: list[dict]
-    progress: dict  # of an interrupted epoch: rows of ``backward`` and random states
+    progress: dict  # of an interrupted epoch: rows of ``backward``, mixtures in a step
     signals: list[int]  # those that asked to stop
 
 
@@ -1713,13 +1687,14 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
     run.separator.train()
     rows, batches, sampler = [*run.progress.get("rows", [])], [], run.loader.batch_sampler
     sampler.epoch, sampler.start = epoch, len(rows)
-    loaded, stopped = iter(run.loader), False  # iter draws a random number
-    if rows:
-        set_random_states(run.device, run.progress["random"][process_rank()[0]])
-    for raw in progress(loaded, f"epoch {epoch}"):
+    stopped = False
+    for raw in progress(run.loader, f"epoch {epoch}"):
         batches.append(add_spectrograms(to_device(raw, run.device)))
         if len(batches) < run.options.accumulate:
             continue
+        # Dropout of a resumed run is that of a whole one, and differs between processes.
+        place = [run.options.seed, epoch, len(rows), process_rank()[0]]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         rows.append(backward(run, batches))
         if run.device == "cpu":
             check_finite(run, epoch, rows[-1][None], len(rows) - 1)
@@ -1731,7 +1706,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
     rows = sum_over_processes(torch.stack([row.to(run.device) for row in rows])).cpu()
     check_finite(run, epoch, rows)
     if stopped:
-        run.progress.update(rows=rows, random=random_states(run.device))
+        run.progress.update(rows=rows, step_size=sampler.step_size)
         return None
     run.progress.clear()
     losses, sizes = rows[:, :4], rows[:, 4:5]
@@ -1778,13 +1753,13 @@ def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
 def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
     """Return the options of the run that a checkpoint belongs to, updated with those given now.
 
-    Sizes, seed and precision cannot change within a run, batches not within an epoch.
+    Sizes, seed and precision cannot change within a run, mixtures not within an epoch.
     """
     earlier = {k: v for k, v in checkpoint.get("options", {}).items() if k in TrainOptions._fields}
     fixed = {name: checkpoint["model_config"].get(name) for name in SIZES}
     kept = ["seed", "dtype"]
     if "progress" in checkpoint:  # the rest of an epoch
-        kept += ["batch_size", "accumulate", "mixtures_per_epoch", "crop_seconds", "remix"]
+        kept += ["mixtures_per_epoch", "crop_seconds", "remix"]
     fixed |= {name: earlier[name] for name in kept if name in earlier}
     for name, before in fixed.items():
         now = given.get(name)
@@ -1884,6 +1859,11 @@ def start_run(
     if not len(loader):
         raise ValueError(f"an epoch has {len(mixtures)} mixtures and a step needs "
                          f"{loader.batch_sampler.parts}: fewer processes or --accumulate")
+    rest = rest_of_epoch(checkpoint)
+    if rest and rest["step_size"] != loader.batch_sampler.step_size:
+        raise ValueError(f"the epoch that was stopped has steps of {rest['step_size']} mixtures, "
+                         f"not {loader.batch_sampler.step_size}: keep processes times "
+                         "--accumulate times --batch_size")
     check_disk(folder, parameters, options)
     remixed = f" (remixed to {len(mixtures)} an epoch)" if mixtures is not train_set else ""
     ranks = process_rank()[1]
@@ -1893,14 +1873,12 @@ def start_run(
     parallel = nn.parallel.DistributedDataParallel(separator) if ranks > 1 else separator
     return Run(options, device, dtype, loss_weights(options, train_set), separator, parallel,
                averaged, optimizer, scheduler, loader, val_set, history,
-               rest_of_epoch(checkpoint), [])
+               rest, [])
 
 
 def run_epoch(run: Run, epoch: int) -> dict | None:
     """Train and validate once; return the epoch's row of the history, None if it was stopped."""
     started = time.perf_counter()
-    # Dropout of a resumed run is that of a whole one, and differs between processes.
-    torch.manual_seed(run.options.seed + epoch + 1_000_003 * process_rank()[0])
     rate = run.scheduler.get_last_lr()[0]
     train = train_epoch(run, epoch)
     if train is None:

@@ -377,7 +377,7 @@ def make_base(folder: Path) -> None:
         ssm.main(["train", f"--data_dir={folder / kind}", f"--checkpoint_dir={run}", "--epochs=1",
                   *sizes, f"--export={folder / 'exported'}"][: None if kind == "features" else -1])
         content = torch.load(run / "best_model.pt")
-        content["progress"] = {"rows": torch.ones(1, 6), "random": [[torch.get_rng_state()]]}
+        content["progress"] = {"rows": torch.ones(1, 6), "step_size": 2}
         torch.save(content, run / "interrupted.pt")
     shutil.copy(next((folder / "features/val/mixed").glob("*.npy")), folder / "mixture.npy")
     config = WhisperConfig(
