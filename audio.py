@@ -41,20 +41,36 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def _reading(path):
-    """Yield soundfile; its errors become ValueErrors that name the file."""
+    """Yield soundfile; its errors become ValueErrors that name the file.
+
+    Standard error is shut meanwhile: the decoder of MP3 prints there what it finds damaged.
+    """
     import soundfile
 
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
         yield soundfile
     except soundfile.SoundFileError as error:  # also where a file breaks off in the middle
         raise ValueError(f"cannot read audio from {path}: {first_line(error)}") from None
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _blocks_of_file(path) -> Iterator[np.ndarray]:
     """Yield a file's samples block by block, the channels averaged."""
-    with _reading(path) as soundfile, soundfile.SoundFile(path) as file:
-        size, missing = max(1, READ_BLOCK // file.channels), file.frames
-        while len(block := file.read(size, dtype="float32", always_2d=True)):
+    with _reading(path) as soundfile:
+        file = soundfile.SoundFile(path)
+    size, missing = max(1, READ_BLOCK // file.channels), file.frames
+
+    def read() -> np.ndarray:
+        with _reading(path):
+            return file.read(size, dtype="float32", always_2d=True)
+
+    with file:
+        while len(block := read()):
             missing -= len(block)
             with np.errstate(all="ignore"):
                 yield block.mean(axis=1)

@@ -31,24 +31,34 @@ sys.path.insert(0, str(ROOT))
 import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 
+HANDLED = {signal.SIGINT, signal.SIGTERM}
 SIGNALS = [signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT]
 EPOCHS = 4
 SMALL = ["--feature_dim=256", "--seq_len=20", "--train_samples=40", "--val_samples=10"]
 
 
-def quietly(main, argv: list[str]) -> None:
-    """Run a command in a child process, silent, and leave with its status."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+def quietly(main, argv: list[str], errors: str) -> None:
+    """Run a command in a child process, its words in a file, and leave with its status.
+
+    Signals wait until the handlers are there that the script itself sets before its imports.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     torch.set_num_threads(1)
+    for number in HANDLED:
+        signal.signal(number, lambda n, _: os._exit(128 + n))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     os._exit(main(argv))
 
 
-def run(main, argv: list[str], kill_after: float | None = None, number=signal.SIGKILL) -> int:
+def run(main, argv: list[str], kill_after: float | None = None, number=signal.SIGKILL,
+        errors: str = os.devnull) -> int:
     """Run a command, perhaps send it a signal; return its exit status, negative if killed."""
-    process = multiprocessing.get_context("fork").Process(target=quietly, args=(main, argv))
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+    process = multiprocessing.get_context("fork").Process(
+        target=quietly, args=(main, argv, errors))
     process.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     process.join(kill_after)
     if process.is_alive():
         os.kill(process.pid, number)
@@ -91,12 +101,14 @@ def kill_training(rng, folder: Path, kills: int) -> tuple[Counter, Counter]:
             more = ["--resume"] if reached else []
             number = SIGNALS[int(rng.integers(len(SIGNALS)))]
             status = run(ssm.main, [*argv, f"--checkpoint_dir={here}", *more],
-                         rng.uniform(0.02, 0.6) * seconds, number)
+                         rng.uniform(0, 0.6) * seconds, number, str(folder / "errors"))
             if status == 0:
                 break
             signals[number.name] += 1
-            expected = {-9, -number, 128 + number}
-            found["unexpected status"] += status not in expected
+            unexpected = status != (-9 if number == signal.SIGKILL else 128 + number)
+            found["unexpected status"] += unexpected
+            if unexpected:
+                print(number.name, status, (folder / "errors").read_text()[-1000:], flush=True)
             found["checkpoints lost"] += len(
                 {n for n in reached if n != ssm.INTERRUPTED}
                 - {path.name for path in ssm.list_checkpoints(here)})

@@ -531,6 +531,16 @@ def test_a_sampling_rate_of_7_hertz(spectrogram_checkpoint, tmp_path, capsys):
     assert_fails(capsys, [*argv, *CPU_FLAGS], "7 Hz")
 
 
+def test_damaged_mp3(spectrogram_checkpoint, tmp_path, capfd):
+    """What its decoder prints on standard error is not seen."""
+    path = write_wav(tmp_path / "a.mp3", sine(4, 200))
+    whole, argv = path.read_bytes(), ["infer", f"--input={path}", *CPU_FLAGS,
+                                      f"--checkpoint={spectrogram_checkpoint}"]
+    for damaged in (whole[: len(whole) // 2], whole[:2000] + bytes(200) + whole[2200:]):
+        path.write_bytes(damaged)
+        assert_fails(capfd, argv, "breaks off")
+
+
 def test_a_flac_that_claims_more_than_it_holds(spectrogram_checkpoint, tmp_path, capsys):
     import soundfile
 
