@@ -140,10 +140,10 @@ def test_wrong_shape_is_named(features, frame_mask, named):
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("wrong", [3, 10, 1])
-def test_heads_that_do_not_fit(wrong):
-    with pytest.raises(ValueError, match=f"num_heads .* not {wrong} for {WIDTH}"):
-        tiny_separator(2, num_heads=wrong)
+@pytest.mark.parametrize(("wrong", "width"), [(3, WIDTH), (3, 30), (10, WIDTH), (1, WIDTH)])
+def test_heads_that_do_not_fit(wrong, width):
+    with pytest.raises(ValueError, match=f"num_heads .* not {wrong} for {width}"):
+        tiny_separator(2, num_heads=wrong, feature_dim=width)
 
 
 def test_save_and_load(tmp_path):
@@ -442,15 +442,49 @@ def test_speaking_frames():
     ],
 )
 def test_wrong_spectrogram_is_named(spectra, frame_mask, named):
-    with pytest.raises(ValueError, match="must be") as error:
-        vivid_separator()(spectra, frame_mask)
-    assert named in str(error.value)
+    for method in (vivid_separator(), vivid_separator().gains):
+        with pytest.raises(ValueError, match="must be") as error:
+            method(spectra, frame_mask)
+        assert named in str(error.value)
 
 
 @pytest.mark.parametrize("wrong", [{"num_heads": 3}, {"num_heads": 1}, {"max_speakers": 0}])
 def test_wrong_spectrogram_sizes(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         vivid_separator(**wrong)
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights keep their meaning
+
+
+def noise(*shape, start=0):
+    """Numbers between -1 and 1 that no random generator makes."""
+    n = torch.arange(start, start + torch.Size(shape).numel(), dtype=torch.float64)
+    return ((n * 12.9898).sin() * 43758.5453).frac().view(shape).float()
+
+
+@pytest.mark.parametrize(("make", "width", "sums", "expected_probs"), [
+    (tiny_separator, WIDTH, [23.2558, -8.8505, -12.7746, 11.5336, 0, 0],
+     [0.66675, 0.67558, 0.62899, 0.65369, 0.66555, 0.66555]),
+    (tiny_spectrogram_separator, 80, [86.1003, -102.7454, -74.2329, 63.2850, -19.1359, -17.7680],
+     [0.96369, 0.96363, 0.94769, 0.94771, 0.66825, 0.66825]),
+    (tiny_spectrogram_separator, 128, [144.4281, -117.9487, -54.8802, 126.7697, -40.0941, 20.3765],
+     [0.96757, 0.96754, 0.94739, 0.94741, 0.66825, 0.66825])])  # fmt: skip
+def test_weights_of_earlier_versions_separate_alike(make, width, sums, expected_probs):
+    """What one version of the code computed; a change would spoil every checkpoint there is."""
+    separator = make(2)
+    with torch.no_grad():
+        for name, weight in separator.named_parameters():
+            weight.copy_(2 * noise(*weight.shape, start=sum(map(ord, name))))
+            weight.mul_(6 if name in ("speaker_queries", "output.1.weight") else 1)
+            weight.mul_(weight.shape[-1] ** -0.5).add_("norm" in name)
+    mixture, frame_mask = 0.7 * noise(3, 9, width), torch.arange(9) < torch.tensor([[9], [6], [0]])
+    mixture[0, 3] -= 1.5  # 80 dB below the loudest frame
+    streams, probs = separator(mixture, frame_mask)
+    weighted = (streams * noise(*streams.shape[1:], start=5000)).sum((2, 3)).flatten()
+    assert weighted.tolist() == pytest.approx(sums, abs=2e-3)
+    assert probs.flatten().tolist() == pytest.approx(expected_probs, abs=2e-5)
 
 
 # --------------------------------------------------------------------------------------------------
