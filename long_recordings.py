@@ -286,6 +286,9 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
     Of the ``shared`` part of two adjacent windows' words, the longest run that ends the one and
     starts the other is taken once; a word beyond it on either side was cut by the window's edge.
     Chinese and Japanese are joined by characters.
+
+    >>> join_texts([(0, "one two three fo"), (1, "three four five")], shared=0.25)
+    'one two three four five'
     """
     by_character = any("\u3040" <= c <= "\u9fff" for _, text in texts for c in text)
     joined, last, room = [], None, 0

@@ -182,6 +182,9 @@ def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Share of the time from the first start to the last end in which two or more talk.
 
     ``starts`` and ``ends`` are seconds ``[..., talkers]``; returns ``[...]``.
+
+    >>> float(overlap_ratio(np.array([0.0, 2.0]), np.array([3.0, 4.0])))  # 0 to 3 s, 2 to 4 s
+    0.25
     """
     times = np.concatenate([starts, ends], axis=-1)
     order = np.argsort(times, axis=-1)

@@ -40,6 +40,9 @@ def cp_word_errors(references: list[str], hypotheses: list[str]) -> tuple[int, i
 
     There may be any number of each. Errors by words are the concatenated minimum-permutation word
     error rate (cpWER; Watanabe et al., 2020, arXiv:2004.09249).
+
+    >>> cp_word_errors(["one two", "three"], ["3", "one too"])
+    (1, 3)
     """
     from jiwer import process_words
     from scipy.optimize import linear_sum_assignment

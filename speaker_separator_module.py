@@ -415,6 +415,9 @@ def resample_bins(spectra: Tensor, bins: int) -> Tensor:
 
     The filter of bin ``i`` of ``n`` is centred at ``(i + 1) / (n + 1)`` of the scale's length.
     Values between two centres are interpolated; past the outermost ones the nearest counts.
+
+    >>> resample_bins(torch.tensor([1.0, 2.0, 3.0]), 7).tolist()
+    [1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
     """
     D = spectra.shape[-1]
     if bins == D:
@@ -645,7 +648,11 @@ SCORES = (*LOSS_PARTS[1:], "si_sdr_improvement", *TRIVIAL_OUTPUTS)
 
 
 def si_sdr(estimates: Tensor, targets: Tensor) -> Tensor:
-    """Scale-invariant SDR in dB (arXiv:1811.02508) over the last dimension, [..., N] -> [...]."""
+    """Scale-invariant SDR in dB (arXiv:1811.02508) over the last dimension, [..., N] -> [...].
+
+    >>> round(si_sdr(torch.tensor([1.0, 0.1]), torch.tensor([5.0, 0.0])).item(), 3)
+    20.0
+    """
     power = targets.square().sum(-1, keepdim=True).clamp(min=1e-8)
     signal = (estimates * targets).sum(-1, keepdim=True) / power * targets
     noise = estimates - signal

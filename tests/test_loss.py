@@ -111,6 +111,15 @@ def test_agrees_with_slow_loop_without_mask():
     assert parts == pytest.approx([separation, reconstruction, activity], rel=1e-5)
 
 
+def test_pairwise_mse():
+    batch = random_batch()
+    separated, targets = batch["separated"], batch["targets"]
+    cost = ssm.pairwise_mse(separated, targets, batch["frame_mask"])
+    for b, frames in enumerate(LENGTHS):
+        differences = separated[b, :, None, :frames] - targets[b, None, :, :frames]
+        torch.testing.assert_close(cost[b], differences.square().mean((2, 3)))
+
+
 def test_padding_frames_do_not_count():
     batch = random_batch()
     clean = ssm.separator_loss(**batch)
