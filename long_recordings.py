@@ -35,6 +35,9 @@ WINDOW_SECONDS = 30
 TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
 ABSENT = -2.0  # gain of a talker in windows without it: 80 dB down
 DEFAULT_PROMPT = "What does the person say?"
+QWEN_TOKENS, WHISPER_TOKENS = 256, 200  # longest answers; nobody says 200 tokens in 30 s
+# A Whisper that repeats itself decodes again, as its authors let it (arXiv:2212.04356).
+DECODE_AGAIN = {"temperature": (0.0, 0.4, 0.8), "compression_ratio_threshold": 1.35}
 
 
 def window_step(window: int) -> int:
@@ -256,16 +259,34 @@ def build_prompt(processor, prompt: str) -> str:
     return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
 
+def integration_of(model):
+    """Return what ``integrate_speaker_separator`` put into a model, or None."""
+    return vars(getattr(model, "_orig_mod", model)).get("_speaker_integration")
+
+
 def decode(processor, ids: Tensor) -> list[str]:
     """Return the texts of token rows."""
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
+def answer_options(model, processor, options: dict) -> dict:
+    """Return options of ``generate``: those given that are not None, else what suits the model."""
+    if hasattr(processor, "audio_token"):
+        suited = {"max_new_tokens": QWEN_TOKENS}
+    else:
+        suited = {"max_new_tokens": min(WHISPER_TOKENS, model.config.max_target_positions // 2)}
+        integration = integration_of(model)
+        if integration is None or integration.separator.is_spectrogram:
+            suited |= DECODE_AGAIN
+    return suited | {name: value for name, value in options.items() if value is not None}
+
+
 def ask(model, processor, recordings: list, prompt: str | None = None, **options) -> list[str]:
     """Return the text of every row that ``generate`` gives for recordings of at most one window.
 
-    Whisper takes no prompt.
+    Whisper takes no prompt. ``options`` of ``generate`` are completed by ``answer_options``.
     """
+    options = answer_options(model, processor, options)
     read = {"sampling_rate": SAMPLING_RATE, "return_tensors": "pt"}
     if hasattr(processor, "audio_token"):
         text = [build_prompt(processor, prompt or DEFAULT_PROMPT)] * len(recordings)
@@ -400,14 +421,15 @@ def answer_per_talker(
     ``audio`` is a path, or an array or tensor [samples] at ``sampling_rate`` (default: 16 kHz);
     ``prompt`` asks Qwen2-Audio about each talker (default: "What does the person say?");
     ``num_speakers`` talk in the recording, when it is known, perhaps fewer in a window of it;
-    ``options`` go to ``generate``.
+    ``options`` go to ``generate``, beside a limit of length; a Whisper whose answer repeats itself
+    decodes again at a higher temperature, unless ``temperature`` is given.
 
     Returns one dict per talker: ``speaker`` (from 1), ``probability`` (the highest), ``text`` and
     ``windows``, dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``. With
     ``mode="joint"`` one about all talkers, with ``speakers``, a list, for ``speaker``. Raises
     FileNotFoundError or ValueError if the recording cannot be read or arguments do not fit.
     """
-    integration = vars(getattr(model, "_orig_mod", model)).get("_speaker_integration")
+    integration = integration_of(model)
     if integration is None:
         raise ValueError("there is no separator in this model: integrate_speaker_separator first")
     if not integration.is_qwen and (prompt is not None or mode == "joint"):
@@ -416,7 +438,8 @@ def answer_per_talker(
         recording = separate_recording(
             integration.window_separator(num_speakers), audio, None,
             processor.feature_extractor.feature_size, num_speakers, sampling_rate)
-        return _decode_streams(integration, processor, recording, options)
+        return _decode_streams(
+            integration, processor, recording, answer_options(model, processor, options))
     if mode == "joint":
         options["tokenizer"] = processor.tokenizer
     options |= {"num_speakers": num_speakers, "mode": mode}

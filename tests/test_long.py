@@ -457,6 +457,19 @@ def listener(whisper_folder):
     return timed_whisper(whisper_folder), WhisperProcessor(tiny_extractor(), tokenizer)
 
 
+def test_a_whisper_that_repeats_itself_decodes_again(listener):
+    model, processor = listener
+    options = long_recordings.answer_options(model, processor, {"max_new_tokens": None})
+    assert options["temperature"][0] == 0 and max(options["temperature"]) > 0
+    assert options["compression_ratio_threshold"] < 2
+    assert options["max_new_tokens"] == model.config.max_target_positions // 2
+    given = {"max_new_tokens": 3, "temperature": 0.0, "num_beams": 2}
+    assert long_recordings.answer_options(model, processor, given).items() >= given.items()
+    hidden = make_separator("output")
+    ssm.integrate_speaker_separator(model, None, hidden)
+    assert "temperature" not in long_recordings.answer_options(model, processor, {})  # cannot
+
+
 SAY = {**TIMES, "logits_processor": [ends_a_segment]}
 
 
