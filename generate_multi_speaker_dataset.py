@@ -40,17 +40,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import mixing
 from audio import SAMPLING_RATE, first_line, load_audio_encoder, write_wav
-from mixing import (
-    MixingOptions,
-    SpeechSource,
-    Utterance,
-    group_by_speaker,
-    list_noises,
-    list_recordings,
-    plan_mixture,
-    render_mixtures,
-)
+from mixing import MixingOptions, SpeechSource, Utterance, group_by_speaker
 
 NUM_VOICES = 12
 NUM_BANDS = 32
@@ -58,21 +50,32 @@ BANDS_PER_VOICE = 6
 VOICE_SEED = 1280  # one inventory for all datasets; --seed draws utterances and mixtures
 MODULATION = 0.6
 MOST_VALUES = 10_000_000  # of an array of simulated features
+MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
+    "join": (int, 1, 1000, "recordings said in a row by each talker"),
+    "min_seconds": (float, 0, 1000, "fewest seconds of each talker: it goes on until then"),
+    "max_gap": (float, 0, 1000, "longest pause between its recordings in seconds"),
+    "max_onset": (float, 0, 1000, "latest start in seconds; of the first talker with --overlap"),
+    "overlap": (float, 0, 1, "share of the time with two or more talkers; none: onsets decide"),
+    "level_difference": (float, 0, 1000, "most dB between two talkers"),
+    "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),
+    "snr_db": (float, -100, 100, "dB from the noise up to all talkers together"),
+    "reverb": (float, 0, 1, "share of the mixtures in a simulated room; all without a number"),
+    "max_seconds": (float, 0.001, 1e6, "length that no mixture exceeds")}
+BOUNDS = {name: (low, high) for name, (_, low, high, _) in MIXING.items()}
+PAIRS = ("join", "overlap", "speed", "snr_db")  # drawn between two values
 REPLACING = ".replacing"  # holds a dataset while it is moved to its place
-MIXING_BOUNDS = {
-    "join": (1, 1000), "min_seconds": (0, 1000), "max_gap": (0, 1000), "max_onset": (0, 1000),
-    "overlap": (0, 1), "level_difference": (0, 1000), "speed": (0.5, 2), "snr_db": (-100, 100),
-    "reverb": (0, 1), "max_seconds": (0.001, 1e6)}
 
 
-def progress(items, what: str):
-    """Show a progress bar, on a terminal alone."""
-    return tqdm(items, what, leave=False, disable=None)
-
-
-def split_sizes(args) -> dict[str, int]:
-    """Return the number of mixtures of each split."""
-    return {"train": args.train_samples, "val": args.val_samples}
+def check_bounds(values: dict, bounds: dict[str, tuple]) -> None:
+    """Raise ValueError if a number, or a pair of them in order, is outside its bounds."""
+    for name, (low, high) in bounds.items():
+        value, pair = values[name], name in PAIRS
+        if value is None and name in ("overlap", "max_seconds"):
+            continue
+        numbers = value if pair else [value]
+        if len(numbers) != 1 + pair or not all(a <= b for a, b in pairwise([low, *numbers, high])):
+            order = ", the smaller first" if pair else ""
+            raise ValueError(f"--{name} must be {low:g} to {high:g}{order}, not {value!s:.40}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -131,20 +134,21 @@ def simulate_mixture(args, split: str, index: int, voices: list[Voice]) -> dict:
 
 
 def check_space(folder: Path, need: int) -> None:
-    """Fail if a dataset of ``need`` bytes cannot fit on the disk of a folder."""
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    if need > (free := shutil.disk_usage(there).free):
-        raise ValueError(f"the dataset takes up to {need / 1e9:.1f} GB and {there} has "
+    """Raise ValueError if the disk of a folder, made or not, has no room for ``need`` bytes."""
+    while not folder.exists():
+        folder = folder.parent
+    if need > (free := shutil.disk_usage(folder).free):
+        raise ValueError(f"the dataset takes up to {need / 1e9:.1f} GB and {folder.resolve()} has "
                          f"{free / 1e9:.1f} GB free")
 
 
-def simulated_dataset(args) -> tuple[Iterator[dict], dict]:
+def simulated_dataset(args, sizes: dict[str, int]) -> tuple[Iterator[dict], dict]:
     """Return the mixtures of train, then of val, and what dataset.json says of them."""
-    most = (args.train_samples + args.val_samples) * (1 + args.max_speakers)
+    most = sum(sizes.values()) * (1 + args.max_speakers)
     check_space(Path(args.output_dir), 4 * most * args.seq_len * args.feature_dim)
     voices = make_voices(args.feature_dim)
     mixtures = (simulate_mixture(args, split, index, voices)
-                for split, samples in split_sizes(args).items() for index in range(samples))
+                for split, samples in sizes.items() for index in range(samples))
     return mixtures, {"kind": "simulated", "encoder": None, "layer": None, "frame_rate": None}
 
 
@@ -153,23 +157,21 @@ def simulated_dataset(args) -> tuple[Iterator[dict], dict]:
 
 
 def _read_manifest(manifest: Path) -> list[Utterance]:
-    utterances, number = [], 0
+    utterances, number = [], 1
     try:
         with open(manifest, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     row = json.loads(line)
-                    audio, speaker = manifest.parent / row["audio"], str(row["speaker"])
+                    audio, speaker = manifest.parent / row["audio"], sys.intern(str(row["speaker"]))
                     if not os.path.isfile(audio):
                         raise FileNotFoundError(
                             f"{manifest}, line {number}: no such audio file: {audio}")
                     text, split = (str(row.get(key) or "") for key in ("text", "split"))
-                    utterances.append(
-                        Utterance(audio, sys.intern(speaker), text, sys.intern(split)))
-    except UnicodeDecodeError:
-        raise ValueError(f"{manifest} is no manifest of JSON lines, nor a folder") from None
+                    utterances.append(Utterance(audio, speaker, text, sys.intern(split)))
     except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{manifest}, line {number}: needs audio and speaker ({error})") from None
+        raise ValueError(
+            f"{manifest}, line {number}: no JSON with audio and speaker ({error})") from None
     return utterances
 
 
@@ -180,7 +182,7 @@ def _read_speaker_folders(path: Path) -> list[Utterance]:
             name, _, text = line.partition(" ")
             transcripts[listing.parent / name] = text
     utterances = []
-    for audio in list_recordings(path, "*/**/*"):
+    for audio in mixing.list_recordings(path, "*/**/*"):
         text, beside = transcripts.get(audio.with_suffix(""), ""), audio.with_suffix(".txt")
         if not text and beside.is_file():
             text = beside.read_text(encoding="utf-8").strip()
@@ -207,24 +209,28 @@ def read_speech(path: Path) -> list[Utterance]:
     return utterances
 
 
-def split_speech(utterances: list, split_by: str, seed: int) -> dict[str, list]:
+def _split_of_manifest(utterances: list[Utterance]) -> dict[str, list[Utterance]]:
+    splits = {split: [u for u in utterances if u.split == split] for split in ("train", "val")}
+    odd = next((u for u in utterances if u.split not in splits), None)
+    if odd:
+        raise ValueError("the manifest's split must be train or val for every line or for none, "
+                         f"and {odd.audio} has {odd.split or 'none'!r}")
+    names = {u.audio.name for u in splits["val"]}  # to resolve all would be slow
+    train, val = ({u.audio.resolve() for u in group if u.audio.name in names}
+                  for group in splits.values())
+    if train & val:
+        raise ValueError(f"the manifest has {min(train & val)} in both splits")
+    return splits
+
+
+def split_speech(utterances: list[Utterance], split_by: str, seed: int) -> dict[str, list]:
     """Divide utterances into train and val: as the manifest says, else a fifth is held out.
 
     ``split_by`` "speaker" holds out a fifth of the speakers with all they say, "utterance" a fifth
     of what each speaker says, of two utterances one. A manifest gives the split of all or of none.
     """
     if any(u.split for u in utterances):
-        splits = {split: [u for u in utterances if u.split == split] for split in ("train", "val")}
-        for u in utterances:
-            if u.split not in splits:
-                raise ValueError(f"the manifest's split must be train or val for every line or for "
-                                 f"none, and {u.audio} has {u.split or 'none'!r}")
-        names = {u.audio.name for u in splits["val"]}  # to resolve all would be slow
-        train, val = ({u.audio.resolve() for u in splits[split] if u.audio.name in names}
-                      for split in splits)
-        if train & val:
-            raise ValueError(f"the manifest has {min(train & val)} in both splits")
-        return splits
+        return _split_of_manifest(utterances)
     rng, groups = np.random.default_rng(seed), group_by_speaker(utterances)
     if split_by == "speaker":
         speakers = sorted(groups)
@@ -241,8 +247,9 @@ def split_speech(utterances: list, split_by: str, seed: int) -> dict[str, list]:
 # Recorded talkers: mixtures
 
 
-def _mixing_options(flags: dict) -> MixingOptions:
-    return MixingOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()})
+def mixing_options(values: dict) -> MixingOptions:
+    """Return options from JSON or the command line, whose pairs are lists."""
+    return MixingOptions(**{k: tuple(v) if k in PAIRS and v else v for k, v in values.items()})
 
 
 def pick_device(name: str) -> str:
@@ -266,18 +273,28 @@ def _with_features(plans: list, rendered: Iterator, encoder) -> Iterator[dict]:
                **{k: round(v, 4) for k, v in about.items() if v is not None}}
 
 
-def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]:
-    """Plan mixtures of recordings; return those of train, then of val, and what they are.
-
-    ValueError if a split has too few speakers for a mixture.
-    """
-    for split, utterances in splits.items():
-        speakers = len({u.speaker for u in utterances})
-        if speakers < args.max_speakers:
+def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> list:
+    """Plan the mixtures of train, then of val; ValueError if a split has too few speakers."""
+    noises, plans = mixing.list_noises(options.noise_dir), []
+    for split, samples in sizes.items():
+        source = SpeechSource(options, group_by_speaker(splits[split]), noises, split)
+        if len(source.by_speaker) < args.max_speakers:
             hint = ", or use --split_by utterance" if args.split_by == "speaker" else ""
-            raise ValueError(f"the {split} split has {speakers} speakers and mixtures of "
-                             f"{args.max_speakers} were asked for: lower --max_speakers{hint}")
-    options = _mixing_options({name: getattr(args, name) for name in MixingOptions._fields})
+            raise ValueError(
+                f"the {split} split has {len(source.by_speaker)} speakers and mixtures of "
+                f"{args.max_speakers} were asked for: lower --max_speakers{hint}")
+        rng = np.random.default_rng([args.seed, split == "val"])
+        plans += [mixing.plan_mixture(rng, source)
+                  for _ in tqdm(range(samples), f"plan {split}", leave=False, disable=None)]
+    longest = options.max_seconds or np.inf
+    if cut := {t.utterances for plan in plans for t in plan.talkers if t.seconds > longest}:
+        print(f"cut to {round(longest, 2):g} s, with the whole text: {len(cut)} recordings")
+    return plans
+
+
+def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator[dict], dict]:
+    """Plan mixtures of recordings; return those of train, then of val, and what they are."""
+    options = mixing_options({name: getattr(args, name) for name in MixingOptions._fields})
     encoder, about = None, {"kind": "recordings"}
     if args.encoder:
         encoder = load_audio_encoder(args.encoder, args.layer, pick_device(args.device))
@@ -286,35 +303,11 @@ def speech_dataset(args, splits: dict[str, list]) -> tuple[Iterator[dict], dict]
                  "encoder": str(Path(args.encoder).resolve()) if local else args.encoder}
         window = encoder.feature_extractor.n_samples / SAMPLING_RATE - 0.001
         options = options._replace(max_seconds=min(window, options.max_seconds or window))
-    if args.noise_dir:
-        options = options._replace(noise_dir=str(Path(args.noise_dir).resolve()))
-    noises, plans = list_noises(options.noise_dir), []
-    for split, samples in split_sizes(args).items():
-        source = SpeechSource(options, group_by_speaker(splits[split]), noises, split)
-        rng = np.random.default_rng([args.seed, split == "val"])
-        plans += [plan_mixture(rng, source) for _ in progress(range(samples), f"plan {split}")]
-    if options.max_seconds is not None:
-        too_long = {t.utterances for plan in plans for t in plan.talkers
-                    if t.seconds > options.max_seconds}
-        if too_long:
-            print(f"cut to {round(options.max_seconds, 2):g} s, with the whole text: "
-                  f"{len(too_long)} recordings")
+    plans = plan_mixtures(args, options, sizes, splits)
     samples = sum((1 + len(plan.talkers)) * plan.seconds for plan in plans) * SAMPLING_RATE
     check_space(Path(args.output_dir), round(samples) * (7 if encoder else 3))
-    rendered = render_mixtures(plans, options.max_seconds, args.workers)
+    rendered = mixing.render_mixtures(plans, options.max_seconds, args.workers)
     return _with_features(plans, rendered, encoder), about | {"mixing": options._asdict()}
-
-
-def check_bounds(options, bounds: dict[str, tuple]) -> None:
-    """Raise ValueError if a number, or a pair of them in order, is outside its bounds."""
-    for name, (low, high) in bounds.items():
-        value = getattr(options, name)
-        values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-        pair = name in ("join", "overlap", "speed", "snr_db")
-        given = len(values) == 1 + pair or value is None and name in ("overlap", "max_seconds")
-        if not given or not all(a <= b for a, b in pairwise([low, *values, high])):
-            order = ", the smaller first" * pair
-            raise ValueError(f"--{name} must be {low:g} to {high:g}{order}, not {value!s:.40}")
 
 
 def _utterance(row: dict) -> Utterance:
@@ -363,10 +356,10 @@ def load_source(data_dir, split: str):
         raise FileNotFoundError(f"no {listing}: {data_dir} was not made with --speech_dir")
     try:
         about = json.loads((Path(data_dir) / "dataset.json").read_text(encoding="utf-8"))
-        options = _mixing_options(about["mixing"])
-        check_bounds(options, MIXING_BOUNDS | {
-            "max_speakers": (1, 7), "min_speakers": (1, options.max_speakers)})
-        talkers, noises = _read_listing(listing), list_noises(options.noise_dir)
+        options = mixing_options(about["mixing"])
+        check_bounds(options._asdict(), BOUNDS | {
+            "max_speakers": (1, mixing.MOUTHS), "min_speakers": (1, options.max_speakers)})
+        talkers, noises = _read_listing(listing), mixing.list_noises(options.noise_dir)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"dataset.json or {listing} is damaged ({error})") from None
     first = islice(chain.from_iterable(talkers.values()), 1000)
@@ -402,28 +395,20 @@ def write_mixture(
     return entry | {"speakers": speakers} | more
 
 
-def write_json(path: Path, content) -> None:
-    """Write JSON."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def write_listing(path: Path, utterances: list[Utterance]) -> None:
-    """Write utterances as JSON, one a line, so that each can be read alone."""
-    with open(path, "w", encoding="utf-8") as file:
-        for number, u in enumerate(utterances):
-            row = {"audio": os.path.abspath(u.audio), "speaker": u.speaker, "text": u.text}
-            file.write((",\n" if number else "[\n") + json.dumps(row))
-        file.write("\n]\n")
-
-
-def write_split(folder: Path, split: str, samples: int, mixtures: Iterator[dict]) -> list[dict]:
-    """Write a split's mixtures into ``folder`` as they are rendered, and its metadata.json."""
+def write_split(
+    folder: Path, split: str, samples: int, mixtures: Iterator[dict], utterances: list[Utterance]
+) -> list[dict]:
+    """Write a split's mixtures as they are rendered, and what they are and were made of."""
     (folder / "mixed").mkdir(parents=True)
     (folder / "separated").mkdir()
-    entries = []
-    for index in progress(range(samples), split):
-        entries.append(write_mixture(folder, f"{split}_{index:05d}", **next(mixtures)))
-    write_json(folder / "metadata.json", entries)
+    entries = [write_mixture(folder, f"{split}_{index:05d}", **next(mixtures))
+               for index in tqdm(range(samples), split, leave=False, disable=None)]
+    (folder / "metadata.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    if utterances:  # one a line, so that each can be read alone
+        rows = ({"audio": os.path.abspath(u.audio), "speaker": u.speaker, "text": u.text}
+                for u in utterances)
+        listing = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
+        (folder / "utterances.json").write_text(listing, encoding="utf-8")
     return entries
 
 
@@ -438,26 +423,17 @@ def print_statistics(split: str, entries: list[dict]) -> None:
           f"{np.mean(counts):.2f} talkers on average ({spread}){overlap}")
 
 
-def is_running(process: int) -> bool:
-    """Say whether a process with this number is running."""
-    try:
-        os.kill(process, 0)
-    except PermissionError:  # somebody else's
-        return True
-    except OSError:
-        return False
-    return True
-
-
 def make_staging(output_dir: Path) -> Path:
     """Make the folder that this process writes to; remove those of processes that were killed."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     staging = output_dir / f".making_{os.getpid()}"
-    shutil.rmtree(output_dir / REPLACING, ignore_errors=True)
+    for left in (staging, output_dir / REPLACING):
+        shutil.rmtree(left, ignore_errors=True)
     for folder in output_dir.glob(".making_[0-9]*"):
-        if folder == staging or not is_running(int(folder.name.removeprefix(".making_"))):
+        try:
+            os.kill(int(folder.name.removeprefix(".making_")), 0)
+        except OSError:  # no such process
             shutil.rmtree(folder, ignore_errors=True)
-    staging.mkdir()
+    staging.mkdir(parents=True)
     return staging
 
 
@@ -483,10 +459,9 @@ def write_dataset(
     """Write a dataset into a folder of its own and then into place; return its metadata."""
     staging = make_staging(output_dir)
     try:
-        entries = {s: write_split(staging / s, s, n, mixtures) for s, n in sizes.items()}
-        for split, utterances in splits.items():
-            write_listing(staging / split / "utterances.json", utterances)
-        write_json(staging / "dataset.json", about)
+        entries = {s: write_split(staging / s, s, samples, mixtures, splits.get(s))
+                   for s, samples in sizes.items()}
+        (staging / "dataset.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         if (output_dir / "train").exists():
             print(f"replacing the earlier dataset in {output_dir}")
         replace_dataset(staging, output_dir)
@@ -498,16 +473,18 @@ def write_dataset(
 def generate_dataset(args, command_line: str) -> None:
     """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
     output_dir, splits = Path(args.output_dir), {}
-    for old in (output_dir / "train", output_dir / "val"):
+    sizes = {"train": args.train_samples, "val": args.val_samples}
+    for old in (output_dir / split for split in sizes):
         if old.exists() and not (old / "metadata.json").is_file():
             raise ValueError(f"{old} exists and is no dataset; choose another --output_dir")
     if args.speech_dir:
         splits = split_speech(read_speech(Path(args.speech_dir)), args.split_by, args.seed)
-    mixtures, about = speech_dataset(args, splits) if splits else simulated_dataset(args)
+    mixtures, about = (speech_dataset(args, sizes, splits) if splits else
+                       simulated_dataset(args, sizes))
     about |= {"seed": args.seed, "command_line": command_line}
     try:
-        entries = write_dataset(output_dir, split_sizes(args), mixtures, splits, about)
-    except FileNotFoundError:
+        entries = write_dataset(output_dir, sizes, mixtures, splits, about)
+    except FileNotFoundError:  # a recording is gone
         raise
     except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or error
@@ -516,7 +493,7 @@ def generate_dataset(args, command_line: str) -> None:
         mixtures.close()  # ends rendering processes
     for split in entries:
         print_statistics(split, entries[split])
-    size = sum(path.stat().st_size for path in output_dir.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for split in sizes for path in (output_dir / split).rglob("*"))
     print(f"{size / 1e6:.0f} MB in {output_dir}")
 
 
@@ -539,11 +516,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=Help)
     parser.error = lambda message: parser.exit(
         2, f"error: {' '.join(message.split())} (see {parser.prog} --help)\n")
-    add, mixing = parser.add_argument, MixingOptions()
+    add, defaults = parser.add_argument, MixingOptions()
     add("--train_samples", type=int, default=30, help="training mixtures")
     add("--val_samples", type=int, default=10, help="validation mixtures")
-    add("--max_speakers", type=int, default=mixing.max_speakers, help="most talkers in a mixture")
-    add("--min_speakers", type=int, default=mixing.min_speakers, help="fewest talkers in a mixture")
+    add("--max_speakers", type=int, default=defaults.max_speakers, help="most talkers in a mixture")
+    add("--min_speakers", type=int, default=defaults.min_speakers, help="fewest talkers in one")
     add("--seed", type=int, default=42, help="draws utterances and mixtures")
     add("--output_dir", default="multi_speaker_data", help="where train/ and val/ go")
     simulated = parser.add_argument_group("simulated talkers").add_argument
@@ -558,45 +535,30 @@ def build_parser() -> argparse.ArgumentParser:
     speech("--workers", type=int, default=0, help="processes that render; 0: this one")
     speech("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
            help="where the encoder runs")
-    group = parser.add_argument_group("mixing recorded talkers")
-    between = {"nargs": 2, "metavar": ("MIN", "MAX")}
-
-    def draw(name: str, kind: type, help: str, **more) -> None:
-        group.add_argument(
-            f"--{name}", type=kind, default=getattr(mixing, name), help=help, **more)
-
-    draw("join", int, "recordings said in a row by each talker", **between)
-    draw("min_seconds", float, "fewest seconds of each talker: recordings are added until then")
-    draw("max_gap", float, "longest pause between them in seconds")
-    draw("max_onset", float,
-         "latest start of a talker in seconds; of the first talker with --overlap")
-    draw("overlap", float,
-         "share of the speech in which two or more talk, 0 to 1; none: onsets decide", **between)
-    draw("level_difference", float, "most dB between two talkers")
-    draw("speed", float, "factor by which a talker's recordings are sped up", **between)
-    draw("noise_dir", str, "recordings of noise to add to the mixture alone")
-    draw("snr_db", float, "dB from that noise up to all talkers together", **between)
-    draw("reverb", float, "share of the mixtures in a simulated room; all without a number",
-         nargs="?", const=1.0, metavar="SHARE")
-    draw("max_seconds", float, "length that no mixture exceeds")
+    add = parser.add_argument_group("mixing recorded talkers").add_argument
+    add("--noise_dir", type=os.path.abspath, help="recordings of noise to add to the mixture alone")
+    for name, (kind, _, _, text) in MIXING.items():
+        more = {"nargs": 2, "metavar": ("MIN", "MAX")} if name in PAIRS else {}
+        if name == "reverb":
+            more = {"nargs": "?", "const": 1.0, "metavar": "SHARE"}
+        add(f"--{name}", type=kind, default=getattr(defaults, name), help=text, **more)
     return parser
 
 
 def check_arguments(args) -> None:
     """Raise ValueError if the arguments cannot make a dataset."""
-    check_bounds(args, {
-        "train_samples": (1, 1e5), "val_samples": (1, 1e5),
-        "max_speakers": (1, 7 if args.speech_dir else NUM_VOICES),
-        "min_speakers": (1, args.max_speakers), "seed": (0, 1 << 62), "workers": (0, 1024),
-        "seq_len": (1, 1e6), "feature_dim": (NUM_BANDS, 1e5), **MIXING_BOUNDS})
+    check_bounds(vars(args), {
+        "train_samples": (1, 1e5), "val_samples": (1, 1e5), "seed": (0, 1 << 62),
+        "max_speakers": (1, mixing.MOUTHS if args.speech_dir else NUM_VOICES),
+        "min_speakers": (1, args.max_speakers), "workers": (0, 1024), "seq_len": (1, 1e6),
+        "feature_dim": (NUM_BANDS, 1e5), **BOUNDS})
     if args.seq_len * args.feature_dim > MOST_VALUES:
         raise ValueError(f"--seq_len times --feature_dim can be {MOST_VALUES:,} at most")
     if args.layer is not None and not args.encoder:
         raise ValueError("--layer needs --encoder")
-    of_speech = args.encoder or args.overlap or args.noise_dir or args.reverb or args.max_seconds
-    if of_speech and not args.speech_dir:
-        raise ValueError("--encoder, --overlap, --noise_dir, --reverb and --max_seconds need "
-                         "recordings: give --speech_dir")
+    for name in ("encoder", "overlap", "noise_dir", "reverb", "max_seconds"):
+        if getattr(args, name) and not args.speech_dir:
+            raise ValueError(f"--{name} needs recordings: give --speech_dir")
     if args.reverb and not find_spec("pyroomacoustics"):
         raise ValueError("--reverb needs pyroomacoustics: pip install -r requirements.txt")
 

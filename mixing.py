@@ -8,10 +8,9 @@ first utterance to the end of the last, pauses included. Talkers who take turns 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import lru_cache, partial
+from collections.abc import Iterable, Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import lru_cache
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -135,8 +134,7 @@ class PlannedMixture(NamedTuple):
 @lru_cache(maxsize=1 << 16)
 def recording_seconds(path) -> float:
     """Length of a recording by its header; errors as of ``audio_info``."""
-    info = audio_info(path)
-    return info.frames / info.samplerate
+    return audio_info(path).duration
 
 
 def _pick(rng, pool: list[Utterance], longest: float) -> Utterance:
@@ -156,8 +154,7 @@ def _without_last(talker: PlannedTalker) -> PlannedTalker:
 
 def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedTalker:
     """Draw utterances in a row with pauses; the last ones go while they exceed the window."""
-    window = options.max_seconds or np.inf
-    count = int(rng.integers(*options.join, endpoint=True))
+    count, window = int(rng.integers(*options.join, endpoint=True)), options.max_seconds or np.inf
     speed = float(rng.uniform(*options.speed))
     onset, gap = float(rng.uniform(0, options.max_onset)), 0.0
     picks, starts, end = [], [], 0.0
@@ -240,11 +237,14 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
     return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
 
 
-def _plan_talkers(rng, source: SpeechSource, draw: Callable, target: float | None) -> list:
+def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -> list:
     """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
+    names = sorted(source.by_speaker)
+    shares = np.array([len(source.by_speaker[name]) for name in names], float)  # by utterances
     miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
-        talkers = [_plan_talker(rng, source.options, source.by_speaker[n]) for n in draw()]
+        drawn = rng.choice(names, count, replace=False, p=shares / shares.sum())
+        talkers = [_plan_talker(rng, source.options, source.by_speaker[name]) for name in drawn]
         if target is None:
             return talkers
         plan = _plan_overlap(rng, source.options, talkers, target)
@@ -260,27 +260,24 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
     With ``count=0`` it is noise alone or digital silence, as long as one talker would be. Raises
     FileNotFoundError or ValueError if a recording cannot be read or speakers are too few.
     """
-    options, by_speaker = source.options, source.by_speaker
+    options, speakers = source.options, len(source.by_speaker)
     if count is None:
         count = int(rng.integers(options.min_speakers, options.max_speakers, endpoint=True))
-    if max(count, 1) > len(by_speaker):
-        raise ValueError(f"{count} talkers were asked for and there are {len(by_speaker)} speakers")
-    names = sorted(by_speaker)
-    shares = np.array([len(by_speaker[name]) for name in names], float)  # by utterances
-    draw = partial(rng.choice, names, max(count, 1), replace=False, p=shares / shares.sum())
+    if max(count, 1) > speakers:
+        raise ValueError(f"{count} talkers were asked for and there are {speakers} speakers")
     aimed = options.overlap is not None and count > 1
     target = float(rng.uniform(*options.overlap)) if aimed else None
-    talkers = _plan_talkers(rng, source, draw, target)
     window = options.max_seconds or np.inf
-    talkers = [t._replace(onset=max(0.0, min(t.onset, window - t.seconds))) for t in talkers]
+    talkers = [t._replace(onset=max(0.0, min(t.onset, window - t.seconds)))
+               for t in _plan_talkers(rng, source, max(count, 1), target)]
     spans = np.array([(t.onset, min(t.onset + t.seconds, window)) for t in talkers]).T
-    seconds, noise = float(spans[1].max()), None
+    seconds, noise, room = float(spans[1].max()), None, None
     if source.noises:
         audio = source.noises[int(rng.integers(len(source.noises)))]
         start = float(rng.uniform(0, max(0.0, recording_seconds(audio) - seconds)))
         noise = PlannedNoise(audio, start, float(rng.uniform(*options.snr_db)))
-    in_room = options.reverb > 0 and rng.random() < options.reverb
-    room = int(rng.integers(ROOMS)) + ROOMS * (source.split == "val") if in_room else None
+    if options.reverb > 0 and rng.random() < options.reverb:
+        room = int(rng.integers(ROOMS)) + ROOMS * (source.split == "val")
     return PlannedMixture(
         tuple(talkers[:count]), seconds, float(overlap_ratio(*spans)), target, noise, room)
 
@@ -299,8 +296,8 @@ def _samples_of(path, speed: float = 1.0) -> np.ndarray:
     """Return a recording's samples at 16 kHz and a speed, from memory unless it is long."""
     import soxr
 
-    is_long = recording_seconds(path) > CACHED_SECONDS
-    samples = read_audio(path) if is_long else _decoded(path).astype(np.float32) / 32767
+    kept = recording_seconds(path) <= CACHED_SECONDS
+    samples = _decoded(path).astype(np.float32) / 32767 if kept else read_audio(path)
     return samples if speed == 1 else soxr.resample(samples, SAMPLING_RATE * speed, SAMPLING_RATE)
 
 
@@ -327,12 +324,11 @@ def room_responses(number: int) -> list[tuple[np.ndarray, int]]:
     for mouth in mouths:
         room.add_source(mouth)
     room.compute_rir()
-    responses, lead = [], pyroomacoustics.constants.get("frac_delay_length") // 2
-    for mouth, response in zip(mouths, room.rir[0], strict=True):
-        start = round(float(np.linalg.norm(mouth - microphone)) / room.c * SAMPLING_RATE)
-        end = start + lead + round(rt60 * SAMPLING_RATE)
-        responses.append((response[start:end].astype(np.float32), lead))
-    return responses
+    lead = pyroomacoustics.constants.get("frac_delay_length") // 2
+    length = lead + round(rt60 * SAMPLING_RATE)
+    direct = np.linalg.norm(mouths - microphone, axis=1) / room.c * SAMPLING_RATE
+    return [(response[start : start + length].astype(np.float32), lead)
+            for start, response in zip(np.rint(direct).astype(int), room.rir[0], strict=True)]
 
 
 def _at_level(samples: np.ndarray, measured: np.ndarray, level: float, gain_db: float):
@@ -346,9 +342,8 @@ def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
 
     While speaking it has SPEECH_RMS plus the gain; ``response`` is one of ``room_responses``.
     """
-    pieces = [(round((talker.onset + start) * SAMPLING_RATE),
-               _samples_of(utterance.audio, talker.speed))
-              for utterance, start in zip(talker.utterances, talker.starts, strict=True)]
+    pieces = [(round((talker.onset + start) * SAMPLING_RATE), _samples_of(u.audio, talker.speed))
+              for u, start in zip(talker.utterances, talker.starts, strict=True)]
     length = max(begin + len(samples) for begin, samples in pieces)
     waveform, speaking = np.zeros(length, np.float32), np.zeros(length, bool)
     for begin, samples in pieces:
@@ -362,13 +357,10 @@ def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
 
 
 def render_noise(noise: PlannedNoise, talkers: np.ndarray) -> np.ndarray:
-    """Return noise as long as ``talkers`` [samples], looped if shorter, at the planned ratio.
-
-    If nobody talks, the level is as if one talker did.
-    """
-    samples = _samples_of(noise.audio)[int(noise.start * SAMPLING_RATE) :]
-    samples = np.resize(samples, len(talkers))
-    level = float(np.sqrt(np.mean(talkers**2))) or SPEECH_RMS
+    """Return noise as long as ``talkers`` [samples], looped if shorter, at the planned ratio."""
+    first = int(noise.start * SAMPLING_RATE)
+    samples = np.resize(_samples_of(noise.audio)[first:], len(talkers))
+    level = float(np.sqrt(np.mean(talkers**2))) or SPEECH_RMS  # of one talker if nobody talks
     return _at_level(samples, samples, level, -noise.snr_db)
 
 
@@ -381,9 +373,9 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     responses = [None] * MOUTHS if plan.room is None else room_responses(plan.room)
     waveforms = [render_talker(talker, response)
                  for talker, response in zip(plan.talkers, responses, strict=False)]
-    lengths = [len(w) for w in waveforms] or [max(1, round(plan.seconds * SAMPLING_RATE))]
-    limit = np.inf if max_seconds is None else round(max_seconds * SAMPLING_RATE)
-    length = min(max(lengths), limit)
+    length = max(map(len, waveforms), default=max(1, round(plan.seconds * SAMPLING_RATE)))
+    if max_seconds is not None:
+        length = min(length, round(max_seconds * SAMPLING_RATE))
     sources = np.zeros((len(waveforms), length), np.float32)
     for source, waveform in zip(sources, waveforms, strict=True):
         source[: len(waveform)] = waveform[:length]
@@ -406,6 +398,6 @@ def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Ite
             for start in range(0, len(plans), size):
                 yield from pool.map(
                     render_mixture, plans[start : start + size], repeat(max_seconds))
-        except BrokenProcessPool:
+        except BrokenExecutor:
             raise ValueError(
                 "a rendering process died, out of memory? Use fewer --workers") from None
