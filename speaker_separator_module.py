@@ -875,7 +875,6 @@ class RemixedDataset(Dataset):
 
     SILENCE = 0.04  # share of mixtures without any talker
     LEAST, TIMES = 120, 2  # mixtures per epoch: sources make many more mixtures than the data has
-    COUNT_POWER = 0  # a count of talkers has a probability proportional to count**COUNT_POWER
 
     def __init__(self, base: MultiSpeakerDataset, options: TrainOptions, max_speakers: int):
         self.base, self.seed, self.crop_seconds = base, options.seed, options.crop_seconds
@@ -891,9 +890,7 @@ class RemixedDataset(Dataset):
         rng = np.random.default_rng([self.seed, number])
         if rng.random() < self.SILENCE:
             return rng, 0
-        counts = np.arange(1, self.max_speakers + 1)
-        weights = counts**self.COUNT_POWER
-        return rng, int(rng.choice(counts, p=weights / weights.sum()))
+        return rng, int(rng.integers(1, self.max_speakers, endpoint=True))
 
 
 class RemixedFeatures(RemixedDataset):
@@ -915,8 +912,6 @@ class RemixedFeatures(RemixedDataset):
 
 class RemixedRecordings(RemixedDataset):
     """Mixtures of the training recordings, planned and rendered as the dataset was."""
-
-    COUNT_POWER = 1  # mixtures with more talkers are harder and seen more often
 
     def _read_sources(self) -> dict:
         from generate_multi_speaker_dataset import load_source
