@@ -32,7 +32,7 @@ DIGITAL_SILENCE = -1.5  # what ``log_mel`` gives for it: (log10(1e-10) + 4) / 4
 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:500]
 
 
 # --------------------------------------------------------------------------------------------------

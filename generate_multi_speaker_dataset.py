@@ -515,7 +515,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python generate_multi_speaker_dataset.py --train_samples=100",
         formatter_class=Help)
     parser.error = lambda message: parser.exit(
-        2, f"error: {' '.join(message.split())} (see {parser.prog} --help)\n")
+        2, f"error: {' '.join(message.split())[:500]} (see {parser.prog} --help)\n")
     add, defaults = parser.add_argument, MixingOptions()
     add("--train_samples", type=int, default=30, help="training mixtures")
     add("--val_samples", type=int, default=10, help="validation mixtures")
@@ -566,25 +566,33 @@ def check_arguments(args) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Make a dataset; return 0, or 2 after one line on standard error for bad input."""
     arguments, parser = sys.argv[1:] if argv is None else argv, build_parser()
-    stopped = "stopped; an earlier dataset is intact\n"
+    signals, before = [], {}
+
+    def stop(number: int, _):
+        signals.append(number)
+        raise KeyboardInterrupt
+
     with contextlib.suppress(ValueError):  # outside the main thread there are no signals
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, lambda *_: parser.exit(143, stopped))
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if odd := [text for text in arguments if text.endswith("=--")]:  # argparse stumbles
             parser.error(f"{odd[0][:-3]} needs a value")
         args = parser.parse_args(arguments)
         check_arguments(args)
         generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))
-    except (ValueError, OSError, MemoryError) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if signals or isinstance(error, KeyboardInterrupt):  # in numpy it becomes a TypeError
+            print("stopped; an earlier dataset is intact", file=sys.stderr)
+            return 128 + (signals or [signal.SIGINT])[0]
+        if not isinstance(error, (ValueError, OSError, MemoryError)):
+            raise
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stop:
-        print(stopped, end="", file=sys.stderr)
-        return getattr(stop, "status", 130)  # a caller's handler of SIGTERM gives its status
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -76,6 +76,7 @@ DEFAULT_CHECKPOINT_DIR = "checkpoints"
 SHIPPED_SEPARATOR = Path(__file__).resolve().parent / "pretrained"
 MAX_VALUES = 1 << 27  # of one feature file: 0.5 GB as float32
 JSON_BYTES = 1 << 27  # a hundred thousand mixtures take less
+LONGEST_LINE = 500  # letters of an error message
 MAX_STREAMS = 7  # the loss scores every assignment of streams to talkers: 7! are 5,040
 
 
@@ -143,7 +144,7 @@ SPECTROGRAM_WEIGHTS = LossWeights(0.0, 0.02)  # errors of log-mel spectra are sm
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, of a worker process the last."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    return lines[-1 if " in DataLoader worker" in lines[0] else 0]
+    return lines[-1 if " in DataLoader worker" in lines[0] else 0][:LONGEST_LINE]
 
 
 @contextlib.contextmanager
@@ -1221,11 +1222,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int, message: str = "stopped"):
         super().__init__(message)
         self.status = 128 + number
-
-
-def stop_at_once(number: int, _=None):
-    """Handle a signal where nothing has to be saved."""
-    raise Stopped(number)
 
 
 def outlast_signals(_=None) -> None:
@@ -2795,8 +2791,7 @@ def cmd_train(args) -> None:
     missing = args.data_dir == DEFAULT_DATA_DIR and not Path(args.data_dir).exists()
     if writes and missing and (generator := import_sibling("generate_multi_speaker_dataset")):
         print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
-        if generator.main([]):
-            raise ValueError("could not make the default dataset")
+        generator.generate_dataset(generator.build_parser().parse_args([]), "train")
     sum_over_processes(torch.zeros(1))  # wait for it
     folder = Path(args.checkpoint_dir)
     train_speaker_separator(
@@ -3166,7 +3161,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Print the fault and stop with exit status 2."""
-        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        message = " ".join(message.split())[:LONGEST_LINE]
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -3184,29 +3180,42 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def tell_stop(args, message: str) -> None:
+    """Say how what was stopped goes on."""
+    if message == "stopped" and getattr(args, "command", "") == "train":
+        message += ("; train --resume goes on from the last checkpoint"
+                    if list_checkpoints(Path(args.checkpoint_dir)) else
+                    " before the first checkpoint: start again without --resume")
+    if process_rank()[0] == 0:
+        print("\n" * sys.stderr.isatty() + message, file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; return 0, or 2 after one line on standard error for bad input."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a user can mend none of them
-    args = None
+    args, signals = None, []
+
+    def stop(number: int, _):
+        signals.append(number)
+        raise Stopped(number)
+
     try:
-        with handling_signals(stop_at_once):
+        with handling_signals(stop):
             args = build_parser().parse_args(argv)
             check_limits(vars(args))
             with join_processes(pick_device(getattr(args, "device", "auto"))):
                 COMMANDS[args.command][0](args)
-    except (ValueError, OSError, ModuleNotFoundError, MemoryError) as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if signals and not isinstance(error, Stopped):  # libraries in C make other errors of it
+            error = Stopped(signals[0])
+        if isinstance(error, KeyboardInterrupt):
+            tell_stop(args, str(error) or "stopped")
+            return leave(getattr(error, "status", 130))
+        if not isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryError)):
+            raise
         if fails_first():
             print(f"error: {first_line(error)}", file=sys.stderr)
         return leave(2)
-    except KeyboardInterrupt as stop:
-        message = str(stop) or "stopped"
-        if message == "stopped" and getattr(args, "command", "") == "train":
-            message += ("; train --resume goes on from the last checkpoint"
-                        if list_checkpoints(Path(args.checkpoint_dir)) else
-                        " before the first checkpoint: start again without --resume")
-        if process_rank()[0] == 0:
-            print("\n" * sys.stderr.isatty() + message, file=sys.stderr)
-        return leave(getattr(stop, "status", 130))
     return 0
 
 

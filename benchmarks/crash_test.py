@@ -40,7 +40,7 @@ SMALL = ["--feature_dim=256", "--seq_len=20", "--train_samples=40", "--val_sampl
 def quietly(main, argv: list[str], errors: str) -> None:
     """Run a command in a child process, its words in a file, and leave with its status.
 
-    Signals wait until the handlers are there that the script itself sets before its imports.
+    Signals wait until there are handlers, as the scripts set them before their imports.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)

@@ -173,20 +173,15 @@ def test_train(dataset, tmp_path, capsys):
 
 
 def test_train_makes_the_default_dataset(tmp_path, monkeypatch, capsys):
-    calls, make = [], generator.main
-    sizes = ["--feature_dim=32", "--seq_len=20", "--train_samples=2", "--val_samples=2"]
-
-    def make_tiny(argv):
-        calls.append(argv)
-        return make([*argv, *sizes])
-
-    monkeypatch.setattr(generator, "main", make_tiny)
+    calls, parser = [], generator.build_parser()
+    parser.set_defaults(feature_dim=32, seq_len=20, train_samples=2, val_samples=2)
+    monkeypatch.setattr(generator, "build_parser", lambda: calls.append(1) or parser)
     argv = ["train", "--epochs=1", *SHORT_FLAGS, *CPU_FLAGS]
     assert ssm.main(argv) == 0
     assert "making the default dataset" in capsys.readouterr().out
     assert (tmp_path / "checkpoints/best_model.pt").is_file()
     assert ssm.main(argv) == 0
-    assert calls == [[]]  # the second run finds the dataset
+    assert calls == [1]  # the second run finds the dataset
 
 
 def test_train_makes_no_dataset_elsewhere(tmp_path, capsys):

@@ -471,6 +471,25 @@ def test_a_stopped_generator(number, status, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "data").iterdir())
 
 
+@pytest.mark.parametrize(("module", "name", "argv"), [
+    (generator, "simulate_utterance", []), (ssm, "MultiSpeakerDataset", ["train"]),
+])  # fmt: skip
+def test_an_interruption_that_a_library_makes_another_error_of(
+    module, name, argv, monkeypatch, capsys
+):
+    """As numpy does while it saves: what ends in TypeError was a signal."""
+
+    def stop(*_):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise TypeError("expected str, not BufferedWriter")
+
+    monkeypatch.setattr(module, name, stop)
+    (Path("multi_speaker_data")).mkdir()
+    assert run(module.main, argv) == 143
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.parametrize(("flag", "words"), [
     ("--train_samples=2147483648", "--train_samples"), ("--seq_len=9223372036854775808", "seq_len"),
     ("--feature_dim=99999999", "feature_dim"), (f"--seed={2**70}", "--seed"),
