@@ -135,6 +135,8 @@ class LossWeights(NamedTuple):
 
 
 SPECTROGRAM_WEIGHTS = LossWeights(0.0, 0.02)  # errors of log-mel spectra are small numbers
+# In training only: words lost to too low a gain are not found again (arXiv:2009.04323).
+OVER_SUPPRESSION = 2.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -597,22 +599,32 @@ def reorder(values: Tensor, assignment: Tensor) -> Tensor:
     return values.take_along_dim(assignment[(..., *[None] * (values.dim() - 2))], dim=1)
 
 
-def talker_mse(estimates: Tensor, targets: Tensor, frame_mask: Tensor) -> Tensor:
-    """Mean squared error [B, S] of each talker's own estimate over valid frames."""
-    return masked_mean((estimates - targets).square().mean(-1), frame_mask[:, None], -1)
+def talker_mse(
+    estimates: Tensor, targets: Tensor, frame_mask: Tensor, suppression_weight: float = 1.0
+) -> Tensor:
+    """Mean squared error [B, S] of each talker's own estimate over valid frames.
+
+    Squares where the estimate is below its target count ``suppression_weight`` times.
+    """
+    errors = estimates - targets
+    squares = errors.square()
+    if suppression_weight != 1:
+        squares = torch.where(errors < 0, suppression_weight * squares, squares)
+    return masked_mean(squares.mean(-1), frame_mask[:, None], -1)
 
 
 def separator_loss(
     separated: Tensor, speaker_probs: Tensor, targets: Tensor, speaker_mask: Tensor,
     mixture: Tensor, frame_mask: Tensor | None = None, reconstruction_weight: float = 0.5,
-    activity_weight: float = 0.5,
+    activity_weight: float = 0.5, suppression_weight: float = 1.0,
 ) -> SeparatorLoss:
     """Score streams under their best assignment to talkers (PIT, arXiv:1607.00325).
 
     ``separated [B, S, T, D]`` have ``speaker_probs [B, S]``; ``targets [B, S, T, D]`` are talkers
     where ``speaker_mask [B, S]`` is set, zeros elsewhere; ``mixture [B, T, D]`` is valid where
     ``frame_mask [B, T]`` is set. ``reconstruction_weight`` is 0 for streams that do not add up, as
-    log spectra. Shapes that do not fit raise ValueError.
+    log spectra; ``suppression_weight`` is that of ``talker_mse``. Shapes that do not fit raise
+    ValueError.
     """
     if frame_mask is None:
         frame_mask = mixture.new_ones(mixture.shape[:2], dtype=torch.bool)
@@ -629,7 +641,7 @@ def separator_loss(
         assignment = best_assignment(pairwise_mse(separated, targets, frame_mask), active)
     estimates = reorder(separated, assignment)
 
-    errors = talker_mse(estimates, targets, frame_mask)
+    errors = talker_mse(estimates, targets, frame_mask, suppression_weight)
     separation = masked_mean(errors, active, (0, 1))
     summed = (estimates * active[..., None, None]).sum(1)
     reconstruction = masked_mean((summed - mixture).square().mean(-1), frame_mask, (0, 1))
@@ -1633,7 +1645,8 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
     with autocast(device, dtype), attention_kernel(device, dtype):
         separated, probs = separator(mixture, frame_mask)
     return separator_loss(separated, probs, batch["targets"], batch["speaker_mask"], mixture,
-                          frame_mask, weights.reconstruction, weights.activity)
+                          frame_mask, weights.reconstruction, weights.activity,
+                          OVER_SUPPRESSION if "waveforms" in batch else 1.0)
 
 
 def backward(run: Run, batches: list[dict]) -> Tensor:
