@@ -64,16 +64,14 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
     with _reading(path) as soundfile:
         file = soundfile.SoundFile(path)
     size, missing = max(1, READ_BLOCK // file.channels), file.frames
-
-    def read() -> np.ndarray:
-        with _reading(path):
-            return file.read(size, dtype="float32", always_2d=True)
-
     with file:
-        while len(block := read()):
+        while True:
+            with _reading(path), np.errstate(all="ignore"):
+                block = file.read(size, dtype="float32", always_2d=True).mean(axis=1)
+            if not len(block):
+                break
             missing -= len(block)
-            with np.errstate(all="ignore"):
-                yield block.mean(axis=1)
+            yield block
         if missing > file.samplerate:  # the headers of some kinds are not exact
             raise ValueError(f"cannot read audio from {path}: it breaks off, {missing} samples are "
                              "missing")
@@ -236,18 +234,15 @@ def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
 def check_numbers(folder: Path) -> None:
     """Fail if the configuration of a model on this disk asks for too much to be a speech model."""
 
-    def walk(content, name: str):
-        pairs = content.items() if isinstance(content, dict) else enumerate(
-            content if isinstance(content, list) else ())
-        for key, value in pairs:
-            walk(value, str(key))
-        most = 1000 if name.endswith("layers") else LARGEST_NUMBER
-        if isinstance(content, (int, float)) and not abs(content) <= most:
-            raise ValueError(f"{name} is {content!r:.40}")
+    def check(pairs: list[tuple]) -> None:
+        for name, value in pairs:
+            most = 1000 if name.endswith("layers") else LARGEST_NUMBER
+            if isinstance(value, (int, float)) and not abs(value) <= most:
+                raise ValueError(f"{name} is {value!r:.40}")
 
     for path in folder.glob("*config.json"):
         if path.name != "tokenizer_config.json":  # its model_max_length is 1e30
-            walk(json.loads(path.read_text(encoding="utf-8")), path.name)
+            json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=check)
 
 
 def check_size(kind: type, config, folder: Path) -> None:

@@ -379,19 +379,19 @@ def write_mixture(
     """Save features and waveforms, mixture first, of a mixture and return its metadata entry."""
     entry = {"id": name, "num_speakers": len(speakers), "conversation": speakers}
     stems = [f"mixed/{name}", *(f"separated/{name}_speaker_{i}" for i in range(len(speakers)))]
+    for arrays, write, suffix, mixed, alone in (
+            (features, np.save, "npy", "mixed_audio", "feature_file"),
+            (waveforms, write_wav, "wav", "mixed_wav", "wav_file")):
+        if arrays is not None:
+            files = [f"{stem}.{suffix}" for stem in stems]
+            for file, array in zip(files, arrays, strict=True):
+                write(folder / file, array)
+            entry[mixed] = files[0]
+            speakers = [s | {alone: file} for s, file in zip(speakers, files[1:], strict=True)]
     if features is not None:
-        names = [f"{stem}.npy" for stem in stems]
-        for file, array in zip(names, features, strict=True):
-            np.save(folder / file, array)
-        seq_len, feature_dim = features[0].shape
-        entry |= {"mixed_audio": names[0], "seq_len": seq_len, "feature_dim": feature_dim}
-        speakers = [s | {"feature_file": f} for s, f in zip(speakers, names[1:], strict=True)]
+        entry["seq_len"], entry["feature_dim"] = features[0].shape
     if waveforms is not None:
-        names = [f"{stem}.wav" for stem in stems]
-        for file, samples in zip(names, waveforms, strict=True):
-            write_wav(folder / file, samples)
-        entry |= {"mixed_wav": names[0], "seconds": round(len(waveforms[0]) / SAMPLING_RATE, 4)}
-        speakers = [s | {"wav_file": f} for s, f in zip(speakers, names[1:], strict=True)]
+        entry["seconds"] = round(len(waveforms[0]) / SAMPLING_RATE, 4)
     return entry | {"speakers": speakers} | more
 
 

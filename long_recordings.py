@@ -343,22 +343,20 @@ def _decode_streams(
     padded = floor_log_mel(F.pad(streams, (0, max(0, window - frames)), value=DIGITAL_SILENCE))
     mask = (torch.arange(padded.shape[-1]) < frames).long().expand(len(streams), -1)
     model = integration.model
-    if frames > window:
+    if is_long := frames > window:
         options = {"return_timestamps": True, "return_segments": True, **options}
     output = integration.original_generate()(
         input_features=padded.to(model.device, model.dtype), attention_mask=mask.to(model.device),
         **options)
-    if frames <= window:
-        whole = {"start": 0.0, "end": frames / FRAME_RATE}
-        texts = decode(processor, output)
-        segments = [[{**whole, "text": text}] for text in texts]
-    else:
-        texts = decode(processor, output["sequences"])
-        segments = [[{"start": float(part["start"]), "end": float(part["end"]),
-                      "text": decode(processor, [part["tokens"]])[0]} for part in row]
+    texts = decode(processor, output["sequences"] if is_long else output)
+    segments = [[(0.0, frames / FRAME_RATE, text)] for text in texts]
+    if is_long:
+        segments = [[(float(part["start"]), float(part["end"]),
+                      decode(processor, [part["tokens"]])[0]) for part in row]
                     for row in output["segments"]]
-    return [{"speaker": t.number, "probability": t.probability, "text": text,
-             "windows": [{**part, "probability": t.probability} for part in parts]}
+    return [{"speaker": t.number, "probability": t.probability, "text": text, "windows": [
+                {"start": start, "end": end, "probability": t.probability, "text": words}
+                for start, end, words in parts]}
             for t, text, parts in zip(recording.talkers, texts, segments, strict=True)]
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from functools import lru_cache
-from itertools import repeat
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,9 +175,9 @@ def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedT
 
 
 def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Share of the time from the first start to the last end in which two or more talk.
+    """Share of the time ``[...]`` from first start to last end in which two or more talk.
 
-    ``starts`` and ``ends`` are seconds ``[..., talkers]``; returns ``[...]``.
+    ``starts`` and ``ends`` are seconds ``[..., talkers]``.
 
     >>> float(overlap_ratio(np.array([0.0, 2.0]), np.array([3.0, 4.0])))  # 0 to 3 s, 2 to 4 s
     0.25
@@ -265,8 +264,7 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
         count = int(rng.integers(options.min_speakers, options.max_speakers, endpoint=True))
     if max(count, 1) > speakers:
         raise ValueError(f"{count} talkers were asked for and there are {speakers} speakers")
-    aimed = options.overlap is not None and count > 1
-    target = float(rng.uniform(*options.overlap)) if aimed else None
+    target = None if options.overlap is None or count < 2 else float(rng.uniform(*options.overlap))
     window = options.max_seconds or np.inf
     talkers = [t._replace(onset=max(0.0, min(t.onset, window - t.seconds)))
                for t in _plan_talkers(rng, source, max(count, 1), target)]
@@ -358,8 +356,7 @@ def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
 
 def render_noise(noise: PlannedNoise, talkers: np.ndarray) -> np.ndarray:
     """Return noise as long as ``talkers`` [samples], looped if shorter, at the planned ratio."""
-    first = int(noise.start * SAMPLING_RATE)
-    samples = np.resize(_samples_of(noise.audio)[first:], len(talkers))
+    samples = np.resize(_samples_of(noise.audio)[int(noise.start * SAMPLING_RATE) :], len(talkers))
     level = float(np.sqrt(np.mean(talkers**2))) or SPEECH_RMS  # of one talker if nobody talks
     return _at_level(samples, samples, level, -noise.snr_db)
 
@@ -388,16 +385,16 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
 
 def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Iterator[tuple]:
     """Yield what ``render_mixture`` returns for every plan, in order, by ``workers`` processes."""
+    render = partial(render_mixture, max_seconds=max_seconds)
     if not workers:
-        yield from (render_mixture(plan, max_seconds) for plan in plans)
+        yield from map(render, plans)
         return
     # spawned: neither torch's threads nor a CUDA context survive a fork
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         size = 8 * workers  # no more in memory, however slow the reader is
         try:
             for start in range(0, len(plans), size):
-                yield from pool.map(
-                    render_mixture, plans[start : start + size], repeat(max_seconds))
+                yield from pool.map(render, plans[start : start + size])
         except BrokenExecutor:
             raise ValueError(
                 "a rendering process died, out of memory? Use fewer --workers") from None
