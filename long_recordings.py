@@ -91,10 +91,8 @@ class TalkerTracker:
 
     def __init__(self, shared: int, most: int | None = None):
         self.shared, self.most = shared, most
-        self.voices: list[Tensor] = []  # mean voice [2 D] of each talker
-        self.windows: list[int] = []  # windows that each was found in
-        self.same: list[float] = []  # distances between voices of one talker
-        self.different: list[float] = []  # distances between voices of two talkers
+        self.voices, self.windows = [], []  # mean voice [2 D] and number of windows of each talker
+        self.same, self.different = [], []  # distances between voices of one talker, and of two
         self.talker_of: dict[int, int] = {}  # {stream: talker} of the last window with a talker
         self.tail = self.scale = None
 
@@ -382,11 +380,11 @@ def _answer_windows(
 ) -> list[dict]:
     """Answer window by window, collect the answers by talker and join their texts."""
     window, joint = processor.feature_extractor.n_samples, options["mode"] == "joint"
-    shared, key, found = window - window_step(window), "speakers" if joint else "speaker", {}
-    tracker = TalkerTracker(shared // HOP_LENGTH // integration.stride, options["num_speakers"])
-    windows = tqdm(
-        read_windows(audio, window, sampling_rate), "windows", leave=False, disable=None)
-    for number, (first, samples, alone) in enumerate(windows):
+    step, key, found = window_step(window), "speakers" if joint else "speaker", {}
+    shared = (window - step) // HOP_LENGTH // integration.stride
+    tracker = TalkerTracker(shared, options["num_speakers"])
+    windows = read_windows(audio, window, sampling_rate)
+    for first, samples, alone in tqdm(windows, "windows", leave=False, disable=None):
         choose_rows = partial(_numbered_rows, integration, tracker, samples, alone)
         texts = ask(model, processor, [samples], prompt, choose_rows=choose_rows, **options)
         who = [(tracker.talker_of[stream] + 1, round(p, 4)) for _, stream, p in model.speaker_rows]
@@ -395,13 +393,13 @@ def _answer_windows(
         for (said_by, probability), text in zip(who, texts, strict=True):
             part = {"start": first / SAMPLING_RATE, "end": (first + len(samples)) / SAMPLING_RATE,
                     key: said_by, "probability": probability, "text": text}
-            found.setdefault(0 if joint else said_by, []).append((number, part))
+            found.setdefault(0 if joint else said_by, []).append((first // step, part))
     rows = []
     for said_by, numbered in sorted(found.items()):
         parts = [part for _, part in numbered]
         if joint:
             said_by = sorted({talker for part in parts for talker in part[key]})
-        text = join_texts([(number, part["text"]) for number, part in numbered], shared / window)
+        text = join_texts([(number, part["text"]) for number, part in numbered], 1 - step / window)
         rows.append({key: said_by, "probability": max(part["probability"] for part in parts),
                      "text": text, "windows": parts})
     return rows
