@@ -1297,6 +1297,7 @@ CHECKPOINT_KEYS = {
     "scheduler_state_dict": dict, "train_loss": NUMBER, "val_loss": NUMBER, "train_history": list,
     "model_config": dict,
 }
+TENSORS = {"model_state_dict", "training_state_dict", "optimizer_state_dict", "progress"}
 LATER_KEYS = {  # older ones lack them, and all but interrupted ones the progress
     "options": dict, "training_state_dict": dict, "steps": int, "progress": dict}
 PICKLED = re.compile(  # what tensors and plain values need
@@ -1350,6 +1351,8 @@ def load_checkpoint(path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a separator checkpoint")
+    with reading(path, "is not a separator checkpoint: it has tensors where values belong"):
+        json.dumps([value for key, value in checkpoint.items() if key not in TENSORS])
     there = {key: kind for key, kind in LATER_KEYS.items() if key in checkpoint}
     for key, kind in {**CHECKPOINT_KEYS, **there}.items():
         if not isinstance(checkpoint.get(key), kind):
@@ -1851,8 +1854,8 @@ def start_run(
     device = pick_device(options.device)
     if checkpoint:
         config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
-        check_data(f"the checkpoint in {folder}", config, train_set, val_set)
         separator = build_separator(config, checkpoint["model_state_dict"], folder)
+        check_data(f"the checkpoint in {folder}", config, train_set, val_set)
     else:
         separator = new_separator(options, train_set, val_set)
     dtype, reason = pick_dtype(options.dtype, device)
