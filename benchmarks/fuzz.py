@@ -563,15 +563,16 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         worker, counts, failures, most = Worker(base, args.seed), Counter(), Counter(), 0.0
         started = time.perf_counter()
-        for number in range(args.inputs):
-            if args.kind not in (None, INPUTS[number % len(INPUTS)].__name__):
-                continue
-            kind, fault, commands, more = worker.run(number)
-            counts[kind] += 1
-            most = max(most, more)
-            if fault:
-                failures[fault.split()[0].strip(":")] += 1
-                print(f"{kind} {number}: {fault}\n    {str(commands)[:300]}", flush=True)
+        numbers = [number for number in range(args.inputs)
+                   if args.kind in (None, INPUTS[number % len(INPUTS)].__name__)]
+        with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends it with the summary
+            for number in numbers:
+                kind, fault, commands, more = worker.run(number)
+                counts[kind] += 1
+                most = max(most, more)
+                if fault:
+                    failures[fault.split()[0].strip(":")] += 1
+                    print(f"{kind} {number}: {fault}\n    {str(commands)[:300]}", flush=True)
         if worker.process is not None and worker.process.is_alive():
             worker.pipe.send(None)
     print(f"{counts.total()} inputs ({', '.join(f'{k} {n}' for k, n in counts.items())}), seed "
