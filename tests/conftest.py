@@ -16,6 +16,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import generate_multi_speaker_dataset as generator  # noqa: E402
+import scoring  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
@@ -135,10 +136,13 @@ def write_wav(path, samples, rate=RATE):
 
 
 @pytest.fixture(autouse=True)
-def own_world(tmp_path, monkeypatch):
-    """Every test starts from one seed, in its own folder."""
+def own_world(request, tmp_path, monkeypatch):
+    """Every test starts from one seed, in its own folder, and draws nothing unless marked."""
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    if not request.node.get_closest_marker("pictures"):
+        for name in ("plot_history", "plot_streams"):
+            monkeypatch.setattr(scoring, name, lambda path, *content, **more: Path(path).touch())
 
 
 # --------------------------------------------------------------------------------------------------

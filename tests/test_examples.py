@@ -88,6 +88,7 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
     assert printed.count("2 epochs are done already") == 2
 
 
+@pytest.mark.pictures
 def test_two_talkers_from_any_two_recordings(qwen_folder, spectrogram_checkpoint, tmp_path, capsys):
     one = write_wav(tmp_path / "one.wav", sine(0.7, 200))
     other = write_wav(tmp_path / "other.wav", 0.1 * sine(0.4, 370))

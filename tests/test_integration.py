@@ -570,7 +570,7 @@ def test_copies_stand_on_their_own(kind, how, integrate, qwen, processor):
 @pytest.mark.parametrize("kind", ["spectrogram", 1])
 def test_compiled(kind, what, integrate, qwen, processor):
     inputs = processed(processor, RECORDINGS[:2])
-    expected = integrate(copy.deepcopy(qwen), kind).generate(**inputs, max_new_tokens=3)
+    expected = integrate(copy.deepcopy(qwen), kind).generate(**inputs, max_new_tokens=2)
     compile_ = {"backend": "eager"}
     model = qwen
     if what == "model before":
@@ -585,11 +585,12 @@ def test_compiled(kind, what, integrate, qwen, processor):
         model = torch.compile(model, **compile_)
     if what == "forward":
         model.forward = torch.compile(model.forward, **compile_)
-    got = model.generate(**inputs, max_new_tokens=3)
+    got = model.generate(**inputs, max_new_tokens=2)
     assert torch.equal(got, expected)
     assert len(model.speaker_rows) == 6
-    rows = answer_per_talker(model, processor, RECORDINGS[0], max_new_tokens=2)
-    assert [row["speaker"] for row in rows] == [1, 2, 3]
+    if what not in ("forward", "in place"):  # there other shapes are traced anew, for seconds
+        rows = answer_per_talker(model, processor, RECORDINGS[0], max_new_tokens=2)
+        assert [row["speaker"] for row in rows] == [1, 2, 3]
     ssm.remove_speaker_separator(model)
     assert "generate" not in vars(qwen)
 

@@ -112,6 +112,12 @@ def test_plan_is_a_function_of_the_seed(by_speaker):
     assert len(set(plans(by_speaker, 5, **options))) == 5
 
 
+def test_defaults():
+    """A dataset made without options stays the same."""
+    assert MixingOptions() == (2, 3, (1, 1), 0.0, 0.15, 0.4, 3.0, None, (1.0, 1.0), None,
+                               (10.0, 20.0), 0.0, None)  # fmt: skip
+
+
 def test_plan_decodes_nothing(by_speaker, monkeypatch):
     monkeypatch.setattr(mixing, "read_audio", None)
     plans(by_speaker, 5, overlap=(0, 1), reverb=1.0)
@@ -159,11 +165,12 @@ def test_overlap_ratio_is_as_asked(target, talkers, by_speaker):
 
 
 def test_talkers_say_something_else_where_lengths_do_not_fit(tmp_path):
-    """Of a word of a second and one of 0.2 s each, two of like length overlap."""
-    group = {name: [Utterance(wav(tmp_path / f"{name}{s}.wav", sine(s, 200)), name, name)
-                    for s in (1.0, 0.2)] for name in ("a", "b")}
-    found = plans(group, 20, max_speakers=2, overlap=(0.9, 1))
-    assert all(plan.overlap == pytest.approx(plan.overlap_target, abs=0.011) for plan in found)
+    """Of a word of a second and a shorter one each, two of like length overlap."""
+    for shorter, overlap in ((0.2, (0.9, 1)), (0.985, (1, 1))):
+        group = {name: [Utterance(wav(tmp_path / f"{name}{s}.wav", sine(s, 200)), name, name)
+                        for s in (1.0, shorter)] for name in ("a", "b")}
+        found = plans(group, 15, max_speakers=2, overlap=overlap)
+        assert all(plan.overlap == pytest.approx(plan.overlap_target, abs=0.011) for plan in found)
 
 
 def test_overlap_out_of_reach_is_as_near_as_lengths_allow(tmp_path):
@@ -203,6 +210,8 @@ def test_turns_do_not_exceed_the_window(by_speaker):
 def test_speaker_with_recordings_that_fit_says_those(by_speaker):
     plan = plans(by_speaker, 30, max_seconds=0.16)
     assert {t.utterances[0].audio.stem for p in plan for t in p.talkers} == set("0369")
+    plan = plans({"s0": by_speaker["s0"]}, 60, talkers=1, max_seconds=0.26)  # the longest
+    assert {p.talkers[0].utterances[0].audio.stem for p in plan} == set("0123456789")
 
 
 def test_speakers_are_drawn_by_how_many_utterances_they_have(by_speaker):

@@ -9,6 +9,7 @@ from conftest import ROOT, save_tiny_checkpoint, sine, tiny_spectrogram_separato
 
 nbclient = pytest.importorskip("nbclient", reason="running the notebook needs nbclient")
 pytest.importorskip("ipykernel", reason="running the notebook needs ipykernel")
+pytestmark = pytest.mark.pictures
 NOTEBOOK = ROOT / "examples/multi_speaker_qwen2_audio.ipynb"
 
 

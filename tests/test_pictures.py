@@ -5,6 +5,8 @@ import torch
 
 import scoring
 
+pytestmark = pytest.mark.pictures
+
 
 @pytest.fixture
 def drawn(monkeypatch):
