@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
     add("--epochs", type=int, default=11, help="epochs of short parts of mixtures")
-    add("--long_epochs", type=int, default=19, help="epochs of long parts after them")
+    add("--long_epochs", type=int, default=14, help="epochs of long parts after them")
     add("--mixtures_per_epoch", type=int, default=4000,
         help="fresh mixtures in an epoch of short parts; half as many in one of long parts")
     add("--workers", type=int, default=0, help="processes that mix; 0: this one")
