@@ -801,8 +801,8 @@ class MultiSpeakerDataset(Dataset):
         self.source = read_json(about, dict) if about.is_file() else {}
         try:
             first = self.samples[0]
-            self.is_spectrogram = "mixed_audio" not in first
-            self.feature_dim = None if self.is_spectrogram else operator.index(first["feature_dim"])
+            self.has_recordings = "mixed_audio" not in first
+            self.feature_dim = None if self.has_recordings else operator.index(first["feature_dim"])
             self.max_speakers = max(len(sample["speakers"]) for sample in self.samples)
             for sample in self.samples:
                 self._check_facts(sample)
@@ -815,7 +815,7 @@ class MultiSpeakerDataset(Dataset):
     @cached_property
     def is_sum(self) -> bool:
         """Whether the features of a mixture are the sum of its talkers' features."""
-        if self.is_spectrogram or self.source.get("kind") == "speech":
+        if self.has_recordings or self.source.get("kind") == "speech":
             return False
         several = (i for i, s in enumerate(self.samples) if len(s["speakers"]) > 1)
         probe = self[next(several, 0)]  # one talker alone is always a sum
@@ -824,7 +824,7 @@ class MultiSpeakerDataset(Dataset):
     def files(self, sample: dict) -> list[Path]:
         """Return the paths of a sample's mixture and of each of its talkers."""
         mixed, single = (
-            ("mixed_wav", "wav_file") if self.is_spectrogram else ("mixed_audio", "feature_file"))
+            ("mixed_wav", "wav_file") if self.has_recordings else ("mixed_audio", "feature_file"))
         names = [sample[mixed], *(speaker[single] for speaker in sample["speakers"])]
         paths, folder = [self.folder / name for name in names], self.folder.resolve()
         for path in paths:
@@ -844,7 +844,7 @@ class MultiSpeakerDataset(Dataset):
             raise TypeError(f"overlap is {overlap!r:.40}")
 
     def _check_lengths(self, sample: dict) -> None:
-        if self.is_spectrogram:
+        if self.has_recordings:
             from audio import audio_info
 
             lengths = {audio_info(path).frames for path in self.files(sample)}
@@ -859,7 +859,7 @@ class MultiSpeakerDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         paths = self.files(self.samples[index])
-        if self.is_spectrogram:
+        if self.has_recordings:
             from audio import read_audio
 
             return {"waveforms": torch.from_numpy(np.stack([read_audio(p) for p in paths]))}
@@ -1749,7 +1749,7 @@ def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
     """Return a separator with random weights: sizes as asked, the rest from the data."""
     config = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     config.setdefault("max_speakers", max(train_set.max_speakers, val_set.max_speakers, 1))
-    if not train_set.is_spectrogram:
+    if not train_set.has_recordings:
         keys = ("kind", "encoder", "layer", "frame_rate")
         source = {key: train_set.source[key] for key in keys if key in train_set.source}
         config |= {"feature_dim": train_set.feature_dim, "feature_source": source}
@@ -1786,19 +1786,19 @@ def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions
 
 def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset:
     """Return what an epoch draws from: fresh mixtures where the data allows it, else its own."""
-    if options.crop_seconds and not train_set.is_spectrogram:
+    if options.crop_seconds and not train_set.has_recordings:
         raise ValueError("--crop_seconds is for recordings, and this dataset has features")
     if options.crop_seconds and operator.gt(*options.crop_seconds):
         raise ValueError("--crop_seconds takes the shorter length first")
-    if not options.remix or not (train_set.is_sum or train_set.is_spectrogram):
+    if not options.remix or not (train_set.is_sum or train_set.has_recordings):
         return train_set
-    kind = RemixedRecordings if train_set.is_spectrogram else RemixedFeatures
+    kind = RemixedRecordings if train_set.has_recordings else RemixedFeatures
     return kind(train_set, options, streams)
 
 
 def loss_weights(options: TrainOptions, train_set) -> LossWeights:
     """Return the weights asked for, else those of the data's kind."""
-    default = SPECTROGRAM_WEIGHTS if train_set.is_spectrogram else LossWeights()
+    default = SPECTROGRAM_WEIGHTS if train_set.has_recordings else LossWeights()
     if not train_set.is_sum:
         default = default._replace(reconstruction=0.0)
     asked = {"reconstruction": options.reconstruction_weight, "activity": options.activity_weight}
@@ -2851,7 +2851,7 @@ def cmd_evaluate(args) -> None:
         data / args.split, data / "dataset.json", args.checkpoint or default, SHIPPED_SEPARATOR,
         args.model))
     dataset = MultiSpeakerDataset(args.data_dir, args.split)
-    separator, checkpoint = open_separator(args, dataset.is_spectrogram, device)
+    separator, checkpoint = open_separator(args, dataset.has_recordings, device)
     check_data(f"the separator {checkpoint}", separator.config, dataset)
     warn_of_other_features(separator, dataset.source)
     if args.model:

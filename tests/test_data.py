@@ -400,7 +400,7 @@ def test_recordings_on_disk(recordings):
 def test_items_of_recordings(recordings):
     for split in ("train", "val"):
         data = ssm.MultiSpeakerDataset(recordings, split)
-        assert data.is_spectrogram
+        assert data.has_recordings
         assert (data.feature_dim, data.max_speakers, data.is_sum) == (None, 2, False)
         for index, entry in enumerate(metadata(recordings, split)):
             names = [entry["mixed_wav"], *(s["wav_file"] for s in entry["speakers"])]
@@ -512,8 +512,8 @@ def test_crops_are_parts_without_the_talkers_that_are_silent_there(
     folder = shutil.copytree(recordings, tmp_path / "own")
     changes = {"reverb": reverb, "max_onset": 2.0}
     edit_json(folder / "dataset.json", lambda about: about["mixing"].update(changes))
-    whole = remix_recordings(folder, seed=3)
-    cropped = remix_recordings(folder, seed=3, crop_seconds=(0.25, 0.25))
+    whole = remix_recordings(folder, seed=5)
+    cropped = remix_recordings(folder, seed=5, crop_seconds=(0.25, 0.25))
     starts, dropped = set(), 0
     for number in range(40):
         mixture, *talkers = whole[number]["waveforms"].numpy()

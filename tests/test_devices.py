@@ -132,7 +132,7 @@ def train_set(request):
 
 def tiny_run(train_set, tmp_path, **options):
     """A run with the tiny separator of a dataset's kind, its first epoch ahead."""
-    sizes = SPECTROGRAM_SIZES if train_set.is_spectrogram else {**SIZES, "dropout": 0.0}
+    sizes = SPECTROGRAM_SIZES if train_set.has_recordings else {**SIZES, "dropout": 0.0}
     options = {**sizes, **SHORT, **CPU, "epochs": 2, "lr": 1e-3, **options}
     return ssm.start_run(ssm.TrainOptions(**options), train_set, train_set, tmp_path)
 
