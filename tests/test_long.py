@@ -31,6 +31,7 @@ from audio import floor_log_mel, load_audio_encoder, log_mel, read_audio
 from long_recordings import (
     TalkerTracker,
     answer_per_talker,
+    ask,
     has_sound,
     join_texts,
     read_windows,
@@ -160,6 +161,24 @@ def test_many_talkers_at_once():
     assert tracker.number(turned, everybody) == {s: 6 - s for s in range(7)}
 
 
+def test_a_voice_is_the_mean_of_its_windows():
+    tracker, streams = TalkerTracker(shared=10), [lanes(f"a{first}") for first in (0, 30, 60)]
+    assert [tracker.number(stream, active(1)) for stream in streams] == [{0: 0}] * 3
+    voices = torch.stack([tracker._voice(stream[0]) for stream in streams])
+    torch.testing.assert_close(tracker.voices[0], voices.mean(0))
+
+
+@pytest.mark.parametrize(
+    ("distances", "talker"),
+    [([1, 3], 1),  # who was found in 20 windows is likelier: by 2 ln 20 = 6
+     ([1, 8], 0),  # but not where the voice is that much further, in mean distances of one talker
+     ([7, 14], 2)])  # a new talker: further than twice the root of 1 and 9
+def test_voice_and_number_of_windows(distances, talker):
+    tracker = TalkerTracker(shared=10)
+    tracker.windows, tracker.same, tracker.different = [1, 20], [0.5, 1.0, 1.5], [9.0]
+    assert tracker._assign(np.array([distances], float), np.full((1, 2), np.nan)) == [talker]
+
+
 def digits_of(speaker, seconds, rng):
     """Recorded digits of one speaker in a row, at an RMS of 0.05."""
     pieces, length = [], 0
@@ -262,6 +281,8 @@ def test_every_frame_is_from_one_window(short_windows):
         (1, pytest.approx(0.9)), (2, pytest.approx(0.8)), (3, pytest.approx(0.7))]
     for talker, gain in zip(recording.talkers, (-0.1, -0.3, -0.6), strict=True):
         assert len(talker.windows) == COUNT
+        assert [window["end"] for window in talker.windows] == [
+            min(i * STEP + WINDOW, len(LONG)) / RATE for i in range(COUNT)]
         for index, (first, frames) in enumerate(spectrogram_windows(16)):
             begin = 14 * (index > 0)
             end = len(frames) - 14 * (index + 1 < COUNT)
@@ -338,6 +359,8 @@ def test_infer_a_long_recording(qwen_folder, long_file, tmp_path, capsys):
          "a b c d three four five six e"),
         ([(0, "five six"), (2, "six seven")], "five six six seven"),  # no shared seconds
         ([(0, "one two"), (1, "three four")], "one two three four"),
+        ([(0, "no no x"), (1, "no no one")], "no no one"),
+        ([(0, "no no"), (1, "no no a b c d")], "no no no a b c d"),  # one of two words is shared
         ([(0, ""), (1, "one")], "one"),
         ([], ""),
         ([(0, "今天天氣很好"), (1, "很好我們出去")], "今天天氣很好我們出去"),
@@ -405,6 +428,13 @@ def test_samples_in_memory(integrated, processor, long_file):
     rows = answer_per_talker(
         integrated, processor, twice, sampling_rate=2 * RATE, max_new_tokens=2)
     assert rows[0]["windows"][-1]["end"] == pytest.approx(len(LONG) / RATE, abs=1e-3)
+
+
+def test_shortest_recordings(integrated, processor):
+    """Qwen2-Audio makes one token of the shorter one, and that is no token for transformers."""
+    samples = np.random.default_rng(0).normal(0, 0.1, 1600).astype(np.float32)
+    texts = ask(changing_streams(integrated), processor, [samples[:700], samples], max_new_tokens=2)
+    assert len(texts) == 6
 
 
 def test_known_count_of_a_long_recording(integrated, processor):
