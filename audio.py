@@ -26,6 +26,8 @@ FRAME_RATE = SAMPLING_RATE // HOP_LENGTH  # spectrogram frames per second
 READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
 RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; samples whose squares float32 can add up
 LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotary base
+LARGEST = {"chunk_length": 300, "feature_size": 1000, "num_beams": 100, "num_return_sequences": 100}
+FIXED = {"n_fft": N_FFT, "hop_length": HOP_LENGTH, "sampling_rate": SAMPLING_RATE}
 SHORTEST = 640  # samples: one output frame of Qwen2-Audio's encoder
 DIGITAL_SILENCE = -1.5  # what ``log_mel`` gives for it: (log10(1e-10) + 4) / 4
 
@@ -236,8 +238,9 @@ def check_numbers(folder: Path) -> None:
 
     def check(pairs: list[tuple]) -> None:
         for name, value in pairs:
-            most = 1000 if name.endswith("layers") else LARGEST_NUMBER
-            if isinstance(value, (int, float)) and not abs(value) <= most:
+            most = 1000 if name.endswith("layers") else LARGEST.get(name, LARGEST_NUMBER)
+            large = isinstance(value, (int, float)) and not abs(value) <= most
+            if large or value != FIXED.get(name, value):
                 raise ValueError(f"{name} is {value!r:.40}")
 
     for path in folder.glob("*config.json"):

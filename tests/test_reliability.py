@@ -702,6 +702,10 @@ MODELS = {
     "code of its own": ("config.json", lambda c: {
         "model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}),
     "nested": ("config.json", lambda _: "[" * 100_000),
+    "windows of days": ("processor_config.json", lambda c: c | {
+        "feature_extractor": c["feature_extractor"] | {"chunk_length": 10**6}}),
+    "spectra of gigabytes": ("processor_config.json", lambda c: c | {
+        "feature_extractor": c["feature_extractor"] | {"n_fft": 10**7}}),
 }  # fmt: skip
 
 
