@@ -103,7 +103,7 @@ OPTIONS = {
     "num_heads": Option(None, int, 1, 1024, "attention heads: 4; features 8"),
     "ff_dim": Option(None, int, 1, 1 << 16, "feed-forward width: 768; features 2048"),
     "dim": Option(None, int, 1, 1 << 14, "width of the blocks: 256; recordings only"),
-    "dropout": Option(None, float, 0, 1, "dropout in every block: 0.1; features only"),
+    "dropout": Option(None, float, 0, 1, "dropout in every block: 0.1"),
     "max_speakers": Option(None, int, 1, MAX_STREAMS, "streams: as many as the data has talkers"),
     "reconstruction_weight": Option(
         None, float, 0, 1e30, "weight of that loss part: 0.5 if features add up, else 0"),
@@ -341,8 +341,9 @@ class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
 class Convolution(nn.Module):
     """Convolution module of a Conformer (arXiv:2005.08100); its norm ignores the other frames."""
 
-    def __init__(self, dim: int, kernel_size: int):
+    def __init__(self, dim: int, kernel_size: int, dropout: float):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
         self.gate = nn.Linear(dim, 2 * dim)
         self.depthwise = nn.Conv1d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
@@ -352,15 +353,15 @@ class Convolution(nn.Module):
         """Update ``frames [B, T, D]``; frames not set in ``valid [B, T]`` are read as 0."""
         hidden = F.glu(self.gate(self.norm(frames)), dim=-1).masked_fill(~valid[..., None], 0.0)
         hidden = self.depthwise(hidden.transpose(1, 2)).transpose(1, 2)
-        return frames + self.out(F.silu(normalize(hidden)))
+        return frames + self.dropout(self.out(F.silu(normalize(hidden))))
 
 
 class Attention(nn.Module):
     """Self-attention over frames, without positions: the convolutions tell neighbours apart."""
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, dropout: float):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -370,18 +371,19 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(frames)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D / heads]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return frames + self.out(mixed.transpose(1, 2).flatten(2))
+        return frames + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
 
 
 class Block(nn.Module):
     """Convolution, self-attention and feed-forward layers over frames."""
 
-    def __init__(self, dim: int, num_heads: int, ff_dim: int, kernel_size: int):
+    def __init__(self, dim: int, num_heads: int, ff_dim: int, kernel_size: int, dropout: float):
         super().__init__()
-        self.convolution = Convolution(dim, kernel_size)
-        self.attention = Attention(dim, num_heads)
+        self.convolution = Convolution(dim, kernel_size, dropout)
+        self.attention = Attention(dim, num_heads, dropout)
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(dim), nn.Linear(dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, dim))
+            nn.LayerNorm(dim), nn.Linear(dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, dim),
+            nn.Dropout(dropout))
 
     def forward(self, frames: Tensor, valid: Tensor, bias: Tensor | None) -> Tensor:
         """Update ``frames [B, T, D]``; ``Convolution`` and ``Attention`` explain the rest."""
@@ -461,16 +463,16 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
 
     def __init__(
         self, max_speakers: int = 3, num_layers: int = 4, num_heads: int = 4, ff_dim: int = 768,
-        dim: int = 256, threshold: float = 0.5,
+        dim: int = 256, dropout: float = 0.1, threshold: float = 0.5,
     ):
         super().__init__()
         self.max_speakers, self.threshold = max_speakers, threshold
         self.feature_source = {"kind": "recordings"}
         self.config = {  # arguments that build a copy
             "max_speakers": max_speakers, "num_layers": num_layers, "num_heads": num_heads,
-            "ff_dim": ff_dim, "dim": dim, "threshold": threshold}
+            "ff_dim": ff_dim, "dim": dim, "dropout": dropout, "threshold": threshold}
         check_sizes(self.config, "dim")
-        sizes = (dim, num_heads, ff_dim, self.KERNEL_SIZE)
+        sizes = (dim, num_heads, ff_dim, self.KERNEL_SIZE, dropout)
         self.input = nn.Linear(self.BINS * self.STACK, dim)
         self.speaker_queries = nn.Parameter(torch.randn(max_speakers, dim))
         self.mixture_blocks = nn.ModuleList(Block(*sizes) for _ in range(num_layers))

@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
     add("--epochs", type=int, default=11, help="epochs of short parts of mixtures")
-    add("--long_epochs", type=int, default=14, help="epochs of long parts after them")
+    add("--long_epochs", type=int, default=15, help="epochs of long parts after them")
     add("--mixtures_per_epoch", type=int, default=4000,
         help="fresh mixtures in an epoch of short parts; half as many in one of long parts")
     add("--workers", type=int, default=0, help="processes that mix; 0: this one")
@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     data = make_data(args, "short", noises, 1, "--max_onset=3")
     train(args, data, checkpoints, args.epochs, "--batch_size=12", "--crop_seconds", 2, 6,
           f"--mixtures_per_epoch={args.mixtures_per_epoch}")
-    data = make_data(args, "long", make_noises(args), 4, "--max_onset=8", "--max_gap=1")
+    data = make_data(args, "long", make_noises(args), 4, "--max_onset=8", "--max_gap=1",
+                     "--speed", 0.75, 1.35)
     epochs = args.epochs + args.long_epochs
     train(args, data, checkpoints, epochs, "--batch_size=8", "--crop_seconds", 4, 16,
           f"--mixtures_per_epoch={args.mixtures_per_epoch // 2}", "--activity_weight=0.1")

@@ -22,7 +22,8 @@ import speaker_separator_module as ssm  # noqa: E402
 SHARED = ROOT.parent / "shared"
 WIDTH, FRAMES = 32, 20
 SIZES = {"num_layers": 1, "num_heads": 4, "ff_dim": 32}
-SPECTROGRAM_SIZES = {"num_layers": 2, "num_heads": 2, "ff_dim": 32, "dim": 16}
+SPECTROGRAM_SIZES = {
+    "num_layers": 2, "num_heads": 2, "ff_dim": 32, "dim": 16, "dropout": 0.0}
 SHORT = {"batch_size": 2, "mixtures_per_epoch": 4}  # epochs of two steps
 SHORT_FLAGS = [f"--{name}={value}" for name, value in {**SIZES, **SHORT}.items()]
 CPU = {"device": "cpu", "dtype": "float32"}

@@ -304,10 +304,7 @@ def test_nobody_in_one_recording_of_a_batch(kind, integrate, qwen, processor):
 @pytest.mark.parametrize("kind", ["spectrogram", 1])
 def test_dropout_is_off_inside_the_model(kind, integrate, qwen, processor):
     """Also where the separator is handed over while it trains, and the model is set to train."""
-    inputs, options = processed(processor, RECORDINGS[:1]), {}
-    if kind == 1:
-        options = {"dropout": 0.5}
-    separator = make_separator(kind, **options)
+    inputs, separator = processed(processor, RECORDINGS[:1]), make_separator(kind, dropout=0.5)
     expected = integrate(qwen, kind, separator=separator).generate(**inputs, max_new_tokens=6)
     rows = qwen.speaker_rows
     layer = None if kind == "spectrogram" else kind

@@ -299,6 +299,18 @@ def test_spectrogram_padding_changes_nothing(garbage, mode):
     torch.testing.assert_close(separated[1, :, 10:], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_dropout_is_for_training_only():
+    separator, mixture = vivid_separator(dropout=0.5), spectrogram(40)
+    gains = [separator.gains(mixture)[0] for _ in range(2)]
+    assert torch.equal(*gains)
+    separator.train()
+    for part in (separator.mixture_blocks, separator.stream_blocks):
+        for block in part:
+            for module in (block.convolution, block.attention):
+                assert module.dropout.p == block.feed_forward[-1].p == 0.5
+    assert (separator.gains(mixture)[0] - gains[0]).std() > 0.1 * gains[0].std()
+
+
 def test_speech_in_a_window_is_separated_as_alone():
     """Four seconds, and the same four in a window of 30 s that digital silence fills up."""
     samples = torch.from_numpy(sine(4, 170) + sine(4, 310))
@@ -388,7 +400,7 @@ def test_spectrogram_gradient_reaches_every_parameter():
 
 def test_convolution_reads_its_neighbours_only():
     torch.manual_seed(0)
-    convolution, frames = ssm.Convolution(16, 5), torch.randn(1, 12, 16)
+    convolution, frames = ssm.Convolution(16, 5, 0.0), torch.randn(1, 12, 16)
     everywhere, changed = torch.ones(1, 12, dtype=torch.bool), frames.clone()
     changed[0, 3, 0] += 3
     difference = convolution(changed, everywhere) - convolution(frames, everywhere)
