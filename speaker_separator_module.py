@@ -74,7 +74,7 @@ from tqdm import tqdm
 DEFAULT_DATA_DIR = "multi_speaker_data"
 DEFAULT_CHECKPOINT_DIR = "checkpoints"
 SHIPPED_SEPARATOR = Path(__file__).resolve().parent / "pretrained"
-MAX_VALUES = 1 << 27  # of one feature file: 0.5 GB as float32
+MAX_FRAMES = 4000  # of one feature file: attention among them takes 0.2 GB a head (measured)
 JSON_BYTES = 1 << 27  # a hundred thousand mixtures take less
 LONGEST_LINE = 500  # letters of an error message
 MAX_STREAMS = 7  # the loss scores every assignment of streams to talkers: 7! are 5,040
@@ -766,9 +766,9 @@ def open_features(path: Path, feature_dim: int | None = None) -> np.memmap:
         raise ValueError(f"{path} must hold floating-point features, not {features.dtype}")
     if feature_dim is not None and features.shape[1] != feature_dim:
         raise ValueError(f"{path} has width {features.shape[1]}, expected {feature_dim}")
-    if features.size > MAX_VALUES:
-        raise ValueError(f"{path} holds {features.size:,} values; {MAX_VALUES:,} are the most that "
-                         "are read at once: cut it")
+    if len(features) > MAX_FRAMES:
+        raise ValueError(f"{path} holds {len(features):,} frames; {MAX_FRAMES:,} are the most that "
+                         "are separated at once: cut it")
     return features
 
 

@@ -362,6 +362,12 @@ def test_damaged_header_of_an_array(kind, best, tmp_path, capsys):
     assert_fails(capsys, argv, "mixture.npy")
 
 
+def test_features_that_attention_has_no_memory_for(best, tmp_path, capsys):
+    np.save(tmp_path / "mixture.npy", np.ones((4001, WIDTH), np.float32))
+    argv = ["infer", f"--input={tmp_path / 'mixture.npy'}", f"--checkpoint={best}", *CPU_FLAGS]
+    assert_fails(capsys, argv, "4,001 frames")
+
+
 def test_zip_in_place_of_an_array(best, tmp_path, capsys):
     (tmp_path / "mixture.npy").write_bytes(b"PK\x03\x04" + bytes(50))
     argv = ["infer", f"--input={tmp_path / 'mixture.npy'}", f"--checkpoint={best}", *CPU_FLAGS]
