@@ -492,13 +492,14 @@ def run_input(base: Path, seed: int, number: int) -> tuple[str, str, list]:
 
 
 def work(base: Path, seed: int, pipe) -> None:
-    """Serve inputs until the parent hangs up; leave after one that took too much memory."""
+    """Serve inputs until the parent ends it; leave after one that took too much memory."""
     import transformers  # noqa: F401  # its log goes where standard error is at its import
 
     run_input(base, 0, 0)
     idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     pipe.send(None)
-    while (number := pipe.recv()) is not None:
+    while True:
+        number = pipe.recv()
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends this process
         kind, fault, commands = run_input(base, seed, number)
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -573,8 +574,8 @@ def main(argv: list[str] | None = None) -> int:
                 if fault:
                     failures[fault.split()[0].strip(":")] += 1
                     print(f"{kind} {number}: {fault}\n    {str(commands)[:300]}", flush=True)
-        if worker.process is not None and worker.process.is_alive():
-            worker.pipe.send(None)
+        if worker.process is not None:
+            worker.process.kill()
     print(f"{counts.total()} inputs ({', '.join(f'{k} {n}' for k, n in counts.items())}), seed "
           f"{args.seed}: {failures.total()} failures {dict(failures) or ''}, at most {most:.0f} MB "
           f"above an idle worker, {time.perf_counter() - started:.0f} s")
