@@ -32,6 +32,7 @@ from audio import (
 )
 
 WINDOW_SECONDS = 30
+WINDOW_BATCH = 4  # windows separated at once: a GPU is kept busy, and memory stays flat
 TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
 ABSENT = -2.0  # gain of a talker in windows without it: 80 dB down
 DEFAULT_PROMPT = "What does the person say?"
@@ -62,6 +63,17 @@ def read_windows(
     if start == 0:
         check_length(audio, len(held))
     yield start, held, start == 0
+
+
+def batches_of_windows(windows: Iterator[tuple]) -> Iterator[list[tuple]]:
+    """Yield what ``read_windows`` does in lists of up to ``WINDOW_BATCH`` windows of one length."""
+    batch = []
+    for window in windows:
+        if batch and (len(batch) == WINDOW_BATCH or len(window[1]) != len(batch[0][1])):
+            yield batch
+            batch = []
+        batch.append(window)
+    yield batch
 
 
 def has_sound(part: np.ndarray, whole: np.ndarray) -> bool:
@@ -206,10 +218,11 @@ def separate_recording(
 ) -> SeparatedRecording:
     """Separate a recording of any length; memory grows only with the streams it returns.
 
-    ``separate(features [T, D], alone) -> values [S, T, D], probabilities [S], active [S]`` is given
-    each window; ``alone`` says whether it is the only one. Features are an ``encoder``'s, or
-    log-mel spectrograms of ``num_bins``. ``most`` is the number of talkers in the recording, when
-    known. ``audio`` and ``sampling_rate`` are those of ``audio.recording_length``, as are errors.
+    ``separate(features [B, T, D], alone) -> values [B, S, T, D], probabilities [B, S], active
+    [B, S]`` is given batches of windows; ``alone`` says whether there is only one window. Features
+    are an ``encoder``'s, or log-mel spectrograms of ``num_bins``. ``most`` is the number of talkers
+    in the recording, when known. ``audio`` and ``sampling_rate`` are those of
+    ``audio.recording_length``, as are errors.
     """
     window, rate = round(WINDOW_SECONDS * SAMPLING_RATE), FRAME_RATE
     if encoder is not None:
@@ -217,24 +230,27 @@ def separate_recording(
     shared = window - window_step(window)
     tracker = TalkerTracker(round(shared / SAMPLING_RATE * rate), most)
     parts, found, end = [], {}, 0
-    for first, samples, alone in tqdm(
-            read_windows(audio, window, sampling_rate), "windows", leave=False, disable=None):
+    windows = tqdm(
+        read_windows(audio, window, sampling_rate), "windows", leave=False, disable=None)
+    for batch in batches_of_windows(windows):
+        waveforms, alone = [samples for _, samples, _ in batch], batch[0][2]
         if encoder is None:
-            features = log_mel(torch.from_numpy(samples), num_bins)
+            spectra = log_mel(torch.from_numpy(np.stack(waveforms)), num_bins)
         else:
-            features = encoder.encode([samples])[0].cpu()
-        values, probs, active = separate(features, alone)
-        streams = values if encoder else floor_log_mel(features + values)
-        numbers = tracker.number(streams, active, has_sound(samples[:shared], samples))
-        start = round(first / SAMPLING_RATE * rate)
-        skip = max(0, (end - start) // 2)  # of the frames shared, each window gives one half
-        end = start + len(features)
-        parts.append((slice(start + skip, end), features[skip:],
-                      {n: values[s, skip:].clone() for s, n in numbers.items()}))
-        for s, n in numbers.items():
-            found.setdefault(n, []).append({
-                "start": first / SAMPLING_RATE, "end": (first + len(samples)) / SAMPLING_RATE,
-                "probability": round(float(probs[s]), 4)})
+            spectra = torch.stack(encoder.encode(waveforms)).cpu()
+        separated = zip(batch, spectra, *separate(spectra, alone), strict=True)
+        for (first, samples, _), features, values, probs, active in separated:
+            streams = values if encoder else floor_log_mel(features + values)
+            numbers = tracker.number(streams, active, has_sound(samples[:shared], samples))
+            start = round(first / SAMPLING_RATE * rate)
+            skip = max(0, (end - start) // 2)  # of the frames shared, each window gives one half
+            end = start + len(features)
+            parts.append((slice(start + skip, end), features[skip:].clone(),
+                          {n: values[s, skip:].clone() for s, n in numbers.items()}))
+            for s, n in numbers.items():
+                found.setdefault(n, []).append({
+                    "start": first / SAMPLING_RATE, "end": (first + len(samples)) / SAMPLING_RATE,
+                    "probability": round(float(probs[s]), 4)})
     mixture = parts[0][1].new_zeros(end, parts[0][1].shape[1])
     talkers = {n: torch.full_like(mixture, 0.0 if encoder else ABSENT) for n in sorted(found)}
     for place, features, values in parts:

@@ -2166,7 +2166,7 @@ def separate(
 
 
 def window_separator(separator, threshold: float | None, num_speakers: int | None):
-    """Return the function that ``long_recordings.separate_recording`` calls on each window.
+    """Return the function that ``long_recordings.separate_recording`` calls on its windows.
 
     A window that is not ``alone`` may lack some of the ``num_speakers`` of the recording.
     """
@@ -2175,13 +2175,13 @@ def window_separator(separator, threshold: float | None, num_speakers: int | Non
     method = separator.gains if separator.is_spectrogram else separator
 
     @torch.inference_mode()
-    def separate_window(features: Tensor, alone: bool):
-        values, probs = method(features.to(weight.device, weight.dtype)[None])
+    def separate_windows(features: Tensor, alone: bool):
+        values, probs = method(features.to(weight.device, weight.dtype))
         check_output(values, probs)
-        active = active_streams(probs[0], threshold, num_speakers, at_most=not alone)
-        return values[0].float().cpu(), probs[0].cpu(), active.cpu()
+        active = active_streams(probs, threshold, num_speakers, at_most=not alone)
+        return values.float().cpu(), probs.cpu(), active.cpu()
 
-    return separate_window
+    return separate_windows
 
 
 def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict, Tensor, list]:
@@ -2467,7 +2467,7 @@ class Integration:
         return streams, inside, probs
 
     def window_separator(self, num_speakers: int | None):
-        """Return the function that ``long_recordings.separate_recording`` calls on each window."""
+        """Return the function that ``long_recordings.separate_recording`` calls on its windows."""
         self.separator.to(self.model.device)
         return window_separator(self.separator, self.threshold, num_speakers)
 

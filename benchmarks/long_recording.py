@@ -10,7 +10,7 @@ the streams are the talkers' own spectrograms in random order: that measures the
 
 import argparse
 import sys
-from itertools import permutations
+from itertools import count, islice, permutations
 from pathlib import Path
 
 import numpy as np
@@ -55,15 +55,15 @@ def two_tracks(folder: Path, seconds: float, seed: int) -> np.ndarray:
 
 def oracle(tracks: np.ndarray, step: int, seed: int):
     """Return a separator of windows whose streams are the talkers', in an order drawn anew."""
-    rng, first = np.random.default_rng(seed), 0
+    rng, firsts = np.random.default_rng(seed), count(0, step)
 
     def separate(features, alone):
-        nonlocal first
-        length = len(features) * HOP_LENGTH
-        own = tracks[rng.permutation(2), first : first + length]
-        gains = log_mel(torch.from_numpy(own))[:, : len(features)] - features
-        active = torch.from_numpy(np.square(own).mean(1) > 1e-5)
-        first += step
+        length = features.shape[1] * HOP_LENGTH
+        own = np.stack([tracks[rng.permutation(2), first : first + length]
+                        for first in islice(firsts, len(features))])
+        spectra = log_mel(torch.from_numpy(own).flatten(0, 1)).unflatten(0, (-1, 2))
+        gains = spectra[:, :, : features.shape[1]] - features[:, None]
+        active = torch.from_numpy(np.square(own).mean(2) > 1e-5)
         return gains.clamp(long_recordings.ABSENT, 0), active.float(), active
 
     return separate

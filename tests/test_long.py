@@ -296,18 +296,18 @@ def test_every_frame_is_from_one_window(short_windows):
 
 
 def test_a_talker_is_absent_elsewhere(short_windows):
-    """In windows where it was not found, it is 80 dB down."""
+    """In windows where it was not found, it is 80 dB down; windows come in batches."""
     def separate(features, alone):
         low = torch.arange(16) < 8
         streams = torch.stack([torch.where(low, -0.1, -1.0), torch.where(low, -1.0, -0.1)])
-        streams = streams[:, None].expand(2, *features.shape)
-        calls.append(alone)
-        here = torch.tensor([True, len(calls) == 2])
-        return streams, torch.tensor([0.9, 0.6]), here
+        streams = streams[:, None].expand(len(features), 2, features.shape[1], 16)
+        here = torch.tensor([[True, sum(sizes) + i == 1] for i in range(len(features))])
+        sizes.append(len(features))
+        return streams, torch.tensor([[0.9, 0.6]] * len(features)), here
 
-    calls = []
+    sizes = []
     recording = separate_recording(separate, LONG, num_bins=16)
-    assert calls == [False] * COUNT
+    assert sum(sizes) == COUNT and max(sizes) == sizes[0] == long_recordings.WINDOW_BATCH
     first, second = recording.talkers
     assert len(second.windows) == 1 and second.windows[0]["start"] == STEP / RATE
     low = [-1.0] * 8 + [-0.1] * 8
@@ -760,7 +760,8 @@ def test_a_recording_is_decoded_once(seconds, tmp_path, monkeypatch):
     monkeypatch.setattr(audio, "_blocks_of_file", lambda p: opened.append(p) or blocks(p))
 
     def separate(features, alone):
-        return torch.zeros(1, *features.shape), torch.ones(1), torch.tensor([True])
+        talker = torch.ones(len(features), 1)
+        return torch.zeros_like(features)[:, None], talker, talker.bool()
 
     recording = long_recordings.separate_recording(separate, path)
     assert opened == [path]
