@@ -140,6 +140,10 @@ def test_pairwise_mse():
         torch.testing.assert_close(cost[b], differences.square().mean((2, 3)))
 
 
+def test_loss_sizes():
+    assert ssm.loss_sizes(random_batch()).tolist() == [sum(COUNTS), sum(LENGTHS), B]
+
+
 def test_padding_frames_do_not_count():
     batch = random_batch()
     clean = ssm.separator_loss(**batch)
@@ -234,6 +238,8 @@ def test_si_sdr(gain, noise):
     ratio = ssm.si_sdr(estimates, target.expand(2, -1))
     expected = [20 * math.log10(gain / noise), 20.0]  # a turned phase is no distortion
     assert ratio.tolist() == pytest.approx(expected, abs=1e-3)
+    several = ssm.si_sdr(estimates[:, None].expand(-1, 3, -1), target.expand(2, 3, -1))
+    torch.testing.assert_close(several, ratio[:, None].expand(-1, 3))
 
 
 def test_si_sdr_of_silence_is_finite():
