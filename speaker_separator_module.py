@@ -712,6 +712,16 @@ def active_streams(
     return chosen & reached if at_most else chosen
 
 
+def keep_one_talker(values: Tensor, mixture: Tensor, active: Tensor) -> Tensor:
+    """Give the one talker found in a recording the mixture itself, which separation can but harm.
+
+    ``values [B, S, T, D]`` are streams and ``mixture [B, T, D]`` what they were separated from, or
+    gains and zeros; ``active [B, S]``.
+    """
+    alone = active & (active.sum(-1, keepdim=True) == 1)
+    return torch.where(alone[..., None, None], mixture[:, None].to(values.dtype), values)
+
+
 def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor) -> float:
     """Return the threshold that gets most talker counts right, [N, S] each; ties go near 0.5."""
     candidates = torch.linspace(0.05, 0.95, 37)
@@ -2161,8 +2171,10 @@ def separate(
     separated, probs = separator.eval()(features.to(weight.device, weight.dtype)[None])
     threshold = separator.threshold if threshold is None else threshold
     check_output(separated, probs)
-    return Separation(
-        separated[0].float(), probs[0], active_streams(probs[0], threshold, num_speakers))
+    active = active_streams(probs, threshold, num_speakers)
+    if separator.is_spectrogram and num_speakers is None:
+        separated = keep_one_talker(separated, features.to(separated.device)[None], active)
+    return Separation(separated[0].float(), probs[0], active[0])
 
 
 def window_separator(separator, threshold: float | None, num_speakers: int | None):
@@ -2179,6 +2191,8 @@ def window_separator(separator, threshold: float | None, num_speakers: int | Non
         values, probs = method(features.to(weight.device, weight.dtype))
         check_output(values, probs)
         active = active_streams(probs, threshold, num_speakers, at_most=not alone)
+        if separator.is_spectrogram and num_speakers is None:
+            values = keep_one_talker(values, torch.zeros_like(values[:, 0]), active)
         return values.float().cpu(), probs.cpu(), active.cpu()
 
     return separate_windows
@@ -2475,6 +2489,8 @@ class Integration:
         """Return streams, masks, (recording, stream, probability) of talkers, their labels."""
         streams, frame_mask, probs = self.split(features, mel_mask)
         active = active_streams(probs, self.threshold, num_speakers, at_most)
+        if self.separator.is_spectrogram and num_speakers is None:
+            streams = keep_one_talker(streams, features.transpose(1, 2), active)
         talkers = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
         return streams, frame_mask, talkers, active.cumsum(1)[active].tolist()
 
