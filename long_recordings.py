@@ -280,7 +280,8 @@ def integration_of(model):
 
 def decode(processor, ids: Tensor) -> list[str]:
     """Return the texts of token rows."""
-    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    # Row by row: batch_decode of transformers 5.17 makes one text of no rows.
+    return [processor.decode(row, skip_special_tokens=True).strip() for row in ids]
 
 
 def answer_options(model, processor, options: dict) -> dict:

@@ -712,14 +712,20 @@ def active_streams(
     return chosen & reached if at_most else chosen
 
 
-def keep_one_talker(values: Tensor, mixture: Tensor, active: Tensor) -> Tensor:
-    """Give the one talker found in a recording the mixture itself, which separation can but harm.
+def choose_talkers(
+    separator, values: Tensor, mixture: Tensor, probs: Tensor, threshold: float,
+    num_speakers: int | None, at_most: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return streams [B, S, T, D], and which are talkers [B, S] as ``active_streams`` says.
 
-    ``values [B, S, T, D]`` are streams and ``mixture [B, T, D]`` what they were separated from, or
-    gains and zeros; ``active [B, S]``.
+    If one talker is found in a spectrogram, that stream is the mixture [B, T, D], which separation
+    can only harm; gains have zeros for it. A number of talkers that was given is taken at its word.
     """
-    alone = active & (active.sum(-1, keepdim=True) == 1)
-    return torch.where(alone[..., None, None], mixture[:, None].to(values.dtype), values)
+    active = active_streams(probs, threshold, num_speakers, at_most)
+    if separator.is_spectrogram and num_speakers is None:
+        alone = active & (active.sum(-1, keepdim=True) == 1)
+        values = torch.where(alone[..., None, None], mixture[:, None].to(values), values)
+    return values, active
 
 
 def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor) -> float:
@@ -2171,9 +2177,8 @@ def separate(
     separated, probs = separator.eval()(features.to(weight.device, weight.dtype)[None])
     threshold = separator.threshold if threshold is None else threshold
     check_output(separated, probs)
-    active = active_streams(probs, threshold, num_speakers)
-    if separator.is_spectrogram and num_speakers is None:
-        separated = keep_one_talker(separated, features.to(separated.device)[None], active)
+    separated, active = choose_talkers(
+        separator, separated, features[None], probs, threshold, num_speakers)
     return Separation(separated[0].float(), probs[0], active[0])
 
 
@@ -2190,9 +2195,9 @@ def window_separator(separator, threshold: float | None, num_speakers: int | Non
     def separate_windows(features: Tensor, alone: bool):
         values, probs = method(features.to(weight.device, weight.dtype))
         check_output(values, probs)
-        active = active_streams(probs, threshold, num_speakers, at_most=not alone)
-        if separator.is_spectrogram and num_speakers is None:
-            values = keep_one_talker(values, torch.zeros_like(values[:, 0]), active)
+        values, active = choose_talkers(
+            separator, values, torch.zeros_like(values[:, 0]), probs, threshold, num_speakers,
+            at_most=not alone)
         return values.float().cpu(), probs.cpu(), active.cpu()
 
     return separate_windows
@@ -2488,9 +2493,9 @@ class Integration:
     def choose_rows(self, features, mel_mask, num_speakers: int | None, at_most: bool = False):
         """Return streams, masks, (recording, stream, probability) of talkers, their labels."""
         streams, frame_mask, probs = self.split(features, mel_mask)
-        active = active_streams(probs, self.threshold, num_speakers, at_most)
-        if self.separator.is_spectrogram and num_speakers is None:
-            streams = keep_one_talker(streams, features.transpose(1, 2), active)
+        streams, active = choose_talkers(
+            self.separator, streams, features.transpose(1, 2), probs, self.threshold, num_speakers,
+            at_most)
         talkers = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
         return streams, frame_mask, talkers, active.cumsum(1)[active].tolist()
 
@@ -2831,7 +2836,7 @@ def cmd_train(args) -> None:
     train_speaker_separator(
         args.data_dir, folder, **{k: v for k, v in vars(args).items() if k in TrainOptions._fields})
     reports = [folder / name for name in ("training_report.md", "training_curves.png")]
-    names = [str(p) for p in reports if p.exists()] + [p.name for p in list_checkpoints(folder)]
+    names = [p.name for p in (*reports, *list_checkpoints(folder)) if p.exists()]
     print(f"{folder} holds " + ", ".join(names))
     if writes and args.export:
         with reading(args.export, "could not be written"):

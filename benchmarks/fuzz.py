@@ -12,6 +12,7 @@ input can be run again alone: ``--seed S --only NUMBER``.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import multiprocessing
@@ -27,6 +28,8 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from unittest import mock
+
+from tqdm import tqdm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as the commands do
@@ -71,7 +74,12 @@ def places(content, path=()):
         yield from places(content[key], (*path, key))
 
 
-def damage_entries(rng, content, odd=lambda rng, old: ODD[int(rng.integers(len(ODD)))]):
+def odd_plain(rng, _=None):
+    """Return a value of ``ODD``, a copy: the next damage may change it in place."""
+    return copy.deepcopy(ODD[int(rng.integers(len(ODD)))])
+
+
+def damage_entries(rng, content, odd=odd_plain):
     """Replace, drop, rename or move an entry of plain values, in place."""
     found = list(places(content))
     path = found[int(rng.integers(len(found)))]
@@ -567,7 +575,7 @@ def main(argv: list[str] | None = None) -> int:
         numbers = [number for number in range(args.inputs)
                    if args.kind in (None, INPUTS[number % len(INPUTS)].__name__)]
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends it with the summary
-            for number in numbers:
+            for number in tqdm(numbers, "inputs", disable=None):
                 kind, fault, commands, more = worker.run(number)
                 counts[kind] += 1
                 most = max(most, more)
