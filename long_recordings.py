@@ -7,10 +7,14 @@ streams, ``T`` frames, ``D`` mel bins or feature width.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +37,7 @@ from audio import (
 
 WINDOW_SECONDS = 30
 WINDOW_BATCH = 4  # windows separated at once: a GPU is kept busy, and memory stays flat
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30  # limits of a model folder's chat template
 TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
 ABSENT = -2.0  # gain of a talker in windows without it: 80 dB down
 DEFAULT_PROMPT = "What does the person say?"
@@ -265,12 +270,49 @@ def separate_recording(
 # Answers
 
 
+@contextlib.contextmanager
+def bounded():
+    """Bound what a model folder's template takes: TimeoutError or MemoryError beyond it.
+
+    Nothing is bounded outside Linux, or in another thread than the main one.
+    """
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    import resource
+    import signal
+
+    def stop(*_):
+        raise TimeoutError
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = used + TEMPLATE_BYTES if hard < 0 else min(used + TEMPLATE_BYTES, hard)
+    earlier = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
 def build_prompt(processor, prompt: str) -> str:
-    """Return the model's chat text for one recording and a question about it."""
+    """Return the model's chat text for one recording and a question about it.
+
+    ValueError if its template takes more than ``TEMPLATE_SECONDS`` or ``TEMPLATE_BYTES``.
+    """
     content = [{"type": "audio", "audio_url": "recording"}, {"type": "text", "text": prompt}]
     chat = [{"role": "system", "content": "You are a helpful assistant."},
             {"role": "user", "content": content}]
-    return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    try:
+        with bounded():
+            return processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    except (TimeoutError, MemoryError):
+        raise ValueError(f"the chat template of {processor.tokenizer.name_or_path} takes more than "
+                         f"{TEMPLATE_SECONDS:g} s or {TEMPLATE_BYTES >> 30} GB") from None
 
 
 def integration_of(model):

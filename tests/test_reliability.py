@@ -29,6 +29,7 @@ from conftest import (
 )
 
 import generate_multi_speaker_dataset as generator
+import long_recordings
 import speaker_separator_module as ssm
 
 # --------------------------------------------------------------------------------------------------
@@ -698,6 +699,9 @@ def test_share_of_the_crash_test():
 
 MODELS = {
     "a template that raises": ("chat_template.jinja", lambda _: "{{ raise_exception('no') }}"),
+    "a template without an end": ("chat_template.jinja", lambda _: "".join(
+        f"{{% for {x} in range(99999) %}}" for x in "ijk") + "{% endfor %}" * 3),
+    "a template of 100 GB": ("chat_template.jinja", lambda _: "{{ 'x' * 100000000000 }}"),
     "an extractor that is a number": ("processor_config.json", lambda c: c | {
         "feature_extractor": 5}),
     "the sizes of another model": ("config.json", lambda c: c | {"text_config": None}),
@@ -716,7 +720,10 @@ MODELS = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_damaged_model_folder(kind, qwen_folder, spectrogram_checkpoint, tmp_path, capsys):
+def test_damaged_model_folder(
+    kind, qwen_folder, spectrogram_checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(long_recordings, "TEMPLATE_SECONDS", 1.0)
     folder = shutil.copytree(qwen_folder, tmp_path / "model")
     name, change = MODELS[kind]
     content = change(json.loads((folder / name).read_text()) if name.endswith("json") else None)
