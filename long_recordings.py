@@ -289,9 +289,9 @@ def bounded():
     limit, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = used + TEMPLATE_BYTES if hard < 0 else min(used + TEMPLATE_BYTES, hard)
     earlier = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
     try:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

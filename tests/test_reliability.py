@@ -278,11 +278,11 @@ def test_the_rest_of_an_epoch_keeps_its_batches(dataset, tmp_path, monkeypatch, 
 
 
 def test_signals_where_there_is_nothing_to_save(dataset, tmp_path, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGINT)  # ignored, where a shell started the tests with "&"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" leaves it ignored
     signal_after(monkeypatch, 1, signal.SIGTERM, "start_run")
     assert ssm.main(train_flags(dataset, tmp_path / "run")) == 143
     assert "before the first checkpoint" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # --------------------------------------------------------------------------------------------------
