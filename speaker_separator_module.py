@@ -950,6 +950,15 @@ class RemixedRecordings(RemixedDataset):
         self.speech = load_source(self.base.data_dir, self.base.split)
         return self.speech.by_speaker
 
+    def draw_length(self, number: int) -> tuple[np.random.Generator, int, float]:
+        """Return also how long a part to take, in seconds: drawn first, as plans take long."""
+        rng, count = self.draw_count(number)
+        share = rng.random()
+        if self.crop_seconds is None:
+            return rng, count, math.inf
+        least, most = self.crop_seconds
+        return rng, count, least + (most - least) * share
+
     def plan(self, number: int):
         """Return the plan of a mixture, and start and length in seconds of the part to take of it.
 
@@ -958,20 +967,20 @@ class RemixedRecordings(RemixedDataset):
         """
         from mixing import plan_mixture
 
-        rng, count = self.draw_count(number)
+        rng, count, length = self.draw_length(number)
         plan = plan_mixture(rng, self.speech, count)
         if self.crop_seconds is None:
-            return plan, 0.0, math.inf
+            return plan, 0.0, length
         last_start = max((talker.onset for talker in plan.talkers), default=0.0)
         first_end = min((t.onset + t.seconds for t in plan.talkers), default=plan.seconds)
-        length = min(rng.uniform(*self.crop_seconds), plan.seconds)
+        length = min(length, plan.seconds)
         centre = rng.uniform(*sorted((last_start, first_end)))
         return plan, min(max(centre - length / 2, 0.0), plan.seconds - length), length
 
     def seconds(self, number: int) -> float:
-        """Return the length of a mixture before it is rendered."""
-        plan, _, length = self.plan(number)
-        return min(plan.seconds, length)
+        """Return the length of a mixture before it is rendered; of a part, the most it can be."""
+        length = self.draw_length(number)[2]
+        return self.plan(number)[0].seconds if math.isinf(length) else length
 
     def __getitem__(self, number: int) -> dict:
         from audio import SAMPLING_RATE
@@ -994,18 +1003,20 @@ class RemixedRecordings(RemixedDataset):
 # Data: batches
 
 
-def collate(items: list[dict], max_speakers: int) -> dict:
+def collate(items: list[dict], max_speakers: int, multiple: int = 1) -> dict:
     """Pad items into a batch with two masks.
 
     Features: ``mixture [B, T, D]``, ``targets [B, S, T, D]``, ``frame_mask [B, T]``. Recordings:
-    ``waveforms [B, 1 + S, samples]``, ``lengths [B]`` in samples, and ``rows``, the numbers of the
-    waveforms that are there, mixtures among them. Both: ``speaker_mask [B, S]``.
+    ``waveforms [B, 1 + S, samples]``, a ``multiple`` of samples, ``lengths [B]`` in samples, and
+    ``rows``, the numbers of the waveforms that are there, mixtures among them; the first returns
+    until they are a multiple of 32 if ``multiple`` is set. Both: ``speaker_mask [B, S]``.
     """
     recorded, S = "waveforms" in items[0], max_speakers
     sources = [item["waveforms"] if recorded else
                torch.cat([item["mixture"][None], item["targets"]]) for item in items]
     counts, lengths = torch.tensor([source.shape[:2] for source in sources]).T
     T = int(lengths.max())
+    T += -T % multiple if recorded else 0
     padded = sources[0].new_zeros(len(items), 1 + S, T, *sources[0].shape[2:])
     for row, source in zip(padded, sources, strict=True):
         row[: len(source), : source.shape[1]] = source
@@ -1014,6 +1025,7 @@ def collate(items: list[dict], max_speakers: int) -> dict:
     if recorded:
         # Row numbers, because indexing by a mask would wait for the GPU.
         rows = there.flatten().nonzero().flatten()
+        rows = F.pad(rows, (0, -len(rows) % 32 if multiple > 1 else 0))  # the first again
         return batch | {"waveforms": padded, "lengths": lengths, "rows": rows}
     return batch | {"mixture": padded[:, 0], "targets": padded[:, 1:],
                     "frame_mask": torch.arange(T) < lengths[:, None]}
@@ -1092,7 +1104,8 @@ def make_loader(
     return DataLoader(
         dataset, **batches, num_workers=workers, persistent_workers=workers > 0,
         worker_init_fn=outlast_signals,
-        collate_fn=partial(collate, max_speakers=max_speakers), pin_memory=pins_memory(device))
+        collate_fn=partial(collate, max_speakers=max_speakers, multiple=sample_multiple(device)),
+        pin_memory=pins_memory(device))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1141,8 +1154,12 @@ def attention_kernel(device: str, dtype: torch.dtype):
     """Return the context for attention in training.
 
     On CPUs in bfloat16 that is plain products: a training step of the spectrogram separator takes
-    0.8 to 0.9 as long as with the fused kernel, whose backward pass is slow (measured).
+    0.8 to 0.9 as long as with the fused kernel, whose backward pass is slow (measured). On CUDA it
+    is any kernel but cuDNN's, which is planned anew for every length.
     """
+    if device == "cuda":
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                            SDPBackend.MATH])
     plain = device == "cpu" and dtype == torch.bfloat16
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
@@ -1150,6 +1167,15 @@ def attention_kernel(device: str, dtype: torch.dtype):
 def pins_memory(device: str) -> bool:
     """Page-locked batches copy faster to CUDA and only there."""
     return device == "cuda"
+
+
+def sample_multiple(device: str) -> int:
+    """Return what recordings of a batch are padded to a multiple of: on CUDA a second.
+
+    cuDNN plans its convolutions anew for every length, which takes a second (measured: a step of 32
+    mixtures 1.3 s for 0.06).
+    """
+    return 16000 if device == "cuda" else 1
 
 
 def fuses_optimizer(device: str) -> bool:

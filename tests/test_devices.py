@@ -69,10 +69,11 @@ def test_precision(machine, monkeypatch):
     ("cpu", torch.bfloat16, True), ("cpu", torch.float32, False), ("cuda", torch.bfloat16, False),
     ("mps", torch.float32, False)])  # fmt: skip
 def test_attention_in_training(device, dtype, plain):
-    fused = torch.backends.cuda.flash_sdp_enabled
+    fused, planned = torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.cudnn_sdp_enabled
     with ssm.attention_kernel(device, dtype):
         assert fused() is not plain
-    assert fused()
+        assert planned() is (device == "mps" or dtype == torch.float32)
+    assert fused() and planned()
 
 
 def test_autocast():
@@ -86,10 +87,11 @@ def test_autocast():
 
 
 @pytest.mark.parametrize(
-    ("device", "pins", "fuses"), [("cpu", False, True), ("cuda", True, True), ("mps", False, False)]
-)
-def test_memory_and_optimizer(device, pins, fuses):
+    ("device", "pins", "fuses", "multiple"),
+    [("cpu", False, True, 1), ("cuda", True, True, 16000), ("mps", False, False, 1)])
+def test_memory_and_optimizer(device, pins, fuses, multiple):
     assert ssm.pins_memory(device) is pins
+    assert ssm.sample_multiple(device) == multiple
     assert ssm.fuses_optimizer(device) is fuses
 
 
