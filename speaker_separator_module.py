@@ -135,8 +135,6 @@ class LossWeights(NamedTuple):
 
 
 SPECTROGRAM_WEIGHTS = LossWeights(0.0, 0.02)  # errors of log-mel spectra are small numbers
-# In training only: words lost to too low a gain are not found again (arXiv:2009.04323).
-OVER_SUPPRESSION = 2.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -434,6 +432,23 @@ def resample_bins(spectra: Tensor, bins: int) -> Tensor:
     return torch.lerp(spectra[..., below], spectra[..., above], (place - below).to(spectra.dtype))
 
 
+def pool_bins(spectra: Tensor, bins: int) -> Tensor:
+    """Resample log-mel spectra [..., D] to ``bins`` wider ones [..., bins] by mean powers.
+
+    The weights are triangles from one neighbour's centre to the other's, as mel filters are.
+    Interpolation would miss what lies beside a centre, such as harmonics; it is used where bins
+    would not be wider.
+    """
+    D = spectra.shape[-1]
+    if bins >= D:
+        return resample_bins(spectra, bins)
+    width, device = (D + 1) / (bins + 1), spectra.device
+    centres = torch.arange(1, bins + 1, device=device) * width - 1
+    weights = 1 - (torch.arange(D, device=device)[:, None] - centres).abs() / width
+    weights = weights.clamp(min=0) / weights.clamp(min=0).sum(0)
+    return (10 ** (4 * spectra) @ weights.to(spectra)).log10() / 4
+
+
 def speaking_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> Tensor:
     """Return which frames [B, T] of spectrograms [B, T, D] rise above the recording's floor."""
     loudest = spectrograms.amax(-1)
@@ -443,12 +458,29 @@ def speaking_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> T
     return loudest > floor.clamp(min=DIGITAL_SILENCE) + 1e-2  # bfloat16 rounds by 8e-3
 
 
+def share_mixture(gains: Tensor, probabilities: Tensor) -> Tensor:
+    """Raise the gains [B, S, T, D] of all streams alike until the talkers add up to the mixture.
+
+    In each bin the power of every stream counts as much as it is likely to be a talker, by
+    ``probabilities [B, S]``. What no stream holds would be lost, and a recogniser minds gaps more
+    than traces of somebody else (arXiv:2009.04323). A sure talker alone becomes the mixture.
+
+    >>> gains = torch.tensor([-1.0, -1.0]).view(1, 2, 1, 1)  # 40 dB below the mixture
+    >>> [round(40 * g.item(), 1) for g in share_mixture(gains, torch.ones(1, 2)).flatten()]
+    [-3.0, -3.0]
+    """
+    units = 4 * math.log(10)  # of Whisper's in natural logarithms of power
+    likely = probabilities.detach().clamp(min=1e-4).log()[..., None, None]
+    total = torch.logsumexp(units * gains + likely, 1, keepdim=True) / units
+    return (gains - total.clamp(max=0)).clamp(max=0)
+
+
 class SpectrogramSeparator(nn.Module, StrictHubMixin):
     """Splits log-mel spectrograms into one spectrogram per talker, for any Whisper or Qwen2-Audio.
 
-    Works on a grid of 80 mel bins; others are resampled to it, and the gains back. ``num_layers``
-    blocks of width ``dim`` read the mixture's frames, ``STACK`` at a time, while ``S =
-    max_speakers`` talker queries attend to them. Each stream starts as the frames times and plus
+    Works on a grid of 80 mel bins; others are pooled to it, and the gains interpolated.
+    ``num_layers`` blocks of width ``dim`` read the mixture's frames, ``STACK`` at a time, while ``S
+    = max_speakers`` talker queries attend to them. Each stream starts as the frames times and plus
     what its query says; half as many blocks on streams, which read each other's mean, end in gains
     of 0 dB or less for every bin. The level of the recording, silence around speech and the
     position in the window change nothing.
@@ -493,7 +525,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         frames = (frames - level).clamp(min=-LOG_MEL_RANGE) + LOG_MEL_RANGE / 2
         missing = -frames.shape[1] % self.STACK
         frames = F.pad(
-            resample_bins(frames, self.BINS), (0, 0, 0, missing), value=-LOG_MEL_RANGE / 2)
+            pool_bins(frames, self.BINS), (0, 0, 0, missing), value=-LOG_MEL_RANGE / 2)
         valid = F.pad(speaks, (0, missing)).unflatten(1, (-1, self.STACK)).any(-1)
         return frames.unflatten(1, (-1, self.STACK)).flatten(2), valid
 
@@ -537,7 +569,8 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         # an untrained stream is nearly the mixture: sigmoid(3) is 0.95
         gains = F.logsigmoid(self.output(streams).float() + 3) / (4 * math.log(10))
         gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(2, 3)[:, :, :T]
-        return resample_bins(gains, D), self._activity(streams, valid)
+        probabilities = self._activity(streams, valid)
+        return resample_bins(share_mixture(gains, probabilities), D), probabilities
 
     def forward(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
         """Separate mixtures [B, T, D] into streams [B, S, T, D] and probabilities [B, S].
@@ -601,32 +634,22 @@ def reorder(values: Tensor, assignment: Tensor) -> Tensor:
     return values.take_along_dim(assignment[(..., *[None] * (values.dim() - 2))], dim=1)
 
 
-def talker_mse(
-    estimates: Tensor, targets: Tensor, frame_mask: Tensor, suppression_weight: float = 1.0
-) -> Tensor:
-    """Mean squared error [B, S] of each talker's own estimate over valid frames.
-
-    Squares where the estimate is below its target count ``suppression_weight`` times.
-    """
-    errors = estimates - targets
-    squares = errors.square()
-    if suppression_weight != 1:
-        squares = torch.where(errors < 0, suppression_weight * squares, squares)
-    return masked_mean(squares.mean(-1), frame_mask[:, None], -1)
+def talker_mse(estimates: Tensor, targets: Tensor, frame_mask: Tensor) -> Tensor:
+    """Mean squared error [B, S] of each talker's own estimate over valid frames."""
+    return masked_mean((estimates - targets).square().mean(-1), frame_mask[:, None], -1)
 
 
 def separator_loss(
     separated: Tensor, speaker_probs: Tensor, targets: Tensor, speaker_mask: Tensor,
     mixture: Tensor, frame_mask: Tensor | None = None, reconstruction_weight: float = 0.5,
-    activity_weight: float = 0.5, suppression_weight: float = 1.0,
+    activity_weight: float = 0.5,
 ) -> SeparatorLoss:
     """Score streams under their best assignment to talkers (PIT, arXiv:1607.00325).
 
     ``separated [B, S, T, D]`` have ``speaker_probs [B, S]``; ``targets [B, S, T, D]`` are talkers
     where ``speaker_mask [B, S]`` is set, zeros elsewhere; ``mixture [B, T, D]`` is valid where
     ``frame_mask [B, T]`` is set. ``reconstruction_weight`` is 0 for streams that do not add up, as
-    log spectra; ``suppression_weight`` is that of ``talker_mse``. Shapes that do not fit raise
-    ValueError.
+    log spectra. Shapes that do not fit raise ValueError.
     """
     if frame_mask is None:
         frame_mask = mixture.new_ones(mixture.shape[:2], dtype=torch.bool)
@@ -643,8 +666,7 @@ def separator_loss(
         assignment = best_assignment(pairwise_mse(separated, targets, frame_mask), active)
     estimates = reorder(separated, assignment)
 
-    errors = talker_mse(estimates, targets, frame_mask, suppression_weight)
-    separation = masked_mean(errors, active, (0, 1))
+    separation = masked_mean(talker_mse(estimates, targets, frame_mask), active, (0, 1))
     summed = (estimates * active[..., None, None]).sum(1)
     reconstruction = masked_mean((summed - mixture).square().mean(-1), frame_mask, (0, 1))
     # binary_cross_entropy raises on NaN, on a GPU fatally: put in 0.5, and the NaN into the loss.
@@ -1692,8 +1714,7 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
     with autocast(device, dtype), attention_kernel(device, dtype):
         separated, probs = separator(mixture, frame_mask)
     return separator_loss(separated, probs, batch["targets"], batch["speaker_mask"], mixture,
-                          frame_mask, weights.reconstruction, weights.activity,
-                          OVER_SUPPRESSION if "waveforms" in batch else 1.0)
+                          frame_mask, weights.reconstruction, weights.activity)
 
 
 def backward(run: Run, batches: list[dict]) -> Tensor:
