@@ -28,7 +28,10 @@ SIZES = ["--dim=240", "--num_heads=4", "--ff_dim=640"]  # 5.9 million weights, 1
 
 
 def write_manifest(args, name: str, read_speech: int) -> Path:
-    """Write a manifest of the speech and the digits, LibriSpeech's part ``read_speech`` times."""
+    """Write a manifest of speech and digits, LibriSpeech's part of training ``read_speech`` times.
+
+    Digits are for training alone: their few speakers would make validation look easy.
+    """
     manifest, digits = args.work_dir / f"{name}.jsonl", args.work_dir / "digits.jsonl"
     speech = existing(Path(args.speech) / "manifest.jsonl")
     if digits_manifest.main(args.fsdd, digits):
@@ -38,8 +41,10 @@ def write_manifest(args, name: str, read_speech: int) -> Path:
             for line in listing.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 row["audio"] = str((listing.parent / row["audio"]).resolve())
-                is_read = row.get("corpus") == "librispeech" and row["split"] == "train"
-                lines.write((json.dumps(row) + "\n") * (read_speech if is_read else 1))
+                training = row["split"] == "train"
+                is_read = row.get("corpus") == "librispeech" and training
+                times = read_speech if is_read else int(training or listing == speech)
+                lines.write((json.dumps(row) + "\n") * times)
     return manifest
 
 
