@@ -432,6 +432,9 @@ def resample_bins(spectra: Tensor, bins: int) -> Tensor:
     return torch.lerp(spectra[..., below], spectra[..., above], (place - below).to(spectra.dtype))
 
 
+NEPERS = 4 * math.log(10)  # Whisper's units are quarters of log10 power; natural logarithms of it
+
+
 def pool_bins(spectra: Tensor, bins: int) -> Tensor:
     """Resample log-mel spectra [..., D] to ``bins`` wider ones [..., bins] by mean powers.
 
@@ -444,9 +447,9 @@ def pool_bins(spectra: Tensor, bins: int) -> Tensor:
         return resample_bins(spectra, bins)
     width, device = (D + 1) / (bins + 1), spectra.device
     centres = torch.arange(1, bins + 1, device=device) * width - 1
-    weights = 1 - (torch.arange(D, device=device)[:, None] - centres).abs() / width
-    weights = weights.clamp(min=0) / weights.clamp(min=0).sum(0)
-    return (10 ** (4 * spectra) @ weights.to(spectra)).log10() / 4
+    distance = (torch.arange(D, device=device)[:, None] - centres).abs() / width
+    weights = (1 - distance).clamp(min=0)
+    return (10 ** (4 * spectra) @ (weights / weights.sum(0)).to(spectra)).log10() / 4
 
 
 def speaking_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> Tensor:
@@ -469,9 +472,8 @@ def share_mixture(gains: Tensor, probabilities: Tensor) -> Tensor:
     >>> [round(40 * g.item(), 1) for g in share_mixture(gains, torch.ones(1, 2)).flatten()]
     [-3.0, -3.0]
     """
-    units = 4 * math.log(10)  # of Whisper's in natural logarithms of power
     likely = probabilities.detach().clamp(min=1e-4).log()[..., None, None]
-    total = torch.logsumexp(units * gains + likely, 1, keepdim=True) / units
+    total = torch.logsumexp(NEPERS * gains + likely, 1, keepdim=True) / NEPERS
     return (gains - total.clamp(max=0)).clamp(max=0)
 
 
@@ -482,8 +484,8 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     ``num_layers`` blocks of width ``dim`` read the mixture's frames, ``STACK`` at a time, while ``S
     = max_speakers`` talker queries attend to them. Each stream starts as the frames times and plus
     what its query says; half as many blocks on streams, which read each other's mean, end in gains
-    of 0 dB or less for every bin. The level of the recording, silence around speech and the
-    position in the window change nothing.
+    of 0 dB or less for every bin; ``share_mixture`` makes them add up. The level of the recording,
+    silence around speech and the position in the window change nothing.
 
     A stream counts as a talker from the probability ``threshold`` on; training calibrates it.
     Sizes that do not fit each other raise ValueError.
@@ -567,7 +569,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
             rows = block(streams.flatten(0, 1), valid_rows, bias_rows)  # each stream is a row
             streams = exchange(rows.view_as(streams))  # [B, S, T / STACK, dim]
         # an untrained stream is nearly the mixture: sigmoid(3) is 0.95
-        gains = F.logsigmoid(self.output(streams).float() + 3) / (4 * math.log(10))
+        gains = F.logsigmoid(self.output(streams).float() + 3) / NEPERS
         gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(2, 3)[:, :, :T]
         probabilities = self._activity(streams, valid)
         return resample_bins(share_mixture(gains, probabilities), D), probabilities
@@ -975,7 +977,7 @@ class RemixedRecordings(RemixedDataset):
     def draw_length(self, number: int) -> tuple[np.random.Generator, int, float]:
         """Return also how long a part to take, in seconds: drawn first, as plans take long."""
         rng, count = self.draw_count(number)
-        share = rng.random()
+        share = rng.random()  # drawn in any case: parts are of the mixtures that whole ones are
         if self.crop_seconds is None:
             return rng, count, math.inf
         least, most = self.crop_seconds
@@ -1001,8 +1003,9 @@ class RemixedRecordings(RemixedDataset):
 
     def seconds(self, number: int) -> float:
         """Return the length of a mixture before it is rendered; of a part, the most it can be."""
-        length = self.draw_length(number)[2]
-        return self.plan(number)[0].seconds if math.isinf(length) else length
+        if self.crop_seconds is None:
+            return self.plan(number)[0].seconds
+        return self.draw_length(number)[2]
 
     def __getitem__(self, number: int) -> dict:
         from audio import SAMPLING_RATE
@@ -1025,20 +1028,24 @@ class RemixedRecordings(RemixedDataset):
 # Data: batches
 
 
-def collate(items: list[dict], max_speakers: int, multiple: int = 1) -> dict:
+def collate(items: list[dict], max_speakers: int, whole_seconds: bool = False) -> dict:
     """Pad items into a batch with two masks.
 
     Features: ``mixture [B, T, D]``, ``targets [B, S, T, D]``, ``frame_mask [B, T]``. Recordings:
-    ``waveforms [B, 1 + S, samples]``, a ``multiple`` of samples, ``lengths [B]`` in samples, and
-    ``rows``, the numbers of the waveforms that are there, mixtures among them; the first returns
-    until they are a multiple of 32 if ``multiple`` is set. Both: ``speaker_mask [B, S]``.
+    ``waveforms [B, 1 + S, samples]``, ``lengths [B]`` in samples, and ``rows``, the numbers of the
+    waveforms that are there, mixtures among them. With ``whole_seconds`` waveforms are padded to
+    them, and the first row is repeated until rows are a multiple of 32: batches of few shapes.
+    Both: ``speaker_mask [B, S]``.
     """
     recorded, S = "waveforms" in items[0], max_speakers
     sources = [item["waveforms"] if recorded else
                torch.cat([item["mixture"][None], item["targets"]]) for item in items]
     counts, lengths = torch.tensor([source.shape[:2] for source in sources]).T
     T = int(lengths.max())
-    T += -T % multiple if recorded else 0
+    if recorded and whole_seconds:
+        from audio import SAMPLING_RATE
+
+        T += -T % SAMPLING_RATE
     padded = sources[0].new_zeros(len(items), 1 + S, T, *sources[0].shape[2:])
     for row, source in zip(padded, sources, strict=True):
         row[: len(source), : source.shape[1]] = source
@@ -1047,7 +1054,7 @@ def collate(items: list[dict], max_speakers: int, multiple: int = 1) -> dict:
     if recorded:
         # Row numbers, because indexing by a mask would wait for the GPU.
         rows = there.flatten().nonzero().flatten()
-        rows = F.pad(rows, (0, -len(rows) % 32 if multiple > 1 else 0))  # the first again
+        rows = F.pad(rows, (0, -len(rows) % 32 if whole_seconds else 0))
         return batch | {"waveforms": padded, "lengths": lengths, "rows": rows}
     return batch | {"mixture": padded[:, 0], "targets": padded[:, 1:],
                     "frame_mask": torch.arange(T) < lengths[:, None]}
@@ -1126,7 +1133,8 @@ def make_loader(
     return DataLoader(
         dataset, **batches, num_workers=workers, persistent_workers=workers > 0,
         worker_init_fn=outlast_signals,
-        collate_fn=partial(collate, max_speakers=max_speakers, multiple=sample_multiple(device)),
+        collate_fn=partial(
+            collate, max_speakers=max_speakers, whole_seconds=plans_by_shape(device)),
         pin_memory=pins_memory(device))
 
 
@@ -1176,12 +1184,8 @@ def attention_kernel(device: str, dtype: torch.dtype):
     """Return the context for attention in training.
 
     On CPUs in bfloat16 that is plain products: a training step of the spectrogram separator takes
-    0.8 to 0.9 as long as with the fused kernel, whose backward pass is slow (measured). On CUDA it
-    is any kernel but cuDNN's, which is planned anew for every length.
+    0.8 to 0.9 as long as with the fused kernel, whose backward pass is slow (measured).
     """
-    if device == "cuda":
-        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                            SDPBackend.MATH])
     plain = device == "cpu" and dtype == torch.bfloat16
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
@@ -1191,13 +1195,9 @@ def pins_memory(device: str) -> bool:
     return device == "cuda"
 
 
-def sample_multiple(device: str) -> int:
-    """Return what recordings of a batch are padded to a multiple of: on CUDA a second.
-
-    cuDNN plans its convolutions anew for every length, which takes a second (measured: a step of 32
-    mixtures 1.3 s for 0.06).
-    """
-    return 16000 if device == "cuda" else 1
+def plans_by_shape(device: str) -> bool:
+    """CUDA plans a shape when it first meets it: 1.3 s for a step of 0.06 s (measured)."""
+    return device == "cuda"
 
 
 def fuses_optimizer(device: str) -> bool:
