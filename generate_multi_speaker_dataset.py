@@ -63,6 +63,7 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "max_seconds": (float, 0.001, 1e6, "length that no mixture exceeds")}
 BOUNDS = {name: (low, high) for name, (_, low, high, _) in MIXING.items()}
 PAIRS = ("join", "overlap", "speed", "snr_db")  # drawn between two values
+SPEAKER_COLUMNS, TEXT_COLUMNS = ("speaker", "speaker_id", "client_id"), ("text", "sentence")
 REPLACING = ".replacing"  # holds a dataset while it is moved to its place
 
 
@@ -188,6 +189,52 @@ def _read_speaker_folders(path: Path) -> list[Utterance]:
             text = beside.read_text(encoding="utf-8").strip()
         utterances.append(Utterance(audio, audio.relative_to(path).parts[0], text))
     return utterances
+
+
+def is_hub_dataset(source: str) -> bool:
+    """Say whether ``source`` reads as OWNER/NAME[:CONFIG[:SPLIT]], and OWNER is no folder here."""
+    owner, _, name = source.partition("/")
+    return bool(owner and name) and "/" not in name and not Path(owner).exists()
+
+
+def fetch_speech(source: str, folder: Path) -> Path:
+    """Copy the recordings of a Hugging Face dataset, streamed; return the folder of their manifest.
+
+    ``source`` is ``OWNER/NAME[:CONFIG[:SPLIT]]``, or a folder of Parquet files; the split is "train"
+    by default. Rows need ``audio`` and a column of ``SPEAKER_COLUMNS``; the first of
+    ``TEXT_COLUMNS`` is the transcript. What was fetched whole is not fetched again. Raises
+    ValueError if the dataset cannot be read or lacks a column.
+    """
+    try:
+        from datasets import Audio, load_dataset
+    except ImportError:
+        raise ValueError(f"no speech at {source} on this disk; to fetch the dataset of that name "
+                         "from the Hugging Face hub: pip install datasets") from None
+    name, config, split = (*source.split(":"), "", "")[:3]
+    folder /= source.strip("/").replace("/", "_").replace(":", "_")
+    manifest = folder / "manifest.jsonl"
+    if manifest.is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    try:
+        data = load_dataset(name, config or None, split=split or "train", streaming=True)
+        for row in tqdm(data.cast_column("audio", Audio(decode=False)), "fetch", disable=None):
+            speaker, text = (next((row[key] for key in keys if key in row), None)
+                             for keys in (SPEAKER_COLUMNS, TEXT_COLUMNS))
+            if speaker is None:
+                raise ValueError(f"no column {' or '.join(SPEAKER_COLUMNS)}")
+            audio = Path(row["audio"]["path"] or "audio.wav")
+            if row["audio"]["bytes"]:
+                audio = folder / f"{len(rows):07d}{audio.suffix}"
+                audio.write_bytes(row["audio"]["bytes"])
+            rows.append({"audio": str(audio.resolve()), "speaker": speaker, "text": text})
+    except Exception as error:  # the library raises its own, pyarrow's and the network's
+        raise ValueError(f"cannot read the dataset {source}: {first_line(error)}") from None
+    staging = folder / "manifest.part"
+    staging.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    staging.replace(manifest)
+    return folder
 
 
 def read_speech(path: Path) -> list[Utterance]:
@@ -478,7 +525,10 @@ def generate_dataset(args, command_line: str) -> None:
         if old.exists() and not (old / "metadata.json").is_file():
             raise ValueError(f"{old} exists and is no dataset; choose another --output_dir")
     if args.speech_dir:
-        splits = split_speech(read_speech(Path(args.speech_dir)), args.split_by, args.seed)
+        speech = Path(args.speech_dir)
+        if is_hub_dataset(args.speech_dir) or any(speech.glob("*.parquet")):
+            speech = fetch_speech(args.speech_dir, output_dir.with_name("fetched_speech"))
+        splits = split_speech(read_speech(speech), args.split_by, args.seed)
     mixtures, about = (speech_dataset(args, sizes, splits) if splits else
                        simulated_dataset(args, sizes))
     about |= {"seed": args.seed, "command_line": command_line}
@@ -527,7 +577,8 @@ def build_parser() -> argparse.ArgumentParser:
     simulated("--seq_len", type=int, default=100, help="frames per mixture")
     simulated("--feature_dim", type=int, default=1280, help="feature width")
     speech = parser.add_argument_group("recorded talkers").add_argument
-    speech("--speech_dir", help="a folder per speaker, or a JSON-lines manifest")
+    speech("--speech_dir", help="a folder per speaker, a JSON-lines manifest, or "
+           "OWNER/NAME[:CONFIG[:SPLIT]] on the Hugging Face hub")
     speech("--encoder", help="keep features of this Whisper or Qwen2-Audio too: folder or hub id")
     speech("--layer", type=int, help="encoder block whose features to keep; none: its output")
     speech("--split_by", choices=("speaker", "utterance"), default="speaker",

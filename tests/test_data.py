@@ -873,6 +873,53 @@ def test_librispeech_layout(tmp_path, ten_speakers):
     assert [u.audio.name for u in read[:2]] == ["19-198-0.flac", "19-198-1.flac"]
 
 
+def write_parquet(folder, recordings, **columns):
+    """A dataset as the Hugging Face hub keeps it: the bytes of the files and other columns."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    audio = [{"path": path.name, "bytes": path.read_bytes()} for path in recordings]
+    folder.mkdir(parents=True)
+    parquet.write_table(arrow.table({"audio": audio, **columns}), folder / "train-00000.parquet")
+    return folder
+
+
+def test_hugging_face_dataset_is_copied_once(speech_dir, tmp_path):
+    files = sorted(speech_dir.glob("s*/*.wav"))
+    speakers = [int(path.parent.name[1:]) for path in files]
+    texts = [path.with_suffix(".txt").read_text() for path in files]
+    source = write_parquet(tmp_path / "hub", files, speaker_id=speakers, sentence=texts)
+    argv = [f"--speech_dir={source}", f"--output_dir={tmp_path / 'data'}", "--train_samples=2",
+            "--val_samples=2", "--min_speakers=1", "--max_speakers=1", "--seed=3"]
+    assert generator.main(argv) == 0
+    (source / "train-00000.parquet").write_bytes(b"gone")  # not read again
+    first = contents(tmp_path / "data")
+    assert generator.main(argv) == 0
+    assert contents(tmp_path / "data") == first
+
+    copied = generator.read_speech(next((tmp_path / "fetched_speech").iterdir()))
+    assert [(u.speaker, u.text) for u in copied] == list(
+        zip(map(str, speakers), texts, strict=True))
+    assert [u.audio.read_bytes() for u in copied] == [path.read_bytes() for path in files]
+
+
+def test_hugging_face_dataset_without_speakers_is_refused(speech_dir, tmp_path, capsys):
+    files = sorted(speech_dir.glob("s0/*.wav"))
+    source = write_parquet(tmp_path / "hub", files, text=["said"] * len(files))
+    argv = [f"--speech_dir={source}", f"--output_dir={tmp_path / 'data'}"]
+    for _ in range(2):  # what was fetched in part is not taken for whole
+        assert_fails(capsys, argv, source, "no column speaker", main=generator.main)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("source, is_one", [
+    ("openslr/librispeech_asr:clean:train.100", True), ("fsdd/fsdd", True), ("speech", False),
+    ("/data/speech", False), ("here/speech", False), ("nowhere/speech/train", False)])  # fmt: skip
+def test_names_of_hub_datasets(source, is_one, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert generator.is_hub_dataset(source) == is_one
+
+
 def test_speakers_may_be_shared(ten_speakers, qwen_folder, tmp_path):
     flags = ["--split_by=utterance", "--max_speakers=7", "--min_speakers=7"]
     folder = make_speech(ten_speakers, qwen_folder, tmp_path / "data", *flags)
