@@ -548,14 +548,19 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         return normalize(frames), normalize(queries), bias
 
     def _activity(self, streams: Tensor, valid: Tensor) -> Tensor:
-        """Return probabilities [B, S] from an attention-weighted mean of each stream's frames."""
+        """Return probabilities [B, S] from an attention-weighted mean of each stream's frames.
+
+        The likeliest stream gets the probability that anybody talks: one talker of whom no stream
+        is sure is still found.
+        """
         hidden = normalize(streams)
         weights = self.attention_pool(hidden).float().masked_fill(~valid[:, None, :, None], -1e4)
         pooled = (weights.softmax(2).to(hidden.dtype) * hidden).sum(2)  # [B, S, dim]
-        pooled = torch.where(valid.any(1)[:, None, None], pooled, 0.0)
         others = pooled.mean(1, keepdim=True).expand_as(pooled)  # tells equal streams apart
-        logit = self.activity_head(torch.cat([pooled, others], dim=-1))
-        return logit.squeeze(-1).float().sigmoid()
+        logits = self.activity_head(torch.cat([pooled, others], dim=-1)).squeeze(-1).float()
+        nobody = F.logsigmoid(-logits).sum(1, keepdim=True).exp()
+        probabilities = logits.sigmoid().scatter(1, logits.argmax(1, keepdim=True), 1 - nobody)
+        return probabilities * valid.any(1, keepdim=True)  # nobody talks in silence
 
     def gains(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
         """Return the gains [B, S, T, D], 0 or less in Whisper's units, and probabilities [B, S]."""
