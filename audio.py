@@ -28,6 +28,7 @@ RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; samples whose squares float32 can a
 LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotary base
 LARGEST = {"chunk_length": 300, "feature_size": 1000, "num_beams": 100, "num_return_sequences": 100}
 FIXED = {"n_fft": N_FFT, "hop_length": HOP_LENGTH, "sampling_rate": SAMPLING_RATE}
+PIECE, SPAN = 60 * FRAME_RATE, 4  # frames resynthesised at a time, and those shared at an edge
 SHORTEST = 640  # samples: one output frame of Qwen2-Audio's encoder
 DIGITAL_SILENCE = -1.5  # what ``log_mel`` gives for it: (log10(1e-10) + 4) / 4
 
@@ -211,12 +212,7 @@ def floor_log_mel(spectrograms: Tensor) -> Tensor:
     return torch.maximum(spectrograms, spectrograms.amax((-2, -1), keepdim=True) - 2)
 
 
-def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
-    """Return the talkers' waveforms [S, samples]: gains on the mixture's spectrum, its phase kept.
-
-    ``gains [S, T, D]`` are differences of log-mel spectrograms in Whisper's units; between the
-    centres of the mel filters they are interpolated.
-    """
+def _apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
     spectrum, D = _stft(waveform), gains.shape[-1]  # [F, T + 1]
     place = mel_bin(np.linspace(0, SAMPLING_RATE / 2, N_FFT // 2 + 1), D).astype(np.float32)
     place = torch.from_numpy(place).to(gains.device).clamp(0, D - 1)
@@ -227,6 +223,23 @@ def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
     window = torch.hann_window(N_FFT, device=waveform.device)
     return torch.istft(
         spectrum * amplitude, N_FFT, HOP_LENGTH, window=window, length=len(waveform))
+
+
+def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
+    """Return the talkers' waveforms [S, samples]: gains on the mixture's spectrum, its phase kept.
+
+    ``gains [S, T, D]`` are differences of log-mel spectrograms in Whisper's units; between the
+    centres of the mel filters they are interpolated. A long recording is taken in pieces, which
+    share ``SPAN`` frames with what is before and after, so that no edge is heard.
+    """
+    talkers, T = waveform.new_empty(len(gains), len(waveform)), gains.shape[1]
+    for start in range(0, T, PIECE):
+        first, end = max(start - SPAN, 0), min(start + PIECE + SPAN, T)
+        samples = slice(first * HOP_LENGTH, end * HOP_LENGTH if end < T else None)
+        piece = _apply_gains(waveform[samples], gains[:, first:end])
+        piece = piece[:, (start - first) * HOP_LENGTH :]
+        talkers[:, start * HOP_LENGTH :][:, : piece.shape[1]] = piece  # the next one mends its end
+    return talkers
 
 
 # --------------------------------------------------------------------------------------------------

@@ -258,12 +258,14 @@ def separate_recording(
                     "probability": round(float(probs[s]), 4)})
     mixture = parts[0][1].new_zeros(end, parts[0][1].shape[1])
     talkers = {n: torch.full_like(mixture, 0.0 if encoder else ABSENT) for n in sorted(found)}
-    for place, features, values in parts:
+    num_windows = len(parts)
+    while parts:  # each gives its memory back
+        place, features, values = parts.pop(0)
         mixture[place] = features
         for n in values:
             talkers[n][place] = values[n]
     talkers = [Talker(n + 1, values, found[n]) for n, values in talkers.items()]
-    return SeparatedRecording(mixture, talkers, rate, len(parts))
+    return SeparatedRecording(mixture, talkers, rate, num_windows)
 
 
 # --------------------------------------------------------------------------------------------------

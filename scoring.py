@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from audio import mel_bin
 
@@ -189,13 +190,16 @@ def plot_history(path: Path, history: list[dict]) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
+COLUMNS = 4000  # most of a picture of features
 DECIBELS = {"vmin": -80, "vmax": 0, "cmap": "magma"}
 
 
 def draw_features(axes, values, frame_rate: float | None, scale: dict, log_mel: bool):
     """Draw values [T, D] against seconds or frames and kHz or numbers; return the image."""
     extent = (0, len(values) / (frame_rate or 1), 0, values.shape[1])
-    image = axes.imshow(values.numpy().T, aspect="auto", origin="lower", extent=extent,
+    frames = -(-len(values) // COLUMNS)  # a column of the picture is the mean of so many
+    columns = F.avg_pool1d(values.T, frames, ceil_mode=True) if frames > 1 else values.T
+    image = axes.imshow(columns.numpy(), aspect="auto", origin="lower", extent=extent,
                         interpolation="nearest", **scale)
     axes.set_xlabel("seconds" if frame_rate else "frame", fontsize=8)
     axes.tick_params(labelsize=7)

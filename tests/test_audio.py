@@ -206,6 +206,15 @@ def test_gains_between_centres_of_bins_are_interpolated():
     assert float(level) == pytest.approx(-40 * 0.02 * 25.854, abs=0.1)
 
 
+@pytest.mark.parametrize("frames", [40, 41, 59])
+def test_gains_of_a_long_recording_are_applied_in_pieces(frames, monkeypatch):
+    """As in one piece; the samples past the last frame belong to the last piece."""
+    wave, gains = torch.randn(160 * frames + 70), -torch.rand(2, frames, 80)
+    whole = audio.apply_gains(wave, gains)
+    monkeypatch.setattr(audio, "PIECE", 20)
+    torch.testing.assert_close(audio.apply_gains(wave, gains), whole, rtol=0, atol=1e-5)
+
+
 def test_gains_change_in_time():
     gains = torch.zeros(1, 100, 80)
     gains[:, 50:] = -3

@@ -66,3 +66,15 @@ def test_features(rate, unit, end, drawn, tmp_path):
     axes, bar = drawn[0].axes
     assert (axes.get_xlabel(), axes.get_xlim()[1], axes.get_ylabel()) == (unit, end, "feature")
     assert bar.get_ylabel() == "feature value"
+
+
+@pytest.mark.parametrize(("frames", "columns"), [(4000, 4000), (4001, 2001), (9000, 3000)])
+def test_a_long_recording_is_drawn_in_means(frames, columns, drawn, tmp_path):
+    """The axis keeps its seconds, and every column is the mean of as many frames."""
+    values = torch.arange(frames).float()[:, None].expand(-1, 8)
+    scoring.plot_streams(tmp_path / "a.png", [{"mixture": values}], 100, log_mel=False)
+    (image,) = drawn[0].axes[0].images
+    assert image.get_array().shape == (8, columns)
+    assert image.get_extent()[:2] == [0, frames / 100]
+    each = -(-frames // 4000)
+    assert image.get_array()[3, 7] == pytest.approx(7 * each + (each - 1) / 2)
