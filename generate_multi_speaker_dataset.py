@@ -200,10 +200,10 @@ def is_hub_dataset(source: str) -> bool:
 def fetch_speech(source: str, folder: Path) -> Path:
     """Copy the recordings of a Hugging Face dataset, streamed; return the folder of their manifest.
 
-    ``source`` is ``OWNER/NAME[:CONFIG[:SPLIT]]``, or a folder of Parquet files; the split is "train"
-    by default. Rows need ``audio`` and a column of ``SPEAKER_COLUMNS``; the first of
-    ``TEXT_COLUMNS`` is the transcript. What was fetched whole is not fetched again. Raises
-    ValueError if the dataset cannot be read or lacks a column.
+    ``source`` is ``OWNER/NAME[:CONFIG[:SPLIT]]`` or a folder of Parquet files; the default split is
+    "train". Rows need ``audio`` and a column of ``SPEAKER_COLUMNS``; the first of ``TEXT_COLUMNS``
+    is the transcript. What was fetched whole is not fetched again. Raises ValueError if the dataset
+    cannot be read or lacks a column.
     """
     try:
         from datasets import Audio, load_dataset
