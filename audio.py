@@ -29,6 +29,7 @@ LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotar
 LARGEST = {"chunk_length": 300, "feature_size": 1000, "num_beams": 100, "num_return_sequences": 100}
 FIXED = {"n_fft": N_FFT, "hop_length": HOP_LENGTH, "sampling_rate": SAMPLING_RATE}
 PIECE, SPAN = 60 * FRAME_RATE, 4  # frames resynthesised at a time, and those shared at an edge
+ENVELOPE = 48  # samples of the cepstrum: 3 ms, shorter than a period of most voices
 SHORTEST = 640  # samples: one output frame of Qwen2-Audio's encoder
 DIGITAL_SILENCE = -1.5  # what ``log_mel`` gives for it: (log10(1e-10) + 4) / 4
 
@@ -240,6 +241,33 @@ def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
         piece = piece[:, (start - first) * HOP_LENGTH :]
         talkers[:, start * HOP_LENGTH :][:, : piece.shape[1]] = piece  # the next one mends its end
     return talkers
+
+
+def change_voice(samples: np.ndarray, formants: float, equalizer: tuple[float, ...]) -> np.ndarray:
+    """Return speech [samples] with its formants moved by a factor, then equalized; pitch is kept.
+
+    The envelope of every frame is its cepstrum up to 3 ms (vocal tract length perturbation moves
+    it alike; Jaitly and Hinton, 2013). ``equalizer`` has the coefficients in dB of cosines, then of
+    sines, over the logarithm of the frequency.
+    """
+    spectrum = _stft(torch.from_numpy(samples))  # [F, T + 1]
+    place = torch.arange(len(spectrum))
+    octave = torch.log1p(place) / math.log(len(spectrum))  # 0 to 1
+    cosines, sines = torch.tensor(equalizer).view(2, -1, 1)
+    angle = torch.pi * torch.arange(1, len(cosines) + 1)[:, None] * octave
+    gain = (cosines * angle.cos() + sines * angle.sin()).sum(0)[:, None] * (math.log(10) / 20)
+    if formants != 1:
+        cepstrum = torch.fft.irfft(spectrum.abs().clamp(min=1e-5).log(), n=N_FFT, dim=0)
+        late = torch.minimum(torch.arange(N_FFT), N_FFT - torch.arange(N_FFT)) / ENVELOPE
+        taper = 0.5 + 0.5 * torch.cos(torch.pi * late.clamp(max=1))
+        envelope = torch.fft.rfft(cepstrum * taper[:, None], dim=0).real
+        source = (place / formants).clamp(max=len(place) - 1)
+        below, above = envelope[source.floor().long()], envelope[source.ceil().long()]
+        moved = torch.lerp(below, above, source.frac()[:, None])
+        gain = gain + (moved - envelope).clamp(-3, 3)
+    window = torch.hann_window(N_FFT)
+    return torch.istft(
+        spectrum * gain.exp(), N_FFT, HOP_LENGTH, window=window, length=len(samples)).numpy()
 
 
 # --------------------------------------------------------------------------------------------------

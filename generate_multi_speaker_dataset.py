@@ -58,11 +58,13 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "overlap": (float, 0, 1, "share of the time with two or more talkers; none: onsets decide"),
     "level_difference": (float, 0, 1000, "most dB between two talkers"),
     "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),
+    "formants": (float, 0.5, 2, "factor that moves a talker's formants, in training only"),
+    "equalizer": (float, 0, 30, "dB of a random equalizer for each talker in training"),
     "snr_db": (float, -100, 100, "dB from the noise up to all talkers together"),
     "reverb": (float, 0, 1, "share of the mixtures in a simulated room; all without a number"),
     "max_seconds": (float, 0.001, 1e6, "length that no mixture exceeds")}
 BOUNDS = {name: (low, high) for name, (_, low, high, _) in MIXING.items()}
-PAIRS = ("join", "overlap", "speed", "snr_db")  # drawn between two values
+PAIRS = ("join", "overlap", "speed", "formants", "snr_db")  # drawn between two values
 SPEAKER_COLUMNS, TEXT_COLUMNS = ("speaker", "speaker_id", "client_id"), ("text", "sentence")
 REPLACING = ".replacing"  # holds a dataset while it is moved to its place
 

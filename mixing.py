@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from audio import SAMPLING_RATE, audio_info, read_audio
+from audio import SAMPLING_RATE, audio_info, change_voice, read_audio
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
 CACHED_RECORDINGS, CACHED_SECONDS = 8192, 60.0  # decoded recordings kept in memory, 16 bits each
+EQUALIZER = np.tile([1.5, 3.0, 4.5, 6.0], 2)  # of a random curve: finer parts are weaker
 OVERLAP_STEPS = 200  # placements tried between turn-taking and the most overlap
 OVERLAP_TOLERANCE, OVERLAP_DRAWS = 0.01, 30  # draws of talkers until the ratio is met
 ROOMS, MOUTHS = 200, 7  # rooms of each split, and talkers that each has a response for
@@ -51,6 +52,8 @@ class MixingOptions(NamedTuple):
     level_difference: float = 3.0
     overlap: tuple[float, float] | None = None
     speed: tuple[float, float] = (1.0, 1.0)
+    formants: tuple[float, float] = (1.0, 1.0)
+    equalizer: float = 0.0
     noise_dir: str | None = None
     snr_db: tuple[float, float] = (10.0, 20.0)
     reverb: float = 0.0
@@ -104,6 +107,8 @@ class PlannedTalker(NamedTuple):
     seconds: float  # from the onset to the end of the last utterance
     onset: float  # seconds
     gain_db: float
+    formants: float = 1.0
+    equalizer: tuple[float, ...] = ()  # dB, as of ``audio.change_voice``
 
     @property
     def text(self) -> str:
@@ -168,6 +173,14 @@ def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedT
     while talker.seconds > window and len(talker.utterances) > 1:
         talker = _without_last(talker)
     return talker
+
+
+def _with_voice(rng, options: MixingOptions, talker: PlannedTalker) -> PlannedTalker:
+    """Draw how a talker's voice is changed, if it is."""
+    if not options.equalizer and options.formants == (1.0, 1.0):
+        return talker
+    curve = rng.normal(0, options.equalizer / EQUALIZER).tolist()
+    return talker._replace(formants=float(rng.uniform(*options.formants)), equalizer=tuple(curve))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,6 +257,8 @@ def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -
     for _ in range(OVERLAP_DRAWS):
         drawn = rng.choice(names, count, replace=False, p=shares / shares.sum())
         talkers = [_plan_talker(rng, source.options, source.by_speaker[name]) for name in drawn]
+        if source.split == "train":
+            talkers = [_with_voice(rng, source.options, talker) for talker in talkers]
         if target is None:
             return talkers
         plan = _plan_overlap(rng, source.options, talkers, target)
@@ -342,6 +357,9 @@ def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
     """
     pieces = [(round((talker.onset + start) * SAMPLING_RATE), _samples_of(u.audio, talker.speed))
               for u, start in zip(talker.utterances, talker.starts, strict=True)]
+    if talker.equalizer:
+        pieces = [(begin, change_voice(samples, talker.formants, talker.equalizer))
+                  for begin, samples in pieces]
     length = max(begin + len(samples) for begin, samples in pieces)
     waveform, speaking = np.zeros(length, np.float32), np.zeros(length, bool)
     for begin, samples in pieces:

@@ -71,7 +71,7 @@ def make_data(args, name: str, noise_dir, read_speech: int, *flags) -> Path:
             f"--output_dir={data}", "--train_samples=10", "--val_samples=120", "--min_speakers=1",
             "--join", 1, 3, "--min_seconds=3", "--level_difference=5", "--speed", 0.85, 1.2,
             "--max_seconds=17", f"--noise_dir={noise_dir}", "--snr_db", 5, 50, "--reverb", 0.2,
-            *flags)
+            "--formants", 0.85, 1.18, "--equalizer", 3.5, *flags)
     return data
 
 

@@ -224,6 +224,42 @@ def test_gains_change_in_time():
     assert talker[8400:].abs().max() < 1e-5
 
 
+def vowel(seconds, pitch, formant):
+    """Pulses through a resonance that is 200 Hz wide."""
+    from scipy.signal import lfilter
+
+    pulses = np.zeros(int(seconds * RATE), np.float32)
+    pulses[:: round(RATE / pitch)] = 1
+    radius = np.exp(-np.pi * 200 / RATE)
+    poles = [1, -2 * radius * np.cos(2 * np.pi * formant / RATE), radius**2]
+    return lfilter([1], poles, pulses).astype(np.float32)
+
+
+NO_COLOUR = (0.0,) * 8
+
+
+@pytest.mark.parametrize("factor", [0.85, 1.0, 1.2])
+def test_formants_move_and_the_pitch_stays(factor):
+    """At 100 Hz harmonics are 100 Hz apart, and the loudest is nearest to the formant."""
+    changed = audio.change_voice(vowel(1, 100, 2000), factor, NO_COLOUR)
+    spectrum = np.abs(np.fft.rfft(changed))  # bins of 1 Hz
+    assert abs(int(spectrum.argmax()) - factor * 2000) <= 60
+    harmonics = spectrum[100:6000:100]
+    between = spectrum[150:6000:100]
+    assert np.median(harmonics / between) > 20
+
+
+def test_the_curve_of_an_equalizer():
+    """The second cosine and sine go once around over the logarithm of bins of 40 Hz."""
+    colour = (0.0, 6.0, 0.0, 0.0, 0.0, -3.0, 0.0, 0.0)
+    for hertz in (1000, 2500, 6000):
+        tone = np.sin(2 * np.pi * hertz * np.arange(RATE, dtype=np.float32) / RATE)
+        changed = audio.change_voice(tone, 1.0, colour)[400:-400]  # a tone ends abruptly
+        level = 20 * np.log10(changed.std() / tone.std())
+        angle = 2 * np.pi * np.log1p(hertz / 40) / np.log(201)
+        assert level == pytest.approx(6 * np.cos(angle) - 3 * np.sin(angle), abs=0.3)
+
+
 # --------------------------------------------------------------------------------------------------
 # Frozen models
 

@@ -114,8 +114,37 @@ def test_plan_is_a_function_of_the_seed(by_speaker):
 
 def test_defaults():
     """A dataset made without options stays the same."""
-    assert MixingOptions() == (2, 3, (1, 1), 0.0, 0.15, 0.4, 3.0, None, (1.0, 1.0), None,
-                               (10.0, 20.0), 0.0, None)  # fmt: skip
+    assert MixingOptions() == (2, 3, (1, 1), 0.0, 0.15, 0.4, 3.0, None, (1.0, 1.0), (1.0, 1.0), 0.0,
+                               None, (10.0, 20.0), 0.0, None)  # fmt: skip
+
+
+def test_voices_are_drawn_after_everything_else(by_speaker):
+    """Formants and equalizers change no other number of a plan of one talker."""
+    one = {"min_speakers": 1, "max_speakers": 1}
+    plain = plans(by_speaker, 1, **one)[0].talkers[0]
+    (voiced,) = plans(by_speaker, 1, formants=(0.8, 1.25), equalizer=6.0, **one)[0].talkers
+    assert voiced._replace(formants=1.0, equalizer=()) == plain
+    real = plans(by_speaker, 1, split="val", formants=(0.8, 1.25), equalizer=6.0, **one)
+    assert real[0].talkers == (plain,)  # validation is on voices as they are
+    many = plans(by_speaker, 60, formants=(0.8, 1.25), equalizer=6.0, **one)
+    drawn = [plan.talkers[0] for plan in many]
+    factors = [talker.formants for talker in drawn]
+    assert 0.8 <= min(factors) < 0.9 and 1.15 < max(factors) <= 1.25
+    spread = np.std([talker.equalizer for talker in drawn], axis=0)
+    assert spread == pytest.approx(6 / np.tile([1.5, 3.0, 4.5, 6.0], 2), rel=0.4)
+
+
+def test_a_planned_voice_is_rendered(by_speaker):
+    """The level is that of the plan, whatever the equalizer does."""
+    (plan,) = plans(by_speaker, 1, min_speakers=1, max_speakers=1)
+    (talker,) = plan.talkers
+    curve = (12.0, *[0.0] * 7)
+    plain, equalized = (mixing.render_talker(t) for t in (talker, talker._replace(equalizer=curve)))
+    samples = mixing.read_audio(talker.utterances[0].audio)
+    expected = mixing.change_voice(samples, 1.0, curve)
+    part = equalized[round(talker.onset * RATE) :]
+    assert np.corrcoef(part, expected)[0, 1] > 0.9999
+    assert decibels(part, plain[round(talker.onset * RATE) :]) == pytest.approx(0, abs=0.01)
 
 
 def test_plan_decodes_nothing(by_speaker, monkeypatch):
