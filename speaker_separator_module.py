@@ -407,7 +407,7 @@ class Exchange(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Separator of spectrograms
+# Separator of spectrograms: mel bins and powers
 
 LOG_MEL_RANGE = 2.0  # Whisper's floor below the loudest bin: 80 dB
 DIGITAL_SILENCE = -1.5  # (log10(1e-10) + 4) / 4
@@ -475,6 +475,10 @@ def share_mixture(gains: Tensor, probabilities: Tensor) -> Tensor:
     likely = probabilities.detach().clamp(min=1e-4).log()[..., None, None]
     total = torch.logsumexp(NEPERS * gains + likely, 1, keepdim=True) / NEPERS
     return (gains - total.clamp(max=0)).clamp(max=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Separator of spectrograms: the model
 
 
 class SpectrogramSeparator(nn.Module, StrictHubMixin):
@@ -2809,7 +2813,7 @@ def evaluate_words(
 
 
 # --------------------------------------------------------------------------------------------------
-# Commands: what several share, train and evaluate
+# Commands: what several share
 
 
 def check_writable(*files: str | None, inputs=()) -> None:
@@ -2872,6 +2876,10 @@ def answering(model: str):
             raise
         raise ValueError(f"{model} cannot be used: {type(error).__name__}, {first_line(error)}"
                          ) from None
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands: train and evaluate
 
 
 def cmd_train(args) -> None:
@@ -2963,7 +2971,7 @@ def cmd_evaluate(args) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Commands: infer and integrate
+# Commands: infer
 
 
 def open_encoder(args, separator, device: str):
@@ -3042,6 +3050,10 @@ def cmd_infer(args) -> None:
     for path in paths:
         folder = Path(args.output_dir, path.name if source.is_dir() else "")
         infer_file(args, path, folder, separator, checkpoint, encoder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands: integrate and demo
 
 
 def check_integration(args, config, separator) -> None:
