@@ -30,11 +30,12 @@ import json
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -58,8 +59,8 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "overlap": (float, 0, 1, "share of the time with two or more talkers; none: onsets decide"),
     "level_difference": (float, 0, 1000, "most dB between two talkers"),
     "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),
-    "formants": (float, 0.5, 2, "factor that moves a talker's formants, in training only"),
-    "equalizer": (float, 0, 30, "dB of a random equalizer for each talker in training"),
+    "formants": (float, 0.5, 2, "factor that scales a talker's formants, training split only"),
+    "equalizer": (float, 0, 30, "dB of a random equalizer per talker, training split only"),
     "snr_db": (float, -100, 100, "dB from the noise up to all talkers together"),
     "reverb": (float, 0, 1, "share of the mixtures in a simulated room; all without a number"),
     "max_seconds": (float, 0.001, 1e6, "length that no mixture exceeds")}
@@ -194,48 +195,65 @@ def _read_speaker_folders(path: Path) -> list[Utterance]:
 
 
 def is_hub_dataset(source: str) -> bool:
-    """Say whether ``source`` reads as OWNER/NAME[:CONFIG[:SPLIT]], and OWNER is no folder here."""
+    """Return whether ``source`` is OWNER/NAME[:CONFIG[:SPLIT]] and no folder OWNER is here."""
     owner, _, name = source.partition("/")
     return bool(owner and name) and "/" not in name and not Path(owner).exists()
 
 
-def fetch_speech(source: str, folder: Path) -> Path:
-    """Copy the recordings of a Hugging Face dataset, streamed; return the folder of their manifest.
+def write_recordings(rows: Iterable[dict], folder: Path) -> None:
+    """Copy the recordings of a Hugging Face dataset into a folder, and write their manifest last.
 
-    ``source`` is ``OWNER/NAME[:CONFIG[:SPLIT]]`` or a folder of Parquet files; the default split is
-    "train". Rows need ``audio`` and a column of ``SPEAKER_COLUMNS``; the first of ``TEXT_COLUMNS``
-    is the transcript. What was fetched whole is not fetched again. Raises ValueError if the dataset
-    cannot be read or lacks a column.
+    Rows have undecoded ``audio``, a speaker in one of ``SPEAKER_COLUMNS`` and perhaps a text in one
+    of ``TEXT_COLUMNS``; ValueError if there are no rows, or one lacks audio or speaker.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, row in enumerate(tqdm(rows, "fetch", disable=None)):
+        speaker, text = (next((str(row[name]) for name in names if row.get(name) is not None), None)
+                         for names in (SPEAKER_COLUMNS, TEXT_COLUMNS))
+        stored = row.get("audio") or {}
+        data, path = stored.get("bytes"), stored.get("path") or "audio.wav"
+        if data is None and path.startswith("hf://"):  # a file of its own on the hub
+            import fsspec
+
+            with fsspec.open(path) as file:
+                data = file.read()
+        if data is None or speaker is None:
+            raise ValueError(f"row {number} has no audio, or no speaker as one of "
+                             f"{', '.join(SPEAKER_COLUMNS)}; its columns are {', '.join(row)}")
+        name = f"{number:08d}{Path(path).suffix}"
+        (folder / name).write_bytes(data)
+        lines.append(json.dumps({"audio": name, "speaker": speaker, "text": text}) + "\n")
+    if not lines:
+        raise ValueError("it has no rows")
+    staging = folder / "manifest.part"
+    staging.write_text("".join(lines), encoding="utf-8")
+    staging.replace(folder / "manifest.jsonl")
+
+
+def fetch_speech(source: str, folder: Path) -> Path:
+    """Copy a Hugging Face dataset into a folder below ``folder`` and return that.
+
+    ``source`` is a folder of Parquet files, or OWNER/NAME[:CONFIG[:SPLIT]] on the hub; the default
+    split is "train". A completed copy is reused, an interrupted one starts over. Raises ValueError
+    if the dataset cannot be read or ``write_recordings`` does.
+    """
+    folder /= quote(source, safe="")
+    if (folder / "manifest.jsonl").is_file():
+        return folder
+    name, config, split = (source, "", "") if Path(source).exists() else (
+        *source.split(":", 2), "", "")[:3]
     try:
         from datasets import Audio, load_dataset
+
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        write_recordings(rows.cast_column("audio", Audio(decode=False)), folder)
     except ImportError:
-        raise ValueError(f"no speech at {source} on this disk; to fetch the dataset of that name "
-                         "from the Hugging Face hub: pip install datasets") from None
-    name, config, split = (*source.split(":"), "", "")[:3]
-    folder /= source.strip("/").replace("/", "_").replace(":", "_")
-    manifest = folder / "manifest.jsonl"
-    if manifest.is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    try:
-        data = load_dataset(name, config or None, split=split or "train", streaming=True)
-        for row in tqdm(data.cast_column("audio", Audio(decode=False)), "fetch", disable=None):
-            speaker, text = (next((row[key] for key in keys if key in row), None)
-                             for keys in (SPEAKER_COLUMNS, TEXT_COLUMNS))
-            if speaker is None:
-                raise ValueError(f"no column {' or '.join(SPEAKER_COLUMNS)}")
-            audio = Path(row["audio"]["path"] or "audio.wav")
-            if row["audio"]["bytes"]:
-                audio = folder / f"{len(rows):07d}{audio.suffix}"
-                audio.write_bytes(row["audio"]["bytes"])
-            rows.append({"audio": str(audio.resolve()), "speaker": speaker, "text": text})
+        raise ValueError(f"{source} is no folder of recordings here, and a Hugging Face dataset "
+                         "needs: pip install datasets") from None
     except Exception as error:  # the library raises its own, pyarrow's and the network's
-        raise ValueError(f"cannot read the dataset {source}: {first_line(error)}") from None
-    staging = folder / "manifest.part"
-    staging.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    staging.replace(manifest)
+        raise ValueError(f"{source} is no folder of recordings here, and cannot be read as a "
+                         f"Hugging Face dataset: {first_line(error)}") from None
     return folder
 
 
@@ -529,7 +547,7 @@ def generate_dataset(args, command_line: str) -> None:
     if args.speech_dir:
         speech = Path(args.speech_dir)
         if is_hub_dataset(args.speech_dir) or any(speech.glob("*.parquet")):
-            speech = fetch_speech(args.speech_dir, output_dir.with_name("fetched_speech"))
+            speech = fetch_speech(args.speech_dir, output_dir / "fetched_speech")
         splits = split_speech(read_speech(speech), args.split_by, args.seed)
     mixtures, about = (speech_dataset(args, sizes, splits) if splits else
                        simulated_dataset(args, sizes))
@@ -579,8 +597,8 @@ def build_parser() -> argparse.ArgumentParser:
     simulated("--seq_len", type=int, default=100, help="frames per mixture")
     simulated("--feature_dim", type=int, default=1280, help="feature width")
     speech = parser.add_argument_group("recorded talkers").add_argument
-    speech("--speech_dir", help="a folder per speaker, a JSON-lines manifest, or "
-           "OWNER/NAME[:CONFIG[:SPLIT]] on the Hugging Face hub")
+    speech("--speech_dir", help="a folder per speaker, a JSON-lines manifest, or a "
+           "Hugging Face dataset: OWNER/NAME[:CONFIG[:SPLIT]], or a folder of Parquet files")
     speech("--encoder", help="keep features of this Whisper or Qwen2-Audio too: folder or hub id")
     speech("--layer", type=int, help="encoder block whose features to keep; none: its output")
     speech("--split_by", choices=("speaker", "utterance"), default="speaker",

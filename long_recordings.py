@@ -341,9 +341,10 @@ def answer_options(model, processor, options: dict) -> dict:
 
 
 def ask(model, processor, recordings: list, prompt: str | None = None, **options) -> list[str]:
-    """Return the text of every row that ``generate`` gives for recordings of at most one window.
+    """Return the text of every row that ``generate`` gives for recordings.
 
-    Whisper takes no prompt. ``options`` of ``generate`` are completed by ``answer_options``.
+    The model reads the first window of each (30 s). Whisper takes no prompt. ``options`` of
+    ``generate`` are completed by ``answer_options``.
     """
     options = answer_options(model, processor, options)
     read = {"sampling_rate": SAMPLING_RATE, "return_tensors": "pt"}
@@ -487,6 +488,8 @@ def answer_per_talker(
     FileNotFoundError or ValueError if the recording cannot be read or arguments do not fit.
     """
     integration = integration_of(model)
+    if mode not in ("separate", "joint"):
+        raise ValueError(f"mode must be separate or joint, not {mode!r:.40}")
     if integration is None:
         raise ValueError("there is no separator in this model: integrate_speaker_separator first")
     if not integration.is_qwen and (prompt is not None or mode == "joint"):

@@ -13,7 +13,7 @@ for each stream. Two separators share the interface
     python speaker_separator_module.py integrate --model MODEL --audio a.wav
     torchrun --nproc_per_node=8 speaker_separator_module.py train ...
 
-The first makes its own small dataset when there is none and ends in minutes on a laptop's CPU.
+The first makes its own small dataset when there is none and takes some 20 minutes of a CPU core.
 
 Shapes, everywhere: ``B`` batch, ``S`` talkers (streams), ``T`` frames, ``D`` feature width.
 
@@ -171,6 +171,8 @@ def check_limits(values: dict) -> None:
         kind, low, high = LIMITS.get(name, (None, 0, 0))
         pair = name == "crop_seconds" and isinstance(value, (list, tuple)) and len(value) == 2
         several = value if pair else [value]
+        if name == "crop_seconds" and value is not None and not pair:
+            raise ValueError(f"crop_seconds must be two lengths, not {value!r:.40}")
         if kind and not all(v is None or is_number(v, low, high, kind) for v in several):
             bounds = f"{low:g} {'to' if high < 1e6 else 'or more, at most'} {high:g}"
             raise ValueError(f"{name} must be {bounds}, not {value!r:.40}")
@@ -554,16 +556,16 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     def _activity(self, streams: Tensor, valid: Tensor) -> Tensor:
         """Return probabilities [B, S] from an attention-weighted mean of each stream's frames.
 
-        The likeliest stream gets the probability that anybody talks: one talker of whom no stream
-        is sure is still found.
+        The likeliest stream gets the probability that at least one stream is a talker, so that a
+        talker spread over unsure streams still counts as one.
         """
         hidden = normalize(streams)
         weights = self.attention_pool(hidden).float().masked_fill(~valid[:, None, :, None], -1e4)
         pooled = (weights.softmax(2).to(hidden.dtype) * hidden).sum(2)  # [B, S, dim]
-        others = pooled.mean(1, keepdim=True).expand_as(pooled)  # tells equal streams apart
+        others = pooled.mean(1, keepdim=True).expand_as(pooled)  # to compare each stream with
         logits = self.activity_head(torch.cat([pooled, others], dim=-1)).squeeze(-1).float()
-        nobody = F.logsigmoid(-logits).sum(1, keepdim=True).exp()
-        probabilities = logits.sigmoid().scatter(1, logits.argmax(1, keepdim=True), 1 - nobody)
+        anybody = -torch.expm1(F.logsigmoid(-logits).sum(1, keepdim=True))
+        probabilities = logits.sigmoid().scatter(1, logits.argmax(1, keepdim=True), anybody)
         return probabilities * valid.any(1, keepdim=True)  # nobody talks in silence
 
     def gains(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
@@ -751,8 +753,9 @@ def choose_talkers(
 ) -> tuple[Tensor, Tensor]:
     """Return streams [B, S, T, D], and which are talkers [B, S] as ``active_streams`` says.
 
-    If one talker is found in a spectrogram, that stream is the mixture [B, T, D], which separation
-    can only harm; gains have zeros for it. A number of talkers that was given is taken at its word.
+    If only one talker is found in a spectrogram, that stream is replaced by the mixture [B, T, D],
+    or its gains by zeros, because separation can only do harm. A given number of talkers is taken
+    as it is.
     """
     active = active_streams(probs, threshold, num_speakers, at_most)
     if separator.is_spectrogram and num_speakers is None:
@@ -872,10 +875,10 @@ class MultiSpeakerDataset(Dataset):
         probe = self[next(several, 0)]  # one talker alone is always a sum
         return torch.allclose(probe["targets"].sum(0), probe["mixture"], atol=1e-4)
 
-    def files(self, sample: dict) -> list[Path]:
-        """Return the paths of a sample's mixture and of each of its talkers."""
-        mixed, single = (
-            ("mixed_wav", "wav_file") if self.has_recordings else ("mixed_audio", "feature_file"))
+    def files(self, sample: dict, recordings: bool | None = None) -> list[Path]:
+        """Return the paths of a sample's mixture and of each talker: recordings or features."""
+        wavs = self.has_recordings if recordings is None else recordings
+        mixed, single = ("mixed_wav", "wav_file") if wavs else ("mixed_audio", "feature_file")
         names = [sample[mixed], *(speaker[single] for speaker in sample["speakers"])]
         paths, folder = [self.folder / name for name in names], self.folder.resolve()
         for path in paths:
@@ -984,9 +987,12 @@ class RemixedRecordings(RemixedDataset):
         return self.speech.by_speaker
 
     def draw_length(self, number: int) -> tuple[np.random.Generator, int, float]:
-        """Return also how long a part to take, in seconds: drawn first, as plans take long."""
+        """Return generator, number of talkers and the length in seconds of the part to take.
+
+        It needs no plan, so that batches are sorted by length at little cost.
+        """
         rng, count = self.draw_count(number)
-        share = rng.random()  # drawn in any case: parts are of the mixtures that whole ones are
+        share = rng.random()  # always drawn: whole mixtures and parts are of the same ones
         if self.crop_seconds is None:
             return rng, count, math.inf
         least, most = self.crop_seconds
@@ -1290,7 +1296,7 @@ def leave(status: int) -> int:
     """Return an exit status after a fault; one of several processes ends here.
 
     At the interpreter's exit the threads that wait for the other processes would abort it. The
-    first one keeps the count of failures and stays until the others asked for it.
+    first one keeps the count of failures, so it waits 2 s for the others to ask for it.
     """
     if process_rank()[1] > 1:
         sys.stderr.flush()
@@ -1864,6 +1870,8 @@ def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset
         raise ValueError("--crop_seconds is for recordings, and this dataset has features")
     if options.crop_seconds and operator.gt(*options.crop_seconds):
         raise ValueError("--crop_seconds takes the shorter length first")
+    if options.crop_seconds and not options.remix:
+        raise ValueError("--crop_seconds takes parts of fresh mixtures: leave --no_remix out")
     if not options.remix or not (train_set.is_sum or train_set.has_recordings):
         return train_set
     kind = RemixedRecordings if train_set.has_recordings else RemixedFeatures
@@ -2769,7 +2777,8 @@ def texts_of_recordings(dataset: MultiSpeakerDataset) -> list[list[str]]:
     """Return what each talker of each mixture says; ValueError without recordings or texts."""
     samples = dataset.samples
     texts = [[str(s.get("text") or "") for s in sample["speakers"]] for sample in samples]
-    if not all("mixed_wav" in sample for sample in samples) or not any(map(any, texts)):
+    entries = [entry for sample in samples for entry in (sample, *sample["speakers"])]
+    if not all("mixed_wav" in e or "wav_file" in e for e in entries) or not any(map(any, texts)):
         raise ValueError(f"{dataset.folder} has no recordings with transcripts to count words of: "
                          "make it with --speech_dir")
     return texts
@@ -2790,9 +2799,11 @@ def evaluate_words(
     from scoring import cp_word_errors
 
     said, samples = texts_of_recordings(dataset), dataset.samples
-    mixtures = [read_audio(dataset.folder / sample["mixed_wav"]) for sample in samples]
-    alone = [read_audio(dataset.folder / speaker["wav_file"])
-             for sample in samples for speaker in sample["speakers"]]
+    files = [dataset.files(sample, recordings=True) for sample in samples]
+    mixtures = [read_audio(paths[0]) for paths in files]
+    if cut := sum(len(mixture) > processor.feature_extractor.n_samples for mixture in mixtures):
+        print(f"{cut} mixtures are longer than the model's window, which ends their answers")
+    alone = [read_audio(path) for paths in files for path in paths[1:]]
     answers = {"mixture": transcribe(model, processor, mixtures, **options)}
     singles = iter(transcribe(model, processor, alone, **options))
     answers["oracle"] = [[text for _ in talkers for text in next(singles)] for talkers in said]
@@ -2858,10 +2869,10 @@ def open_separator(args, spectrograms: bool, device: str):
 
 @contextlib.contextmanager
 def answering(model: str):
-    """Turn what a model's own files make transformers raise into a ValueError that names it.
+    """Turn errors that a model's files cause into a ValueError that names the model.
 
-    A mistake in this project's own files is raised as it is. What a Whisper that decodes again
-    draws is the same every time.
+    Errors in this project's code pass. The random seed is fixed: a Whisper that decodes again
+    draws the same every time.
     """
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():

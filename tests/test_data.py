@@ -896,7 +896,7 @@ def test_hugging_face_dataset_is_copied_once(speech_dir, tmp_path):
     assert generator.main(argv) == 0
     assert contents(tmp_path / "data") == first
 
-    copied = generator.read_speech(next((tmp_path / "fetched_speech").iterdir()))
+    copied = generator.read_speech(next((tmp_path / "data/fetched_speech").iterdir()))
     assert [(u.speaker, u.text) for u in copied] == list(
         zip(map(str, speakers), texts, strict=True))
     assert [u.audio.read_bytes() for u in copied] == [path.read_bytes() for path in files]
@@ -907,8 +907,47 @@ def test_hugging_face_dataset_without_speakers_is_refused(speech_dir, tmp_path, 
     source = write_parquet(tmp_path / "hub", files, text=["said"] * len(files))
     argv = [f"--speech_dir={source}", f"--output_dir={tmp_path / 'data'}"]
     for _ in range(2):  # what was fetched in part is not taken for whole
-        assert_fails(capsys, argv, source, "no column speaker", main=generator.main)
-    assert not (tmp_path / "data").exists()
+        assert_fails(capsys, argv, source, "row 0 has no audio, or no speaker as one of speaker, ",
+                     "its columns are audio, text", main=generator.main)
+    assert not (tmp_path / "data/train").exists()
+
+
+def test_rows_of_a_hugging_face_dataset(tmp_path):
+    """Undecoded audio is bytes or an address; a file on this disk is not taken from a stranger."""
+    wave = wav(tmp_path / "there.wav", sine(0.2, 300)).read_bytes()
+    rows = [{"audio": {"bytes": wave, "path": "a.flac"}, "speaker": None, "client_id": 7},
+            {"audio": {"bytes": wave, "path": None}, "speaker": 8, "text": "one"}]
+    generator.write_recordings(rows, tmp_path / "copied")
+    found = generator.read_speech(tmp_path / "copied")
+    assert [(u.audio.name, u.speaker, u.text) for u in found] == [
+        ("00000000.flac", "7", ""), ("00000001.wav", "8", "one")]
+    local = {"bytes": None, "path": str(tmp_path / "there.wav")}
+    for bad, words in (([], "no rows"), ([{"speaker": 8}], "row 0 has no audio"),
+                       ([{"audio": local, "speaker": 8}], "row 0"),
+                       ([{"audio": None, "speaker": 8}], "row 0")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            generator.write_recordings(bad, tmp_path / "bad")
+        assert not (tmp_path / "bad/manifest.jsonl").exists()
+
+
+def test_hugging_face_datasets_have_copies_of_their_own(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load(name, config, **more):
+        asked.append((name, config, more["split"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for source in ("a/b", "a/b:c", "a/b:c:d"):
+        with pytest.raises(ValueError, match=f"^{source} is no folder .*: no network"):
+            generator.fetch_speech(source, tmp_path)
+    assert asked == [("a/b", None, "train"), ("a/b", "c", "train"), ("a/b", "c", "d")]
+    for source in ("a/b_c", "a/b:c"):
+        folder = tmp_path / generator.quote(source, safe="")
+        folder.mkdir()
+        (folder / "manifest.jsonl").touch()
+        assert generator.fetch_speech(source, tmp_path) == folder
 
 
 @pytest.mark.parametrize("source, is_one", [

@@ -8,15 +8,14 @@ import pytest
 from conftest import ROOT, assert_fails, sine, write_wav
 
 import audio
-import generate_multi_speaker_dataset as generator
 import speaker_separator_module as ssm
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-import manifest_of_dataset  # noqa: E402
 import overlapped_digits  # noqa: E402
 import overlapped_speech  # noqa: E402
 import pretrain  # noqa: E402
+
 import two_talkers  # noqa: E402
 
 
@@ -135,17 +134,3 @@ def test_speech_without_a_manifest(example, tmp_path, capsys):
         example.main([f"--speech={tmp_path}", *more[example]])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: no {tmp_path / 'manifest.jsonl'}\n"
-
-
-def test_a_dataset_becomes_recordings_and_a_manifest(tmp_path, capsys):
-    """With rows as the ``datasets`` library gives them undecoded: bytes, or a path."""
-    wave = write_wav(tmp_path / "there.wav", sine(0.2, 300)).read_bytes()
-    rows = [{"audio": {"bytes": wave, "path": "a.wav"}, "who": 7, "text": "one"},
-            {"audio": {"bytes": None, "path": str(tmp_path / "there.wav")}, "who": 8, "text": None}]
-    folder = tmp_path / "speech"
-    assert manifest_of_dataset.write_recordings(rows, folder, "audio", "who", "text") == 2
-    found = generator.read_speech(folder)
-    assert [(u.speaker, u.text) for u in found] == [("7", "one"), ("8", "")]
-    assert [u.audio.read_bytes() for u in found] == [wave, wave]
-    with pytest.raises(ValueError, match="no column 'speaker', but .*'who'"):
-        manifest_of_dataset.write_recordings(rows, folder, "audio", "speaker", "text")

@@ -577,6 +577,8 @@ def test_whisper_with_hidden_features_answers_window_by_window(listener):
 def test_whisper_takes_no_prompt(options, listener):
     model, processor = listener
     ssm.integrate_speaker_separator(model, None, make_separator("spectrogram"))
+    with pytest.raises(ValueError, match="mode must be separate or joint, not 'joined'"):
+        answer_per_talker(model, processor, np.zeros(RATE, np.float32), mode="joined")
     with pytest.raises(ValueError, match="no prompt and no joint mode"):
         answer_per_talker(model, processor, LONG, **options)
 

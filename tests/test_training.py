@@ -868,6 +868,13 @@ def test_sizes_that_the_separator_does_not_have(dataset, tmp_path, capsys):
                  "not for a separator")
 
 
+def test_crop_seconds_needs_two_lengths_and_fresh_mixtures(recordings, tmp_path, capsys):
+    argv = train_flags(recordings, tmp_path / "run", "--crop_seconds", 1, 2, "--no_remix")
+    assert_fails(capsys, argv, "--crop_seconds", "--no_remix")
+    with pytest.raises(ValueError, match=r"two lengths, not 3\.0"):
+        train_tiny(recordings, tmp_path / "run", crop_seconds=3.0)
+
+
 def test_crop_seconds_is_for_recordings(dataset, tmp_path, capsys):
     argv = train_flags(dataset, tmp_path / "run", "--crop_seconds", 1, 2)
     assert_fails(capsys, argv, "--crop_seconds", "recordings")

@@ -1,6 +1,7 @@
 """Word errors: how words are counted, and what evaluate --model makes of recordings."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -156,6 +157,29 @@ def test_evaluate_words_against_the_slow_way(
     assert {row["found"] for row in known} == {2}
     nobody = ssm.evaluate_words(separator, data, model, processor, threshold=1.0, **options)
     assert all(row["found"] == 0 and row["separated"] == row["words"] for row in nobody)
+
+
+@pytest.mark.parametrize("wav_file", [None, "../../speaker.wav"])
+def test_words_of_damaged_metadata(wav_file, encoded, qwen_folder, tmp_path, capsys):
+    """The features beside the recordings are whole."""
+    data = shutil.copytree(encoded, tmp_path / "data")
+    speaker = {} if wav_file is None else {"wav_file": wav_file}
+    edit_json(data / "val/metadata.json", lambda rows: rows[0]["speakers"].__setitem__(
+        0, {k: v for k, v in rows[0]["speakers"][0].items() if k != "wav_file"} | speaker))
+    checkpoint = save_tiny_checkpoint(tmp_path / "a.pt", separator_of(1))
+    argv = ["evaluate", f"--data_dir={data}", f"--checkpoint={checkpoint}",
+            f"--model={qwen_folder}", "--device=cpu"]  # fmt: skip
+    assert_fails(capsys, argv, data / "val", "outside" if wav_file else "no recordings")
+
+
+def test_answers_that_a_window_ends_are_counted(recordings, qwen_folder, capsys):
+    model, processor = load_model(str(qwen_folder), dtype=torch.float32)
+    data = ssm.MultiSpeakerDataset(recordings, "val")
+    window = processor.feature_extractor.n_samples / 16000
+    cut = sum(sample["seconds"] > window for sample in data.samples)
+    assert 0 < cut < len(data)
+    ssm.evaluate_words(separator_of("spectrogram"), data, model, processor, max_new_tokens=1)
+    assert capsys.readouterr().out.startswith(f"{cut} mixtures are longer than the model's window")
 
 
 def test_recordings_are_asked_in_batches(recordings, qwen_folder, monkeypatch):
