@@ -53,10 +53,10 @@ MODULATION = 0.6
 MOST_VALUES = 10_000_000  # of an array of simulated features
 MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "join": (int, 1, 1000, "recordings said in a row by each talker"),
-    "min_seconds": (float, 0, 1000, "fewest seconds of each talker: it goes on until then"),
+    "min_seconds": (float, 0, 1000, "fewest seconds of each talker; recordings are added"),
     "max_gap": (float, 0, 1000, "longest pause between its recordings in seconds"),
     "max_onset": (float, 0, 1000, "latest start in seconds; of the first talker with --overlap"),
-    "overlap": (float, 0, 1, "share of the time with two or more talkers; none: onsets decide"),
+    "overlap": (float, 0, 1, "share of time with two or more talkers; none: starts decide"),
     "level_difference": (float, 0, 1000, "most dB between two talkers"),
     "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),
     "formants": (float, 0.5, 2, "factor that scales a talker's formants, training split only"),

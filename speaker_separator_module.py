@@ -81,10 +81,7 @@ MAX_STREAMS = 7  # the loss scores every assignment of streams to talkers: 7! ar
 
 
 class Option(NamedTuple):
-    """An option of training: default (None: what suits the data), kind, least, most and help.
-
-    After a colon the help names a default that depends on the data: that of recordings first.
-    """
+    """An option of training: default (None: what suits the data), kind, least, most and help."""
 
     default: object
     kind: type
@@ -97,18 +94,22 @@ OPTIONS = {
     "epochs": Option(20, int, 1, 1e6, "passes over the training mixtures"),
     "batch_size": Option(8, int, 1, 1e5, "mixtures per step of each process"),
     "accumulate": Option(1, int, 1, 1e5, "batches per step: one large batch in less memory"),
-    "lr": Option(None, float, 1e-12, 1e30, "first learning rate: 2e-3; features 0.128 / width"),
+    "lr": Option(
+        None, float, 1e-12, 1e30, "initial learning rate (default: 2e-3; features: 0.128 / width)"),
     "weight_decay": Option(0.01, float, 0, 1e30, "weight decay of the optimizer"),
-    "num_layers": Option(None, int, 1, 128, "blocks on the mixture: 4"),
-    "num_heads": Option(None, int, 1, 1024, "attention heads: 4; features 8"),
-    "ff_dim": Option(None, int, 1, 1 << 16, "feed-forward width: 768; features 2048"),
-    "dim": Option(None, int, 1, 1 << 14, "width of the blocks: 256; recordings only"),
-    "dropout": Option(None, float, 0, 1, "dropout in every block: 0.1"),
-    "max_speakers": Option(None, int, 1, MAX_STREAMS, "streams: as many as the data has talkers"),
+    "num_layers": Option(None, int, 1, 128, "blocks on the mixture (default: 4)"),
+    "num_heads": Option(None, int, 1, 1024, "attention heads (default: 4; features: 8)"),
+    "ff_dim": Option(None, int, 1, 1 << 16, "feed-forward width (default: 768; features: 2048)"),
+    "dim": Option(None, int, 1, 1 << 14, "width of the blocks, recordings only (default: 256)"),
+    "dropout": Option(None, float, 0, 1, "dropout in every block (default: 0.1)"),
+    "max_speakers": Option(
+        None, int, 1, MAX_STREAMS, "streams (default: as many as the data has talkers)"),
     "reconstruction_weight": Option(
-        None, float, 0, 1e30, "weight of that loss part: 0.5 if features add up, else 0"),
-    "activity_weight": Option(None, float, 0, 1e30, "weight of that loss part: 0.02; features 0.5"),
-    "mixtures_per_epoch": Option(None, int, 1, 1e6, "fresh mixtures: twice the data, at least 120"),
+        None, float, 0, 1e30, "weight of that loss part (default: 0.5 if features add up, else 0)"),
+    "activity_weight": Option(
+        None, float, 0, 1e30, "weight of that loss part (default: 0.02; features: 0.5)"),
+    "mixtures_per_epoch": Option(
+        None, int, 1, 1e6, "fresh mixtures (default: twice the data, at least 120)"),
     "crop_seconds": Option(None, float, 1e-12, 1e6, "lengths of training parts; recordings only"),
     "workers": Option(0, int, 0, 1024, "processes that load or mix, 0 for this one"),
     "save_every": Option(5, int, 1, 1e6, "epochs between periodic checkpoints"),
@@ -120,9 +121,8 @@ OTHERS = {  # not numbers
 DEFAULTS = {name: option.default for name, option in OPTIONS.items()} | OTHERS
 TrainOptions = namedtuple("TrainOptions", DEFAULTS, defaults=DEFAULTS.values())
 LIMITS = {name: (option.kind, option.low, option.high) for name, option in OPTIONS.items()}
-LIMITS |= {"feature_dim": (int, 1, 1 << 16), "threshold": (float, 0, 1),
-           "num_speakers": (int, 1, 1e5), "max_new_tokens": (int, 1, 1e5),
-           "port": (int, 1, 65535)}
+LIMITS |= {"feature_dim": (int, 1, 1 << 16), "threshold": (float, 0, 1), "port": (int, 1, 65535),
+           "num_speakers": (int, 1, 1e5), "max_new_tokens": (int, 1, 1e5)}
 SIZES = ("num_layers", "num_heads", "ff_dim", "dim", "dropout", "max_speakers")  # of a separator
 MAX_PARAMETERS = 300_000_000  # three times the largest default; training takes 20 bytes for each
 
@@ -1190,9 +1190,7 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
 
 def autocast(device: str, dtype: torch.dtype):
     """Return the context for matrix products in ``dtype``; nothing to do for float32."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device, dtype=dtype)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
 
 
 def attention_kernel(device: str, dtype: torch.dtype):
@@ -1206,17 +1204,17 @@ def attention_kernel(device: str, dtype: torch.dtype):
 
 
 def pins_memory(device: str) -> bool:
-    """Page-locked batches copy faster to CUDA and only there."""
+    """Return whether to page-lock batches: they copy faster to CUDA, and only there."""
     return device == "cuda"
 
 
 def plans_by_shape(device: str) -> bool:
-    """CUDA plans a shape when it first meets it: 1.3 s for a step of 0.06 s (measured)."""
+    """Return whether new shapes are slow: CUDA plans a step of 0.06 s for 1.3 s (measured)."""
     return device == "cuda"
 
 
 def fuses_optimizer(device: str) -> bool:
-    """AdamW in one kernel: 10 times faster on CPU (measured); on MPS only in newer versions."""
+    """Return whether AdamW runs in one kernel: 10 times faster on a CPU (measured)."""
     return device in ("cpu", "cuda")
 
 
@@ -3149,10 +3147,9 @@ def cmd_demo(args) -> None:
 
 
 def add_train_arguments(add) -> None:
-    """Add the options of ``train``; one that is not given is left out of the result.
+    """Add the options of ``train``.
 
-    A resumed run keeps what it was started with. Here and below a default that depends on data,
-    model or checkpoint follows the colon of a help text.
+    One that is not given is left out of the result: a resumed run keeps what it started with.
     """
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
@@ -3175,8 +3172,6 @@ def add_evaluate_arguments(add) -> None:
     add("--split",          default="val", choices=["val", "train"], help="which mixtures to score")
     add("--batch_size",     default=8, type=int, help="mixtures per step")
     add("--model",          metavar="PATH_OR_ID", help="also count word errors of this model")
-    add("--prompt",         help="question to Qwen2-Audio: What does the person say?")
-    add("--max_new_tokens", type=int, help="length limit of each answer: 256, Whisper 200")
     add("--json",           metavar="FILE", help="also write every number to this file")
     add("--picture",        metavar="FILE", help="also draw mixtures, talkers and streams (.png)")
 
@@ -3185,8 +3180,9 @@ def add_infer_arguments(add) -> None:
     """Add the options of ``infer``."""
     add("--input",      required=True, help="features [T, D] as .npy, audio, or a folder of either")
     add("--jsonl",      metavar="FILE", help="add a line for each input; skip those that have one")
-    add("--encoder",    help="model that makes the features: that of the checkpoint")
-    add("--layer",      type=int, help="encoder block to separate after: that of the checkpoint")
+    add("--encoder",    help="model that makes the features (default: the checkpoint's)")
+    add("--layer",      type=int,
+        help="encoder block to separate after (default: the checkpoint's)")
     add("--output_dir", default="separated", help="where speaker_1.npy ... go")
 
 
@@ -3194,11 +3190,10 @@ def add_integrate_arguments(add) -> None:
     """Add the options of ``integrate``."""
     add("--model",          required=True, help="Qwen2-Audio or Whisper: a folder or a hub id")
     add("--audio",          required=True, nargs="+", action="extend", help="recordings")
-    add("--prompt",         help="question to Qwen2-Audio: What does the person say?")
     add("--mode",           default="separate", choices=["separate", "joint"],
         help="an answer per talker, or one about all of them in one prompt")
-    add("--layer",          type=int, help="encoder block to separate after: the checkpoint's")
-    add("--max_new_tokens", type=int, help="length limit of each answer: 256, Whisper 200")
+    add("--layer",          type=int,
+        help="encoder block to separate after (default: the checkpoint's)")
     add("--json",           metavar="FILE", help="also write the answers, by window too")
     add("--jsonl",          metavar="FILE",
         help="add a line for each recording; skip those that have one")
@@ -3207,17 +3202,22 @@ def add_integrate_arguments(add) -> None:
 def add_demo_arguments(add) -> None:
     """Add the options of ``demo``."""
     add("--model",          metavar="PATH_OR_ID", help="also show what this model answers")
-    add("--prompt",         help="question to Qwen2-Audio: What does the person say?")
-    add("--max_new_tokens", type=int, help="length limit of each answer: 256, Whisper 200")
-    add("--port",           type=int, help="port of 127.0.0.1: the first free from 7860 on")
+    add("--port",           type=int,
+        help="port of 127.0.0.1 (default: the first free one from 7860 on)")
 
 
 def add_shared_arguments(name: str, add) -> None:
     """Add the options that several commands have."""
     if name != "train":
-        add("--checkpoint",   help="separator: checkpoints/best_model.pt; for audio the shipped")
-        add("--threshold",    type=float, help="least probability of a talker: the checkpoint's")
+        add("--checkpoint",
+            help="separator (default: the shipped one for audio, else checkpoints/best_model.pt)")
+        add("--threshold", type=float,
+            help="least probability of a talker (default: the checkpoint's)")
         add("--num_speakers", type=int, help="how many talkers there are, when known")
+    if name in ("evaluate", "integrate", "demo"):
+        add("--prompt", help="question to Qwen2-Audio (default: What does the person say?)")
+        add("--max_new_tokens", type=int,
+            help="length limit of each answer (default: 256; Whisper: 200)")
     default = argparse.SUPPRESS if name == "train" else "auto"
     add("--device", default=default, help="where to compute: auto, cpu, cuda or mps")
     add("--dtype", default=default, choices=["auto", "float32", "bfloat16"],
