@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from audio import SAMPLING_RATE, audio_info, change_voice, read_audio
 
@@ -408,7 +409,8 @@ def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Ite
         yield from map(render, plans)
         return
     # spawned: neither torch's threads nor a CUDA context survive a fork
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         size = 8 * workers  # no more in memory, however slow the reader is
         try:
             for start in range(0, len(plans), size):

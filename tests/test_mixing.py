@@ -464,7 +464,7 @@ def test_long_recordings_are_not_kept(tmp_path):
 
 
 EVERYTHING = ("--join", 1, 3, "--overlap", 0.2, 0.8, "--speed", 0.9, 1.1, "--reverb", 0.8,
-              "--snr_db", 0, 10)
+              "--snr_db", 0, 10, "--formants", 0.9, 1.1, "--equalizer", 3)
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +526,7 @@ def test_load_source(everything, noise_dir):
     train, val = (generator.load_source(everything, split) for split in ("train", "val"))
     assert train.options == val.options == MixingOptions(
         max_speakers=2, join=(1, 3), overlap=(0.2, 0.8), speed=(0.9, 1.1), reverb=0.8,
-        noise_dir=str(noise_dir), snr_db=(0, 10))
+        noise_dir=str(noise_dir), snr_db=(0, 10), formants=(0.9, 1.1), equalizer=3.0)
     assert (train.split, val.split) == ("train", "val")
     assert len(train.noises) == 2
     assert train.by_speaker.keys() == val.by_speaker.keys()
