@@ -15,7 +15,6 @@ sys.path.insert(0, str(ROOT / "examples"))
 import overlapped_digits  # noqa: E402
 import overlapped_speech  # noqa: E402
 import pretrain  # noqa: E402
-
 import two_talkers  # noqa: E402
 
 
