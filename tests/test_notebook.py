@@ -32,6 +32,18 @@ def execute(notebook) -> tuple[str, list[str]]:
     return "".join(output.get("text", "") for output in outputs), shown
 
 
+def test_stored_outputs():
+    """Every code cell but the first two shows something; nothing names the machine it ran on."""
+    cells = [cell for cell in read_notebook().cells if cell.cell_type == "code"]
+    assert [bool(cell.outputs) for cell in cells] == [False, False] + [True] * (len(cells) - 2)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    texts = "".join(output.get("text", "") for output in outputs)
+    assert "Speaker 2 (" in texts
+    for local in ("/root", "/home", "/Users", "/tmp"):
+        assert local not in texts
+
+
 def test_without_recordings_and_separator(whisper_path, tmp_path, monkeypatch):
     monkeypatch.setenv("SPEAKER_SEPARATOR_MODEL", str(whisper_path))
     monkeypatch.setenv("SPEAKER_SEPARATOR_CHECKPOINT", str(tmp_path / "gone"))
