@@ -197,6 +197,12 @@ def _stft(waveforms: Tensor) -> Tensor:
                       return_complex=True)
 
 
+def _istft(spectra: Tensor, samples: int) -> Tensor:
+    """Return waveforms [..., samples] of complex spectra [..., frequencies, T + 1]."""
+    window = torch.hann_window(N_FFT, device=spectra.device)
+    return torch.istft(spectra, N_FFT, HOP_LENGTH, window=window, length=samples)
+
+
 def log_mel(waveforms: Tensor, num_bins: int = 80) -> Tensor:
     """Return log-mel spectrograms [..., T, D] of waveforms [..., samples], one frame per 160.
 
@@ -221,9 +227,7 @@ def _apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
     gains = torch.lerp(gains[..., below], gains[..., above], place - below)  # [S, T, F]
     gains = torch.cat([gains, gains[:, -1:]], 1)[:, : spectrum.shape[1]].transpose(1, 2)
     amplitude = 10 ** (2 * gains)  # gains are quarters of log10 power
-    window = torch.hann_window(N_FFT, device=waveform.device)
-    return torch.istft(
-        spectrum * amplitude, N_FFT, HOP_LENGTH, window=window, length=len(waveform))
+    return _istft(spectrum * amplitude, len(waveform))
 
 
 def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
@@ -265,9 +269,7 @@ def change_voice(samples: np.ndarray, formants: float, equalizer: tuple[float, .
         below, above = envelope[source.floor().long()], envelope[source.ceil().long()]
         moved = torch.lerp(below, above, source.frac()[:, None])
         gain = gain + (moved - envelope).clamp(-3, 3)
-    window = torch.hann_window(N_FFT)
-    return torch.istft(
-        spectrum * gain.exp(), N_FFT, HOP_LENGTH, window=window, length=len(samples)).numpy()
+    return _istft(spectrum * gain.exp(), len(samples)).numpy()
 
 
 # --------------------------------------------------------------------------------------------------

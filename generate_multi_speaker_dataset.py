@@ -207,27 +207,28 @@ def write_recordings(rows: Iterable[dict], folder: Path) -> None:
     of ``TEXT_COLUMNS``; ValueError if there are no rows, or one lacks audio or speaker.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for number, row in enumerate(tqdm(rows, "fetch", disable=None)):
-        speaker, text = (next((str(row[name]) for name in names if row.get(name) is not None), None)
-                         for names in (SPEAKER_COLUMNS, TEXT_COLUMNS))
-        stored = row.get("audio") or {}
-        data, path = stored.get("bytes"), stored.get("path") or "audio.wav"
-        if data is None and path.startswith("hf://"):  # a file of its own on the hub
-            import fsspec
+    staging, number = folder / "manifest.part", -1
+    with open(staging, "w", encoding="utf-8") as lines:
+        for number, row in enumerate(tqdm(rows, "fetch", disable=None)):
+            speaker, text = (
+                next((str(row[name]) for name in names if row.get(name) is not None), None)
+                for names in (SPEAKER_COLUMNS, TEXT_COLUMNS))
+            stored = row.get("audio") or {}
+            data, path = stored.get("bytes"), stored.get("path") or "audio.wav"
+            if data is None and path.startswith("hf://"):  # a file of its own on the hub
+                import fsspec
 
-            with fsspec.open(path) as file:
-                data = file.read()
-        if data is None or speaker is None:
-            raise ValueError(f"row {number} has no audio, or no speaker as one of "
-                             f"{', '.join(SPEAKER_COLUMNS)}; its columns are {', '.join(row)}")
-        name = f"{number:08d}{Path(path).suffix}"
-        (folder / name).write_bytes(data)
-        lines.append(json.dumps({"audio": name, "speaker": speaker, "text": text}) + "\n")
-    if not lines:
+                with fsspec.open(path) as file:
+                    data = file.read()
+            if data is None or speaker is None:
+                raise ValueError(f"row {number} has no audio, or no speaker as one of "
+                                 f"{', '.join(SPEAKER_COLUMNS)}; its columns are {', '.join(row)}")
+            name = f"{number:08d}{Path(path).suffix}"
+            (folder / name).write_bytes(data)
+            row = {"audio": name, "speaker": speaker, "text": text}
+            lines.write(json.dumps(row) + "\n")
+    if number < 0:
         raise ValueError("it has no rows")
-    staging = folder / "manifest.part"
-    staging.write_text("".join(lines), encoding="utf-8")
     staging.replace(folder / "manifest.jsonl")
 
 

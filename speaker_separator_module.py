@@ -2775,8 +2775,9 @@ def texts_of_recordings(dataset: MultiSpeakerDataset) -> list[list[str]]:
     """Return what each talker of each mixture says; ValueError without recordings or texts."""
     samples = dataset.samples
     texts = [[str(s.get("text") or "") for s in sample["speakers"]] for sample in samples]
-    entries = [entry for sample in samples for entry in (sample, *sample["speakers"])]
-    if not all("mixed_wav" in e or "wav_file" in e for e in entries) or not any(map(any, texts)):
+    recorded = all("mixed_wav" in sample and all("wav_file" in s for s in sample["speakers"])
+                   for sample in samples)
+    if not recorded or not any(map(any, texts)):
         raise ValueError(f"{dataset.folder} has no recordings with transcripts to count words of: "
                          "make it with --speech_dir")
     return texts

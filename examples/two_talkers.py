@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("one", help="recording of a talker, of 30 s at most")
-    add("other", help="recording of another talker")
+    add("other", help="recording of another talker, of 30 s at most")
     add("--model", default="openai/whisper-tiny.en", help="Whisper or Qwen2-Audio: folder or id")
     add("--checkpoint", default=ssm.SHIPPED_SEPARATOR, help="separator")
     add("--output_dir", type=Path, default=Path("two_talkers"), help="where everything goes")
