@@ -52,6 +52,7 @@ VOICE_SEED = 1280  # one inventory for all datasets; --seed draws utterances and
 MODULATION = 0.6
 MOST_VALUES = 10_000_000  # of an array of simulated features
 MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
+    "same_corpus": (float, 0, 1, "share of the mixtures whose talkers are of one corpus alone"),
     "join": (int, 1, 1000, "recordings said in a row by each talker"),
     "min_seconds": (float, 0, 1000, "fewest seconds of each talker; recordings are added"),
     "max_gap": (float, 0, 1000, "longest pause between its recordings in seconds"),
@@ -171,8 +172,8 @@ def _read_manifest(manifest: Path) -> list[Utterance]:
                     if not os.path.isfile(audio):
                         raise FileNotFoundError(
                             f"{manifest}, line {number}: no such audio file: {audio}")
-                    text, split = (str(row.get(key) or "") for key in ("text", "split"))
-                    utterances.append(Utterance(audio, speaker, text, sys.intern(split)))
+                    text, *names = (str(row.get(key) or "") for key in ("text", "split", "corpus"))
+                    utterances.append(Utterance(audio, speaker, text, *map(sys.intern, names)))
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(
             f"{manifest}, line {number}: no JSON with audio and speaker ({error})") from None
@@ -261,9 +262,9 @@ def fetch_speech(source: str, folder: Path) -> Path:
 def read_speech(path: Path) -> list[Utterance]:
     """List the utterances of a folder per speaker, or of a JSON-lines manifest.
 
-    A manifest's lines have ``audio`` (relative to the manifest), ``speaker``, ``text`` and, if the
-    split is given, ``split``. In a folder, transcripts are read from ``NAME.txt`` beside a
-    recording or from LibriSpeech's ``*.trans.txt``.
+    A manifest's lines have ``audio`` (relative to the manifest), ``speaker``, ``text``, if the
+    split is given, ``split``, and for ``--same_corpus`` the ``corpus``. In a folder, transcripts
+    are read from ``NAME.txt`` beside a recording or from LibriSpeech's ``*.trans.txt``.
     """
     manifest = path / "manifest.jsonl" if path.is_dir() else path
     if manifest.is_file():
@@ -345,7 +346,8 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
     """Plan the mixtures of train, then of val; ValueError if a split has too few speakers."""
     noises, plans = mixing.list_noises(options.noise_dir), []
     for split, samples in sizes.items():
-        source = SpeechSource(options, group_by_speaker(splits[split]), noises, split)
+        talkers = group_by_speaker(splits[split])
+        source = SpeechSource(options, talkers, noises, split, mixing.corpora_of(talkers))
         if len(source.by_speaker) < args.max_speakers:
             hint = ", or use --split_by utterance" if args.split_by == "speaker" else ""
             raise ValueError(
@@ -379,7 +381,8 @@ def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator
 
 
 def _utterance(row: dict) -> Utterance:
-    return Utterance(Path(row["audio"]), str(row["speaker"]), str(row["text"]))
+    return Utterance(Path(row["audio"]), str(row["speaker"]), str(row["text"]),
+                     corpus=str(row.get("corpus", "")))
 
 
 class ListedUtterances(Sequence):
@@ -434,7 +437,7 @@ def load_source(data_dir, split: str):
     gone = next((u.audio for u in first if not u.audio.is_file()), None)
     if gone is not None:
         raise FileNotFoundError(f"{data_dir} was made from {gone}, which is gone")
-    return SpeechSource(options, talkers, noises, split)
+    return SpeechSource(options, talkers, noises, split, mixing.corpora_of(talkers))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -473,8 +476,8 @@ def write_split(
                for index in tqdm(range(samples), split, leave=False, disable=None)]
     (folder / "metadata.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     if utterances:  # one a line, so that each can be read alone
-        rows = ({"audio": os.path.abspath(u.audio), "speaker": u.speaker, "text": u.text}
-                for u in utterances)
+        rows = ({"audio": os.path.abspath(u.audio), "speaker": u.speaker, "text": u.text,
+                 "corpus": u.corpus} for u in utterances)
         listing = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
         (folder / "utterances.json").write_text(listing, encoding="utf-8")
     return entries

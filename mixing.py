@@ -39,6 +39,7 @@ class Utterance(NamedTuple):
     speaker: str
     text: str
     split: str = ""
+    corpus: str = ""
 
 
 class MixingOptions(NamedTuple):
@@ -59,6 +60,7 @@ class MixingOptions(NamedTuple):
     snr_db: tuple[float, float] = (10.0, 20.0)
     reverb: float = 0.0
     max_seconds: float | None = None
+    same_corpus: float = 0.0
 
 
 class SpeechSource(NamedTuple):
@@ -68,6 +70,7 @@ class SpeechSource(NamedTuple):
     by_speaker: dict[str, list[Utterance]]
     noises: list[str]
     split: str
+    corpora: dict[str, str] = {}  # of each speaker
 
 
 def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
@@ -76,6 +79,11 @@ def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utteranc
     for utterance in utterances:
         groups.setdefault(utterance.speaker, []).append(utterance)
     return groups
+
+
+def corpora_of(by_speaker: dict[str, list[Utterance]]) -> dict[str, str]:
+    """Return the corpus of each speaker, that of the first utterance."""
+    return {name: utterances[0].corpus for name, utterances in by_speaker.items()}
 
 
 def list_recordings(folder: Path, pattern: str) -> list[Path]:
@@ -250,14 +258,24 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
     return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
 
 
+def _draw_speakers(rng, source: SpeechSource, count: int) -> list[str]:
+    """Draw different speakers by their numbers of utterances, or those of one corpus alone."""
+    names = sorted(source.by_speaker)
+    shares = np.array([len(source.by_speaker[name]) for name in names], float)
+    if source.options.same_corpus > 0 and rng.random() < source.options.same_corpus:
+        corpus = source.corpora.get(rng.choice(names, p=shares / shares.sum()))
+        alike = np.array([source.corpora.get(name) == corpus for name in names])
+        if alike.sum() >= count:
+            shares *= alike
+    return rng.choice(names, count, replace=False, p=shares / shares.sum())
+
+
 def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -> list:
     """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
-    names = sorted(source.by_speaker)
-    shares = np.array([len(source.by_speaker[name]) for name in names], float)  # by utterances
     miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
-        drawn = rng.choice(names, count, replace=False, p=shares / shares.sum())
-        talkers = [_plan_talker(rng, source.options, source.by_speaker[name]) for name in drawn]
+        talkers = [_plan_talker(rng, source.options, source.by_speaker[name])
+                   for name in _draw_speakers(rng, source, count)]
         if source.split == "train":
             talkers = [_with_voice(rng, source.options, talker) for talker in talkers]
         if target is None:

@@ -2,8 +2,8 @@
 
     python examples/digits_manifest.py path/to/fsdd digits.jsonl
 
-Writes one JSON line per ``{digit}_{speaker}_{index}.wav`` with audio, speaker, text and split:
-recordings 0 to 9 of each digit and speaker are for validation, the others for training.
+Writes one JSON line per ``{digit}_{speaker}_{index}.wav`` with audio, speaker, text, split
+and corpus: recordings 0 to 9 of each digit and speaker are for validation, the others for training.
 """
 
 import argparse
@@ -26,7 +26,8 @@ def main(folder: str, manifest: str) -> int:
             digit, speaker, index = path.stem.split("_")
             audio = os.path.relpath(path, Path(manifest).resolve().parent)
             split = "val" if int(index) < 10 else "train"
-            row = {"audio": audio, "speaker": speaker, "text": WORDS[int(digit)], "split": split}
+            row = {"audio": audio, "speaker": speaker, "text": WORDS[int(digit)], "split": split,
+                   "corpus": "fsdd"}
             lines.write(json.dumps(row) + "\n")
     print(f"{len(recordings)} recordings -> {manifest}")
     return 0

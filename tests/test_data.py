@@ -758,7 +758,8 @@ def manifest(ten_speakers, tmp_path_factory):
     path = tmp_path_factory.mktemp("manifest") / "list.jsonl"
     rows = [
         {"audio": str(audio), "speaker": audio.parent.name, "text": f"said {audio.stem}",
-         "split": "val" if int(audio.parent.name[-1]) % 2 else "train"}
+         "split": "val" if int(audio.parent.name[-1]) % 2 else "train",
+         "corpus": f"corpus {int(audio.parent.name[-1]) // 3}"}
         for audio in sorted(ten_speakers.rglob("*.wav"))
     ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
@@ -839,6 +840,13 @@ def test_manifest_gives_the_split(manifest, qwen_folder, tmp_path):
         for speaker in entry["speakers"]:
             words = speaker["text"].split()
             assert words[::2] == ["said", "said"]
+
+
+def test_manifest_gives_the_corpus(manifest, tmp_path):
+    argv = [flag for flag in speech_flags(manifest, "", tmp_path / "data") if "encoder" not in flag]
+    assert generator.main(argv) == 0
+    corpora = generator.load_source(tmp_path / "data", "train").corpora
+    assert corpora == {f"speaker{i}": f"corpus {i // 3}" for i in range(0, 10, 2)}
 
 
 def test_manifest_that_gives_some_splits_is_refused(manifest, tmp_path, capsys):

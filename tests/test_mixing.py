@@ -42,7 +42,8 @@ def noise_dir(tmp_path_factory):
 
 
 def plans(by_speaker, count, noises=(), talkers=None, split="train", **options):
-    source = SpeechSource(MixingOptions(**options), by_speaker, noises, split)
+    corpora = mixing.corpora_of(by_speaker)
+    source = SpeechSource(MixingOptions(**options), by_speaker, noises, split, corpora)
     rng = np.random.default_rng(1)
     return [mixing.plan_mixture(rng, source, talkers) for _ in range(count)]
 
@@ -115,7 +116,25 @@ def test_plan_is_a_function_of_the_seed(by_speaker):
 def test_defaults():
     """A dataset made without options stays the same."""
     assert MixingOptions() == (2, 3, (1, 1), 0.0, 0.15, 0.4, 3.0, None, (1.0, 1.0), (1.0, 1.0), 0.0,
-                               None, (10.0, 20.0), 0.0, None)  # fmt: skip
+                               None, (10.0, 20.0), 0.0, None, 0.0)  # fmt: skip
+
+
+def test_talkers_of_one_corpus(by_speaker):
+    """Where a corpus has too few speakers, those of others join."""
+    corpus_of = {name: "large" if number > 1 else name for number, name in enumerate(by_speaker)}
+    groups = {name: [u._replace(corpus=corpus_of[name]) for u in group]
+              for name, group in by_speaker.items()}
+    one_corpus = {}
+    for share in (0.0, 0.5, 1.0):
+        drawn = [{corpus_of[talker.utterances[0].speaker] for talker in plan.talkers}
+                 for plan in plans(groups, 200, max_speakers=2, same_corpus=share)]
+        assert all(corpora == {"large"} or len(corpora) == 2 for corpora in drawn)
+        one_corpus[share] = sum(corpora == {"large"} for corpora in drawn)
+    large = len(by_speaker) - 2
+    apart = large * (large - 1) / (len(by_speaker) * (len(by_speaker) - 1))
+    for share, count in one_corpus.items():
+        alone = large / len(by_speaker) + (1 - large / len(by_speaker)) * apart
+        assert count / 200 == pytest.approx(share * alone + (1 - share) * apart, abs=0.1)
 
 
 def test_voices_are_drawn_after_everything_else(by_speaker):
@@ -464,7 +483,7 @@ def test_long_recordings_are_not_kept(tmp_path):
 
 
 EVERYTHING = ("--join", 1, 3, "--overlap", 0.2, 0.8, "--speed", 0.9, 1.1, "--reverb", 0.8,
-              "--snr_db", 0, 10, "--formants", 0.9, 1.1, "--equalizer", 3)
+              "--snr_db", 0, 10, "--formants", 0.9, 1.1, "--equalizer", 3, "--same_corpus", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -526,7 +545,8 @@ def test_load_source(everything, noise_dir):
     train, val = (generator.load_source(everything, split) for split in ("train", "val"))
     assert train.options == val.options == MixingOptions(
         max_speakers=2, join=(1, 3), overlap=(0.2, 0.8), speed=(0.9, 1.1), reverb=0.8,
-        noise_dir=str(noise_dir), snr_db=(0, 10), formants=(0.9, 1.1), equalizer=3.0)
+        noise_dir=str(noise_dir), snr_db=(0, 10), formants=(0.9, 1.1), equalizer=3.0,
+        same_corpus=0.5)
     assert (train.split, val.split) == ("train", "val")
     assert len(train.noises) == 2
     assert train.by_speaker.keys() == val.by_speaker.keys()
