@@ -2,7 +2,7 @@
 
     python examples/pretrain.py --speech SPEECH --fsdd FSDD
 
-``--speech`` is a folder with ``manifest.jsonl`` (audio, speaker, text, split) and, in ``noise/``,
+``--speech`` is a folder with ``manifest.jsonl`` (audio, speaker, text, split, corpus) and, in ``noise/``,
 recordings of noise; ``--fsdd`` is the Free Spoken Digit Dataset. Every step is a command of this
 project, printed as it would be typed. Run again, it goes on where it stopped.
 """
@@ -71,7 +71,7 @@ def make_data(args, name: str, noise_dir, read_speech: int, *flags) -> Path:
             f"--output_dir={data}", "--train_samples=10", "--val_samples=120", "--min_speakers=1",
             "--join", 1, 3, "--min_seconds=3", "--level_difference=5", "--speed", 0.85, 1.2,
             "--max_seconds=17", f"--noise_dir={noise_dir}", "--snr_db", 5, 50, "--reverb", 0.2,
-            "--formants", 0.85, 1.18, "--equalizer", 3.5, *flags)
+            "--formants", 0.85, 1.18, "--equalizer", 3.5, "--same_corpus", 0.8, *flags)
     return data
 
 
@@ -111,10 +111,10 @@ def main(argv: list[str] | None = None) -> None:
     data = make_data(args, "short", noises, 1, "--max_onset=3")
     train(args, data, checkpoints, args.epochs, "--batch_size=12", "--crop_seconds", 2, 6,
           f"--mixtures_per_epoch={args.mixtures_per_epoch}")
-    data = make_data(args, "long", make_noises(args), 4, "--max_onset=8", "--max_gap=1",
+    data = make_data(args, "long", make_noises(args), 4, "--max_onset=2", "--max_gap=1",
                      "--speed", 0.75, 1.35)
     epochs = args.epochs + args.long_epochs
-    train(args, data, checkpoints, epochs, "--batch_size=8", "--crop_seconds", 4, 16,
+    train(args, data, checkpoints, epochs, "--batch_size=8", "--crop_seconds", 3, 14,
           f"--mixtures_per_epoch={args.mixtures_per_epoch // 2}", "--activity_weight=0.1")
     separator = ssm.load_separator(checkpoints / f"checkpoint_epoch_{epochs}.pt")
     ssm.export_separator(separator, Path(args.output_dir), torch.bfloat16)
