@@ -2,9 +2,9 @@
 
     python examples/pretrain.py --speech SPEECH --fsdd FSDD
 
-``--speech`` is a folder with ``manifest.jsonl`` (audio, speaker, text, split, corpus) and, in ``noise/``,
-recordings of noise; ``--fsdd`` is the Free Spoken Digit Dataset. Every step is a command of this
-project, printed as it would be typed. Run again, it goes on where it stopped.
+``--speech`` is a folder with ``manifest.jsonl`` (audio, speaker, text, split, corpus) and, in
+``noise/``, recordings of noise; ``--fsdd`` is the Free Spoken Digit Dataset. Every step is a
+command of this project, printed as it would be typed. Run again, it goes on where it stopped.
 """
 
 import argparse
