@@ -99,8 +99,8 @@ def train(args, data: Path, checkpoints: Path, epochs: int, *flags) -> None:
         return
     resume = ["--resume"] if any(checkpoints.glob("*.pt")) else []
     run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
-        f"--epochs={epochs}", *flags, f"--workers={args.workers}", "--save_every=2",
-        f"--device={args.device}", *resume)
+        "--max_speakers=3", f"--epochs={epochs}", *flags, f"--workers={args.workers}",
+        "--save_every=2", f"--device={args.device}", *resume)
 
 
 def main(argv: list[str] | None = None) -> None:
