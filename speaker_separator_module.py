@@ -412,6 +412,7 @@ class Exchange(nn.Module):
 # Separator of spectrograms: mel bins and powers
 
 LOG_MEL_RANGE = 2.0  # Whisper's floor below the loudest bin: 80 dB
+AUDIBLE_RANGE = 1.25  # errors more than 50 dB below the loudest bin do not count in training
 DIGITAL_SILENCE = -1.5  # (log10(1e-10) + 4) / 4
 
 
@@ -1722,12 +1723,15 @@ def recompute_blocks(separator, device: str, dtype: torch.dtype) -> None:
 
 
 def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype) -> SeparatorLoss:
-    """Return the loss of one batch that is on the device."""
-    mixture, frame_mask = batch["mixture"], batch["frame_mask"]
+    """Return the loss of one batch that is on the device; in spectrograms of what is audible."""
+    mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
     with autocast(device, dtype), attention_kernel(device, dtype):
         separated, probs = separator(mixture, frame_mask)
-    return separator_loss(separated, probs, batch["targets"], batch["speaker_mask"], mixture,
-                          frame_mask, weights.reconstruction, weights.activity)
+    if "waveforms" in batch:
+        floor = mixture.amax((1, 2))[:, None, None, None] - AUDIBLE_RANGE
+        separated, targets = torch.maximum(separated, floor), torch.maximum(targets, floor)
+    return separator_loss(separated, probs, targets, batch["speaker_mask"], mixture, frame_mask,
+                          weights.reconstruction, weights.activity)
 
 
 def backward(run: Run, batches: list[dict]) -> Tensor:

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
                      "--speed", 0.75, 1.35)
     epochs = args.epochs + args.long_epochs
     train(args, data, checkpoints, epochs, "--batch_size=8", "--crop_seconds", 3, 14,
-          f"--mixtures_per_epoch={args.mixtures_per_epoch // 2}", "--activity_weight=0.1")
+          f"--mixtures_per_epoch={args.mixtures_per_epoch // 2}", "--activity_weight=0.04")
     separator = ssm.load_separator(checkpoints / f"checkpoint_epoch_{epochs}.pt")
     ssm.export_separator(separator, Path(args.output_dir), torch.bfloat16)
     print(f"exported the weights of epoch {epochs} to {args.output_dir}")

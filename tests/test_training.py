@@ -339,6 +339,19 @@ def scripted(recordings):
     return Scripted(answers, is_spectrogram=True), dataset
 
 
+def test_errors_far_below_the_loudest_bin_do_not_train(scripted):
+    """Streams with nothing in the lowest 30 dB train as the talkers themselves do."""
+    ideal, dataset = scripted
+    batch = batch_of(dataset, 0)
+    quiet = batch["mixture"].amax() - 1.3  # 52 dB
+    streams = torch.maximum(batch["targets"][0], quiet)
+    assert (streams - batch["targets"][0]).max() > 0.5
+    for shift in (0.0, 0.5):
+        separator = Scripted([(streams - shift, [1.0, 1.0])], is_spectrogram=True)
+        loss = ssm.batch_loss(separator, batch, ssm.LossWeights(0.0, 0.0), "cpu", torch.float32)
+        assert 0.01 * shift <= loss.separation <= shift**2
+
+
 def test_improvement_of_audio(scripted):
     """The ideal gains improve the audio; gains of 0 dB leave it as it was."""
     ideal, dataset = scripted
