@@ -42,9 +42,8 @@ TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
 ABSENT = -2.0  # gain of a talker in windows without it: 80 dB down
 DEFAULT_PROMPT = "What does the person say?"
 QWEN_TOKENS, WHISPER_TOKENS = 256, 200  # longest answers; nobody says 200 tokens in 30 s
-# As Whisper's authors decode (arXiv:2212.04356): beams, and again if the answer repeats itself.
-DECODING = {
-    "num_beams": 5, "temperature": (0.0, 0.4, 0.8), "compression_ratio_threshold": 1.35}
+# A Whisper that repeats itself decodes again, as its authors let it (arXiv:2212.04356).
+DECODE_AGAIN = {"temperature": (0.0, 0.4, 0.8), "compression_ratio_threshold": 1.35}
 
 
 def window_step(window: int) -> int:
@@ -337,7 +336,7 @@ def answer_options(model, processor, options: dict) -> dict:
         suited = {"max_new_tokens": min(WHISPER_TOKENS, model.config.max_target_positions // 2)}
         integration = integration_of(model)
         if integration is None or integration.separator.is_spectrogram:
-            suited |= DECODING
+            suited |= DECODE_AGAIN
     return suited | {name: value for name, value in options.items() if value is not None}
 
 
@@ -480,8 +479,8 @@ def answer_per_talker(
     ``audio`` is a path, or an array or tensor [samples] at ``sampling_rate`` (default: 16 kHz);
     ``prompt`` asks Qwen2-Audio about each talker (default: "What does the person say?");
     ``num_speakers`` talk in the recording, when it is known, perhaps fewer in a window of it;
-    ``options`` go to ``generate``, beside a limit of length; Whisper decodes with five beams, and
-    again at a higher temperature where it repeats itself, unless options say otherwise.
+    ``options`` go to ``generate``, beside a limit of length; a Whisper whose answer repeats itself
+    decodes again at a higher temperature, unless ``temperature`` is given.
 
     Returns one dict per talker: ``speaker`` (from 1), ``probability`` (the highest), ``text`` and
     ``windows``, dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``. With

@@ -488,11 +488,10 @@ def listener(whisper_folder):
     return timed_whisper(whisper_folder), WhisperProcessor(tiny_extractor(), tokenizer)
 
 
-def test_whisper_decodes_with_beams_and_again_where_it_repeats_itself(listener):
+def test_a_whisper_that_repeats_itself_decodes_again(listener):
     model, processor = listener
     options = long_recordings.answer_options(model, processor, {"max_new_tokens": None})
-    assert options["num_beams"] == 5 and options["temperature"][0] == 0
-    assert max(options["temperature"]) > 0
+    assert options["temperature"][0] == 0 and max(options["temperature"]) > 0
     assert options["compression_ratio_threshold"] < 2
     assert options["max_new_tokens"] == model.config.max_target_positions // 2
     given = {"max_new_tokens": 3, "temperature": 0.0, "num_beams": 2}
@@ -502,7 +501,7 @@ def test_whisper_decodes_with_beams_and_again_where_it_repeats_itself(listener):
     assert "temperature" not in long_recordings.answer_options(model, processor, {})  # cannot
 
 
-SAY = {**TIMES, "logits_processor": [ends_a_segment], "num_beams": 1}
+SAY = {**TIMES, "logits_processor": [ends_a_segment]}
 
 
 def test_whisper_decodes_each_talkers_spectrogram(listener, long_file, short_windows, tmp_path):
@@ -547,8 +546,7 @@ def test_whisper_of_one_window(dtype, listener):
     separator.gains = lambda features, mask=None: (
         features.new_zeros(1, 3, *features.shape[1:]), torch.tensor([[1.0, 0.0, 0.0]]))
     ssm.integrate_speaker_separator(model, None, separator, threshold=0.5)
-    options = {"max_new_tokens": 8, "language": "en", "suppress_tokens": list(range(100, 160)),
-               "num_beams": 2}
+    options = {"max_new_tokens": 8, "language": "en", "suppress_tokens": list(range(100, 160))}
     (row,) = answer_per_talker(model, processor, noise, **options)
     got = heard[0]["input_features"]
     own = processor.feature_extractor(noise, sampling_rate=RATE, return_tensors="pt")
