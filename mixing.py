@@ -259,7 +259,7 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
 
 
 def _draw_speakers(rng, source: SpeechSource, count: int) -> list[str]:
-    """Draw different speakers by their numbers of utterances, or those of one corpus alone."""
+    """Draw speakers, each as likely as it has utterances; ``same_corpus`` of the times of one."""
     names = sorted(source.by_speaker)
     shares = np.array([len(source.by_speaker[name]) for name in names], float)
     if source.options.same_corpus > 0 and rng.random() < source.options.same_corpus:
