@@ -258,8 +258,8 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
     return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
 
 
-def _draw_speakers(rng, source: SpeechSource, count: int) -> list[str]:
-    """Draw speakers, each as likely as it has utterances; ``same_corpus`` of the times of one."""
+def _likely_speakers(rng, source: SpeechSource, count: int) -> tuple[list[str], np.ndarray]:
+    """Return names and how likely each is: by utterances, of one corpus alone if drawn so."""
     names = sorted(source.by_speaker)
     shares = np.array([len(source.by_speaker[name]) for name in names], float)
     if source.options.same_corpus > 0 and rng.random() < source.options.same_corpus:
@@ -267,15 +267,16 @@ def _draw_speakers(rng, source: SpeechSource, count: int) -> list[str]:
         alike = np.array([source.corpora.get(name) == corpus for name in names])
         if alike.sum() >= count:
             shares *= alike
-    return rng.choice(names, count, replace=False, p=shares / shares.sum())
+    return names, shares / shares.sum()
 
 
 def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -> list:
     """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
+    names, likely = _likely_speakers(rng, source, count)
     miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
-        talkers = [_plan_talker(rng, source.options, source.by_speaker[name])
-                   for name in _draw_speakers(rng, source, count)]
+        drawn = rng.choice(names, count, replace=False, p=likely)
+        talkers = [_plan_talker(rng, source.options, source.by_speaker[name]) for name in drawn]
         if source.split == "train":
             talkers = [_with_voice(rng, source.options, talker) for talker in talkers]
         if target is None:
