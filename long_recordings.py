@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
+from itertools import groupby, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ def window_step(window: int) -> int:
 def read_windows(
     audio, window: int, sampling_rate: int | None = None
 ) -> Iterator[tuple[int, np.ndarray, bool]]:
-    """Yield first sample, samples and whether it is the only one of each overlapping window.
+    """Yield overlapping windows: first sample, samples and whether there is only this one.
 
     The recording is read once, the last window may be shorter; ValueError if it is too short.
     """
@@ -72,13 +72,9 @@ def read_windows(
 
 def batches_of_windows(windows: Iterator[tuple]) -> Iterator[list[tuple]]:
     """Yield what ``read_windows`` does in lists of up to ``WINDOW_BATCH`` windows of one length."""
-    batch = []
-    for window in windows:
-        if batch and (len(batch) == WINDOW_BATCH or len(window[1]) != len(batch[0][1])):
+    for _, alike in groupby(windows, key=lambda window: len(window[1])):
+        while batch := list(islice(alike, WINDOW_BATCH)):
             yield batch
-            batch = []
-        batch.append(window)
-    yield batch
 
 
 def has_sound(part: np.ndarray, whole: np.ndarray) -> bool:
@@ -147,8 +143,8 @@ class TalkerTracker:
         means = [np.mean(distances) for distances in (self.same, self.different) if distances]
         limit = 2 * math.sqrt(means[0] * means[-1]) if means else 1e6
         unit = np.mean(self.same) if self.same else limit / 4
-        shared = np.nan_to_num(alike - self.ALIKE)
-        score = self.SHARED * shared - distance / unit + self.OFTEN * np.log(self.windows)
+        agreement = np.nan_to_num(alike - self.ALIKE)
+        score = self.SHARED * agreement - distance / unit + self.OFTEN * np.log(self.windows)
         streams, known = alike.shape
         new = streams if self.most is None else min(streams, self.most - known)
         fresh = np.tile(-limit / unit - 1e-9 * np.arange(new), (streams, 1))  # lowest number first
@@ -217,22 +213,35 @@ class SeparatedRecording(NamedTuple):
         return floor_log_mel(self.mixture + talker.values)
 
 
+def _join_windows(parts: list, frames: int, absent: float) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the mixture [T, D] and each talker's values [T, D]; takes ``parts`` apart."""
+    mixture, talkers = parts[0][1].new_zeros(frames, parts[0][1].shape[1]), {}
+    while parts:  # each gives its memory back
+        place, features, values = parts.pop(0)
+        mixture[place] = features
+        for n in values:
+            if n not in talkers:
+                talkers[n] = torch.full_like(mixture, absent)
+            talkers[n][place] = values[n]
+    return mixture, talkers
+
+
 def separate_recording(
-    separate: Callable, audio, encoder: AudioEncoder | None = None, num_bins: int = 80,
+    separate_windows: Callable, audio, encoder: AudioEncoder | None = None, num_bins: int = 80,
     most: int | None = None, sampling_rate: int | None = None,
 ) -> SeparatedRecording:
     """Separate a recording of any length; memory grows only with the streams it returns.
 
-    ``separate(features [B, T, D], alone) -> values [B, S, T, D], probabilities [B, S], active
-    [B, S]`` is given batches of windows; ``alone`` says whether there is only one window. Features
-    are an ``encoder``'s, or log-mel spectrograms of ``num_bins``. ``most`` is the number of talkers
-    in the recording, when known. ``audio`` and ``sampling_rate`` are those of
-    ``audio.recording_length``, as are errors.
+    ``separate_windows(features [B, T, D], alone) -> values [B, S, T, D], probabilities [B, S],
+    active [B, S]`` is given batches of windows; ``alone`` says whether there is only one. Features
+    are log-mel spectrograms of ``num_bins`` and values gains on them, or both are an ``encoder``'s
+    features. ``most`` is the number of talkers in the recording, when known. ``audio`` and
+    ``sampling_rate`` are those of ``audio.recording_length``, as are errors.
     """
     window, rate = round(WINDOW_SECONDS * SAMPLING_RATE), FRAME_RATE
     if encoder is not None:
         window, rate = encoder.feature_extractor.n_samples, encoder.frame_rate
-    shared = window - window_step(window)
+    shared = window - window_step(window)  # samples
     tracker = TalkerTracker(round(shared / SAMPLING_RATE * rate), most)
     parts, found, end = [], {}, 0
     windows = tqdm(
@@ -243,7 +252,7 @@ def separate_recording(
             spectra = log_mel(torch.from_numpy(np.stack(waveforms)), num_bins)
         else:
             spectra = torch.stack(encoder.encode(waveforms)).cpu()
-        separated = zip(batch, spectra, *separate(spectra, alone), strict=True)
+        separated = zip(batch, spectra, *separate_windows(spectra, alone), strict=True)
         for (first, samples, _), features, values, probs, active in separated:
             streams = values if encoder else floor_log_mel(features + values)
             numbers = tracker.number(streams, active, has_sound(samples[:shared], samples))
@@ -256,15 +265,9 @@ def separate_recording(
                 found.setdefault(n, []).append({
                     "start": first / SAMPLING_RATE, "end": (first + len(samples)) / SAMPLING_RATE,
                     "probability": round(float(probs[s]), 4)})
-    mixture = parts[0][1].new_zeros(end, parts[0][1].shape[1])
-    talkers = {n: torch.full_like(mixture, 0.0 if encoder else ABSENT) for n in sorted(found)}
     num_windows = len(parts)
-    while parts:  # each gives its memory back
-        place, features, values = parts.pop(0)
-        mixture[place] = features
-        for n in values:
-            talkers[n][place] = values[n]
-    talkers = [Talker(n + 1, values, found[n]) for n, values in talkers.items()]
+    mixture, values = _join_windows(parts, end, 0.0 if encoder else ABSENT)
+    talkers = [Talker(n + 1, values[n], found[n]) for n in sorted(found)]
     return SeparatedRecording(mixture, talkers, rate, num_windows)
 
 
@@ -364,7 +367,7 @@ def ask(model, processor, recordings: list, prompt: str | None = None, **options
 def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
     """Join the texts of windows, (number, text) each, with words of shared seconds once.
 
-    Of the ``shared`` part of two adjacent windows' words, the longest run that ends the one and
+    Of the ``shared`` share of two adjacent windows' words, the longest run that ends the one and
     starts the other is taken once; a word beyond it on either side was cut by the window's edge.
     Chinese and Japanese are joined by characters.
 
@@ -389,7 +392,7 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Answers of long recordings
+# Answers for each talker of a recording of any length
 
 
 def _decode_streams(
@@ -405,19 +408,20 @@ def _decode_streams(
     model = integration.model
     if is_long := frames > window:
         options = {"return_timestamps": True, "return_segments": True, **options}
-    output = integration.original_generate()(
+    output = integration.original_generate(
         input_features=padded.to(model.device, model.dtype), attention_mask=mask.to(model.device),
         **options)
     texts = decode(processor, output["sequences"] if is_long else output)
-    segments = [[(0.0, frames / FRAME_RATE, text)] for text in texts]
-    if is_long:
-        segments = [[(float(part["start"]), float(part["end"]),
-                      decode(processor, [part["tokens"]])[0]) for part in row]
-                    for row in output["segments"]]
-    return [{"speaker": t.number, "probability": t.probability, "text": text, "windows": [
-                {"start": start, "end": end, "probability": t.probability, "text": words}
-                for start, end, words in parts]}
-            for t, text, parts in zip(recording.talkers, texts, segments, strict=True)]
+    rows = []
+    for i, (talker, text) in enumerate(zip(recording.talkers, texts, strict=True)):
+        parts = [(0.0, frames / FRAME_RATE, text)] if not is_long else [
+            (float(part["start"]), float(part["end"]), decode(processor, [part["tokens"]])[0])
+            for part in output["segments"][i]]
+        windows = [{"start": start, "end": end, "probability": talker.probability, "text": words}
+                   for start, end, words in parts]
+        rows.append({"speaker": talker.number, "probability": talker.probability, "text": text,
+                     "windows": windows})
+    return rows
 
 
 def _numbered_rows(
@@ -436,6 +440,19 @@ def _numbered_rows(
     return streams, frame_mask, talkers, [numbers[stream] + 1 for _, stream, _ in talkers]
 
 
+def _join_answers(found: dict, key: str, shared: float) -> list[dict]:
+    """Return one row per talker, in joint mode one about all, with the texts of windows joined."""
+    rows = []
+    for said_by, numbered in sorted(found.items()):
+        parts = [part for _, part in numbered]
+        if key == "speakers":
+            said_by = sorted({talker for part in parts for talker in part[key]})
+        text = join_texts([(number, part["text"]) for number, part in numbered], shared)
+        rows.append({key: said_by, "probability": max(part["probability"] for part in parts),
+                     "text": text, "windows": parts})
+    return rows
+
+
 def _answer_windows(
     integration, model, processor, audio, sampling_rate: int | None, prompt: str | None,
     options: dict,
@@ -443,12 +460,13 @@ def _answer_windows(
     """Answer window by window, collect the answers by talker and join their texts."""
     window, joint = processor.feature_extractor.n_samples, options["mode"] == "joint"
     step, key, found = window_step(window), "speakers" if joint else "speaker", {}
-    shared = (window - step) // HOP_LENGTH // integration.stride
-    tracker = TalkerTracker(shared, options["num_speakers"])
+    frames = (window - step) // HOP_LENGTH // integration.stride  # shared by two windows
+    tracker = TalkerTracker(frames, options["num_speakers"])
     windows = read_windows(audio, window, sampling_rate)
     for first, samples, alone in tqdm(windows, "windows", leave=False, disable=None):
         choose_rows = partial(_numbered_rows, integration, tracker, samples, alone)
         texts = ask(model, processor, [samples], prompt, choose_rows=choose_rows, **options)
+        # generate leaves its rows in speaker_rows, choose_rows the talkers' numbers in the tracker
         who = [(tracker.talker_of[stream] + 1, round(p, 4)) for _, stream, p in model.speaker_rows]
         if joint and who:
             who = [([talker for talker, _ in who], max(p for _, p in who))]
@@ -456,15 +474,7 @@ def _answer_windows(
             part = {"start": first / SAMPLING_RATE, "end": (first + len(samples)) / SAMPLING_RATE,
                     key: said_by, "probability": probability, "text": text}
             found.setdefault(0 if joint else said_by, []).append((first // step, part))
-    rows = []
-    for said_by, numbered in sorted(found.items()):
-        parts = [part for _, part in numbered]
-        if joint:
-            said_by = sorted({talker for part in parts for talker in part[key]})
-        text = join_texts([(number, part["text"]) for number, part in numbered], 1 - step / window)
-        rows.append({key: said_by, "probability": max(part["probability"] for part in parts),
-                     "text": text, "windows": parts})
-    return rows
+    return _join_answers(found, key, 1 - step / window)
 
 
 def answer_per_talker(
@@ -495,6 +505,7 @@ def answer_per_talker(
     if not integration.is_qwen and (prompt is not None or mode == "joint"):
         raise ValueError("Whisper writes down what is said and takes no prompt and no joint mode")
     if integration.separator.is_spectrogram and not integration.is_qwen:
+        # The talkers' whole spectrograms go to Whisper's own generate, past the integration's.
         recording = separate_recording(
             integration.window_separator(num_speakers), audio, None,
             processor.feature_extractor.feature_size, num_speakers, sampling_rate)

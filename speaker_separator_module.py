@@ -15,7 +15,12 @@ for each stream. Two separators share the interface
 
 The first makes its own small dataset when there is none and takes some 20 minutes of a CPU core.
 
-Shapes, everywhere: ``B`` batch, ``S`` talkers (streams), ``T`` frames, ``D`` feature width.
+Shapes, everywhere: ``B`` batch, ``S`` streams, ``T`` frames, ``D`` feature width or mel bins. A
+stream is one output of a separator, a talker is somebody who talks: streams that are likely enough
+are taken for talkers. ``max_speakers`` counts streams, ``num_speakers`` talkers.
+
+Helpers stand above what calls them: read upwards from ``cmd_train`` or ``cmd_integrate``. From
+there ``integrate`` goes to ``long_recordings.answer_per_talker``.
 
 Papers: permutation-invariant training (Yu et al., 2017, arXiv:1607.00325); talker queries that
 count and separate (SepTDA, Lee et al., 2024, arXiv:2401.12473); separation inside a frozen Whisper
@@ -191,6 +196,14 @@ def read_json(path: Path, kind: type = object):
     if not isinstance(content, kind):
         raise ValueError(f"{path} must hold an object, not a {type(content).__name__}")
     return content
+
+
+def import_sibling(name: str):
+    """Import a sibling file, or return None where this script stands alone."""
+    import importlib
+
+    there = Path(__file__).resolve().with_name(f"{name}.py").is_file()
+    return importlib.import_module(name) if there else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,7 +448,7 @@ def resample_bins(spectra: Tensor, bins: int) -> Tensor:
     return torch.lerp(spectra[..., below], spectra[..., above], (place - below).to(spectra.dtype))
 
 
-NEPERS = 4 * math.log(10)  # Whisper's units are quarters of log10 power; natural logarithms of it
+LOG_POWER = 4 * math.log(10)  # natural logarithm of the power in one of Whisper's units
 
 
 def pool_bins(spectra: Tensor, bins: int) -> Tensor:
@@ -476,7 +489,7 @@ def share_mixture(gains: Tensor, probabilities: Tensor) -> Tensor:
     [-3.0, -3.0]
     """
     likely = probabilities.detach().clamp(min=1e-4).log()[..., None, None]
-    total = torch.logsumexp(NEPERS * gains + likely, 1, keepdim=True) / NEPERS
+    total = torch.logsumexp(LOG_POWER * gains + likely, 1, keepdim=True) / LOG_POWER
     return (gains - total.clamp(max=0)).clamp(max=0)
 
 
@@ -539,7 +552,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         return frames.unflatten(1, (-1, self.STACK)).flatten(2), valid
 
     def _read_mixture(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return context [B, T, dim], queries [B, S, dim] and the attention bias [B, 1, 1, T]."""
+        """Return context [B, T, dim] of T stacks, queries [B, S, dim] and bias [B, 1, 1, T]."""
         # A silent recording has no frame to attend to: let it attend to all.
         silent = ~valid & valid.any(1, keepdim=True)
         frames = self.input(frames.to(self.input.weight.dtype))
@@ -563,8 +576,8 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         hidden = normalize(streams)
         weights = self.attention_pool(hidden).float().masked_fill(~valid[:, None, :, None], -1e4)
         pooled = (weights.softmax(2).to(hidden.dtype) * hidden).sum(2)  # [B, S, dim]
-        others = pooled.mean(1, keepdim=True).expand_as(pooled)  # to compare each stream with
-        logits = self.activity_head(torch.cat([pooled, others], dim=-1)).squeeze(-1).float()
+        mean = pooled.mean(1, keepdim=True).expand_as(pooled)  # to compare each stream with
+        logits = self.activity_head(torch.cat([pooled, mean], dim=-1)).squeeze(-1).float()
         anybody = -torch.expm1(F.logsigmoid(-logits).sum(1, keepdim=True))
         probabilities = logits.sigmoid().scatter(1, logits.argmax(1, keepdim=True), anybody)
         return probabilities * valid.any(1, keepdim=True)  # nobody talks in silence
@@ -581,7 +594,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
             rows = block(streams.flatten(0, 1), valid_rows, bias_rows)  # each stream is a row
             streams = exchange(rows.view_as(streams))  # [B, S, T / STACK, dim]
         # an untrained stream is nearly the mixture: sigmoid(3) is 0.95
-        gains = F.logsigmoid(self.output(streams).float() + 3) / NEPERS
+        gains = F.logsigmoid(self.output(streams).float() + 3) / LOG_POWER
         gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(2, 3)[:, :, :T]
         probabilities = self._activity(streams, valid)
         return resample_bins(share_mixture(gains, probabilities), D), probabilities
@@ -610,8 +623,8 @@ class SeparatorLoss(NamedTuple):
     """The combined loss, its parts before their weights (all scalars) and the assignment."""
 
     total: Tensor
-    separation: Tensor  # mean squared error per active talker
-    reconstruction: Tensor  # mean squared error of the active streams' sum against the mixture
+    separation: Tensor  # mean squared error per talker
+    reconstruction: Tensor  # mean squared error of the talkers' sum against the mixture
     activity: Tensor  # binary cross-entropy of the probabilities
     assignment: Tensor  # [B, S], the stream of each talker
 
@@ -675,19 +688,108 @@ def separator_loss(
         if list(tensor.shape) != shape:
             raise ValueError(f"{name} must be {shape}, not {list(tensor.shape)}")
     separated, targets, mixture = separated.float(), targets.float(), mixture.float()
-    active = speaker_mask.float()
+    there = speaker_mask.float()
     with torch.no_grad():
-        assignment = best_assignment(pairwise_mse(separated, targets, frame_mask), active)
+        assignment = best_assignment(pairwise_mse(separated, targets, frame_mask), there)
     estimates = reorder(separated, assignment)
 
-    separation = masked_mean(talker_mse(estimates, targets, frame_mask), active, (0, 1))
-    summed = (estimates * active[..., None, None]).sum(1)
+    separation = masked_mean(talker_mse(estimates, targets, frame_mask), there, (0, 1))
+    summed = (estimates * there[..., None, None]).sum(1)
     reconstruction = masked_mean((summed - mixture).square().mean(-1), frame_mask, (0, 1))
     # binary_cross_entropy raises on NaN, on a GPU fatally: put in 0.5, and the NaN into the loss.
     probs = reorder(speaker_probs.float(), assignment)
-    activity = F.binary_cross_entropy(probs.nan_to_num(0.5), active) + 0 * probs.sum()
+    activity = F.binary_cross_entropy(probs.nan_to_num(0.5), there) + 0 * probs.sum()
     total = separation + reconstruction_weight * reconstruction + activity_weight * activity
     return SeparatorLoss(total, separation, reconstruction, activity, assignment)
+
+
+def loss_sizes(batch: dict) -> Tensor:
+    """Return how many talkers, frames and mixtures the parts of a batch's loss average: [3]."""
+    talkers, frames = batch["speaker_mask"].sum().float(), batch["frame_mask"].sum().float()
+    return torch.stack([talkers, frames, talkers.new_full((), len(batch["mixture"]))])
+
+
+# --------------------------------------------------------------------------------------------------
+# Which streams are talkers
+
+
+def check_num_speakers(num_speakers: int | None, streams: int) -> None:
+    """Fail unless a known number of talkers fits a separator's streams."""
+    if num_speakers is not None and not 0 <= num_speakers <= streams:
+        raise ValueError(f"num_speakers must be 0 to {streams}, not {num_speakers}: the separator "
+                         "has no more streams")
+
+
+def active_streams(
+    speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None,
+    at_most: bool = False,
+) -> Tensor:
+    """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest.
+
+    With ``at_most``, only those of the likeliest that reach the threshold.
+    """
+    reached = speaker_probs >= threshold
+    if num_speakers is None:
+        return reached
+    check_num_speakers(num_speakers, speaker_probs.shape[-1])
+    likeliest = speaker_probs.topk(num_speakers, dim=-1).indices
+    chosen = torch.zeros_like(reached).scatter(-1, likeliest, True)
+    return chosen & reached if at_most else chosen
+
+
+def choose_talkers(
+    separator, values: Tensor, unchanged: Tensor, probs: Tensor, threshold: float,
+    num_speakers: int | None, at_most: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return streams or gains [B, S, T, D], and which are talkers [B, S] (``active_streams``).
+
+    If only one talker is found in a spectrogram, its stream becomes what is ``unchanged
+    [B, T, D]``, the mixture or gains of 0, because separation can only do harm. A given number of
+    talkers is taken as it is.
+    """
+    active = active_streams(probs, threshold, num_speakers, at_most)
+    if separator.is_spectrogram and num_speakers is None:
+        single = active & (active.sum(-1, keepdim=True) == 1)
+        values = torch.where(single[..., None, None], unchanged[:, None].to(values), values)
+    return values, active
+
+
+def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor) -> float:
+    """Return the threshold that gets most talker counts right, [N, S] each; ties go near 0.5."""
+    candidates = torch.linspace(0.05, 0.95, 37)
+    counts = (speaker_probs >= candidates[:, None, None]).sum(-1)  # [candidates, N]
+    right = (counts == speaker_mask.sum(-1)).float().mean(-1)
+    best = candidates[right == right.max()]
+    return round(float(best[(best - 0.5).abs().argmin()]), 3)
+
+
+def check_output(values: Tensor, probs: Tensor) -> None:
+    """Fail unless what a separator put out is finite."""
+    if not (values.isfinite().all() and probs.isfinite().all()):
+        raise ValueError("the separator's output is not finite: its weights are damaged, or the "
+                         "input is far too loud")
+
+
+def window_separator(separator, threshold: float | None, num_speakers: int | None):
+    """Return the function that ``long_recordings.separate_recording`` calls on its windows.
+
+    A window that is not ``alone`` may lack some of the ``num_speakers`` of the recording. For
+    spectrograms the function returns gains: a talker's floor is known when all windows are.
+    """
+    threshold = separator.threshold if threshold is None else threshold
+    weight = separator.eval().speaker_queries
+    method = separator.gains if separator.is_spectrogram else separator
+
+    @torch.inference_mode()
+    def separate_windows(features: Tensor, alone: bool):
+        values, probs = method(features.to(weight.device, weight.dtype))
+        check_output(values, probs)
+        values, active = choose_talkers(
+            separator, values, torch.zeros_like(values[:, 0]), probs, threshold, num_speakers,
+            at_most=not alone)
+        return values.float().cpu(), probs.cpu(), active.cpu()
+
+    return separate_windows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -724,56 +826,6 @@ def trivial_outputs(mixture: Tensor, speaker_mask: Tensor, log_mel: bool = False
     return dict(zip(TRIVIAL_OUTPUTS, (zeros, mixture, shared), strict=True))
 
 
-def check_num_speakers(num_speakers: int | None, streams: int) -> None:
-    """Fail unless a known number of talkers fits a separator's streams."""
-    if num_speakers is not None and not 0 <= num_speakers <= streams:
-        raise ValueError(f"num_speakers must be 0 to {streams}, not {num_speakers}: the separator "
-                         "has no more streams")
-
-
-def active_streams(
-    speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None,
-    at_most: bool = False,
-) -> Tensor:
-    """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest.
-
-    With ``at_most``, only those of the likeliest that reach the threshold.
-    """
-    reached = speaker_probs >= threshold
-    if num_speakers is None:
-        return reached
-    check_num_speakers(num_speakers, speaker_probs.shape[-1])
-    likeliest = speaker_probs.topk(num_speakers, dim=-1).indices
-    chosen = torch.zeros_like(reached).scatter(-1, likeliest, True)
-    return chosen & reached if at_most else chosen
-
-
-def choose_talkers(
-    separator, values: Tensor, mixture: Tensor, probs: Tensor, threshold: float,
-    num_speakers: int | None, at_most: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return streams [B, S, T, D], and which are talkers [B, S] as ``active_streams`` says.
-
-    If only one talker is found in a spectrogram, that stream is replaced by the mixture [B, T, D],
-    or its gains by zeros, because separation can only do harm. A given number of talkers is taken
-    as it is.
-    """
-    active = active_streams(probs, threshold, num_speakers, at_most)
-    if separator.is_spectrogram and num_speakers is None:
-        alone = active & (active.sum(-1, keepdim=True) == 1)
-        values = torch.where(alone[..., None, None], mixture[:, None].to(values), values)
-    return values, active
-
-
-def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor) -> float:
-    """Return the threshold that gets most talker counts right, [N, S] each; ties go near 0.5."""
-    candidates = torch.linspace(0.05, 0.95, 37)
-    counts = (speaker_probs >= candidates[:, None, None]).sum(-1)  # [candidates, N]
-    right = (counts == speaker_mask.sum(-1)).float().mean(-1)
-    best = candidates[right == right.max()]
-    return round(float(best[(best - 0.5).abs().argmin()]), 3)
-
-
 COUNT_SCORES = ("threshold", "count_accuracy", "majority_count_accuracy", "precision", "recall")
 
 
@@ -791,12 +843,6 @@ def count_scores(probs: Tensor, truth: Tensor, threshold: float, num_speakers=No
         "precision": hits / max(active.sum().item(), 1),
         "recall": hits / max(truth.sum().item(), 1),
     }
-
-
-def loss_sizes(batch: dict) -> Tensor:
-    """Return how many talkers, frames and mixtures the parts of a batch's loss average: [3]."""
-    talkers, frames = batch["speaker_mask"].sum().float(), batch["frame_mask"].sum().float()
-    return torch.stack([talkers, frames, talkers.new_full((), len(batch["mixture"]))])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -938,7 +984,8 @@ class RemixedDataset(Dataset):
     """Fresh mixtures of the training sources, from silence to ``max_speakers`` talkers.
 
     Item ``number`` depends on the seed and the number alone; epoch ``e`` takes those from
-    ``e * length`` on, so that no mixture returns and a resumed run draws the same ones.
+    ``e * length`` on, so that no mixture returns and a resumed run draws the same ones. Of the two
+    kinds, ``_read_sources`` returns what each talker can say.
     """
 
     SILENCE = 0.04  # share of mixtures without any talker
@@ -979,7 +1026,7 @@ class RemixedFeatures(RemixedDataset):
 
 
 class RemixedRecordings(RemixedDataset):
-    """Mixtures of the training recordings, planned and rendered as the dataset was."""
+    """Mixtures of the recordings in utterances.json, drawn anew; the dataset's own stay unread."""
 
     def _read_sources(self) -> dict:
         from generate_multi_speaker_dataset import load_source
@@ -1054,17 +1101,17 @@ def collate(items: list[dict], max_speakers: int, whole_seconds: bool = False) -
     Both: ``speaker_mask [B, S]``.
     """
     recorded, S = "waveforms" in items[0], max_speakers
-    sources = [item["waveforms"] if recorded else
+    stacks = [item["waveforms"] if recorded else
                torch.cat([item["mixture"][None], item["targets"]]) for item in items]
-    counts, lengths = torch.tensor([source.shape[:2] for source in sources]).T
-    T = int(lengths.max())
+    counts, lengths = torch.tensor([stack.shape[:2] for stack in stacks]).T
+    longest = int(lengths.max())  # samples or frames
     if recorded and whole_seconds:
         from audio import SAMPLING_RATE
 
-        T += -T % SAMPLING_RATE
-    padded = sources[0].new_zeros(len(items), 1 + S, T, *sources[0].shape[2:])
-    for row, source in zip(padded, sources, strict=True):
-        row[: len(source), : source.shape[1]] = source
+        longest += -longest % SAMPLING_RATE
+    padded = stacks[0].new_zeros(len(items), 1 + S, longest, *stacks[0].shape[2:])
+    for place, stack in zip(padded, stacks, strict=True):
+        place[: len(stack), : stack.shape[1]] = stack
     there = torch.arange(1 + S) < counts[:, None]
     batch = {"speaker_mask": there[:, 1:]}
     if recorded:
@@ -1073,7 +1120,7 @@ def collate(items: list[dict], max_speakers: int, whole_seconds: bool = False) -
         rows = F.pad(rows, (0, -len(rows) % 32 if whole_seconds else 0))
         return batch | {"waveforms": padded, "lengths": lengths, "rows": rows}
     return batch | {"mixture": padded[:, 0], "targets": padded[:, 1:],
-                    "frame_mask": torch.arange(T) < lengths[:, None]}
+                    "frame_mask": torch.arange(longest) < lengths[:, None]}
 
 
 def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> dict:
@@ -1104,7 +1151,8 @@ class EpochBatches:
     """Batch sampler: shuffled item numbers of one epoch, of like length where lengths are known.
 
     A step takes ``accumulate`` batches in every process, all parts of one large batch. The last
-    step may be smaller; it is left out if a part would be empty. ``start`` is the first step given.
+    step may be smaller; it is left out if a part would be empty. ``train_epoch`` sets ``epoch`` and
+    ``start``, the first step to take.
     """
 
     start = 0
@@ -1248,7 +1296,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
-def progress(batches, desc: str):
+def progress_bar(batches, desc: str):
     """Show a bar over batches, in the first process."""
     return tqdm(batches, desc, unit="batch", leave=False, disable=process_rank()[0] > 0 or None)
 
@@ -1572,6 +1620,107 @@ def move_earlier_run(folder: Path) -> Path | None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Train: options, data and folder of a run
+
+
+def check_data(name: str, config: dict, *datasets: MultiSpeakerDataset) -> None:
+    """Fail unless a separator, called ``name`` in the message, fits datasets."""
+    for data in datasets:
+        widths = config.get("feature_dim"), data.feature_dim
+        if widths[0] != widths[1]:
+            reads, has = (f"features {width} wide" if width else "spectrograms of recordings"
+                          for width in widths)
+            raise ValueError(f"{name} reads {reads} and {data.folder} has {has}")
+        if config.get("max_speakers", math.inf) < data.max_speakers:
+            raise ValueError(f"{name} has {config['max_speakers']} streams and {data.folder} up to "
+                             f"{data.max_speakers} talkers")
+
+
+def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
+    """Return a separator with random weights: sizes as asked, the rest from the data."""
+    config = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
+    config.setdefault("max_speakers", max(train_set.max_speakers, val_set.max_speakers, 1))
+    if not train_set.has_recordings:
+        keys = ("kind", "encoder", "layer", "frame_rate")
+        source = {key: train_set.source[key] for key in keys if key in train_set.source}
+        config |= {"feature_dim": train_set.feature_dim, "feature_source": source}
+    name = f"the new separator (--max_speakers={config['max_speakers']})"
+    check_data(name, config, train_set, val_set)
+    try:
+        empty_separator(config)
+        torch.manual_seed(options.seed)
+        return separator_class(config)(**config)
+    except TypeError as error:  # a size that this separator does not have
+        name = str(error).split("'")[1]
+        raise ValueError(f"--{name} is not for a separator of this data") from None
+
+
+def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
+    """Return the options of the run that a checkpoint belongs to, updated with those given now.
+
+    Sizes, seed and precision cannot change within a run, mixtures not within an epoch.
+    """
+    earlier = {k: v for k, v in checkpoint.get("options", {}).items() if k in TrainOptions._fields}
+    fixed = {name: checkpoint["model_config"].get(name) for name in SIZES}
+    kept = ["seed", "dtype"]
+    if "progress" in checkpoint:  # the rest of an epoch
+        kept += ["mixtures_per_epoch", "crop_seconds", "remix"]
+    fixed |= {name: earlier[name] for name in kept if name in earlier}
+    for name, before in fixed.items():
+        now = given.get(name)
+        if now not in (None, "auto", before):
+            raise ValueError(f"--{name}={now} contradicts the checkpoint in {folder}, which has "
+                             f"{before}: leave the flag out, or train anew in another folder")
+    given = {name: value for name, value in given.items() if name not in fixed}
+    return TrainOptions(**earlier | {"device": "auto"} | given)
+
+
+def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset:
+    """Return what an epoch draws from: fresh mixtures where the data allows it, else its own."""
+    if options.crop_seconds and not train_set.has_recordings:
+        raise ValueError("--crop_seconds is for recordings, and this dataset has features")
+    if options.crop_seconds and operator.gt(*options.crop_seconds):
+        raise ValueError("--crop_seconds takes the shorter length first")
+    if options.crop_seconds and not options.remix:
+        raise ValueError("--crop_seconds takes parts of fresh mixtures: leave --no_remix out")
+    if not options.remix or not (train_set.is_sum or train_set.has_recordings):
+        return train_set
+    kind = RemixedRecordings if train_set.has_recordings else RemixedFeatures
+    return kind(train_set, options, streams)
+
+
+def loss_weights(options: TrainOptions, train_set) -> LossWeights:
+    """Return the weights asked for, else those of the data's kind."""
+    default = SPECTROGRAM_WEIGHTS if train_set.has_recordings else LossWeights()
+    if not train_set.is_sum:
+        default = default._replace(reconstruction=0.0)
+    asked = {"reconstruction": options.reconstruction_weight, "activity": options.activity_weight}
+    return default._replace(**{k: v for k, v in asked.items() if v is not None})
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder and fail unless it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write_test").touch()
+        (folder / ".write_test").unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def check_disk(folder: Path, parameters: int, options: TrainOptions) -> None:
+    """Refuse a run whose checkpoints (weights twice and two moments, 4 bytes each) cannot fit."""
+    epochs = range(options.save_every, options.epochs + 1, options.save_every)
+    names = {f"checkpoint_epoch_{epoch}.pt" for epoch in [*epochs, options.epochs]}
+    there = {path.name for path in list_checkpoints(folder)} if options.resume else set()
+    missing = len((names | {"best_model.pt"}) - there)
+    need, free = 16 * parameters * (missing + 1), shutil.disk_usage(folder).free  # one is .tmp
+    if need > free:
+        raise ValueError(f"{folder} has {free / 1e9:.1f} GB free and {missing} checkpoints need "
+                         f"{need / 1e9:.1f} GB; free some, or raise --save_every")
+
+
+# --------------------------------------------------------------------------------------------------
 # Train: optimizer, schedule and average
 
 ADAM_BETAS = (0.9, 0.98)  # with 0.999 the second moment remembers too long for short runs
@@ -1737,10 +1886,10 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
 def backward(run: Run, batches: list[dict]) -> Tensor:
     """Set the gradients of batches as if they and those of all processes were one.
 
-    Returns this process's share of the loss parts and mixtures, and the gradient's norm: [6].
+    Returns a row [6]: this process's share of LOSS_PARTS, its mixtures, and the gradient's norm.
     """
     sizes = torch.stack([loss_sizes(batch) for batch in batches])
-    shares = sizes / sum_over_processes(sizes.sum(0)).clamp(min=1)  # of separation, ...
+    shares = sizes / sum_over_processes(sizes.sum(0)).clamp(min=1)  # in the order of LOSS_PARTS[1:]
     ranks, row = process_rank()[1], 0
     run.optimizer.zero_grad(set_to_none=True)
     for number, (batch, share) in enumerate(zip(batches, shares, strict=True), start=1):
@@ -1784,7 +1933,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
     rows, batches, sampler = [*run.progress.get("rows", [])], [], run.loader.batch_sampler
     sampler.epoch, sampler.start = epoch, len(rows)
     stopped = False
-    for raw in progress(run.loader, f"epoch {epoch}"):
+    for raw in progress_bar(run.loader, f"epoch {epoch}"):
         batches.append(add_spectrograms(to_device(raw, run.device)))
         if len(batches) < run.options.accumulate:
             continue
@@ -1805,118 +1954,9 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
         run.progress.update(rows=rows, step_size=sampler.step_size)
         return None
     run.progress.clear()
-    losses, sizes = rows[:, :4], rows[:, 4:5]
+    losses, sizes = rows[:, : len(LOSS_PARTS)], rows[:, len(LOSS_PARTS), None]
     means = (losses * sizes).sum(0) / sizes.sum()
     return dict(zip(LOSS_PARTS, means.tolist(), strict=True))
-
-
-# --------------------------------------------------------------------------------------------------
-# Train: options, data and folder of a run
-
-
-def check_data(name: str, config: dict, *datasets: MultiSpeakerDataset) -> None:
-    """Fail unless a separator, called ``name`` in the message, fits datasets."""
-    for data in datasets:
-        widths = config.get("feature_dim"), data.feature_dim
-        if widths[0] != widths[1]:
-            reads, has = (f"features {width} wide" if width else "spectrograms of recordings"
-                          for width in widths)
-            raise ValueError(f"{name} reads {reads} and {data.folder} has {has}")
-        if config.get("max_speakers", math.inf) < data.max_speakers:
-            raise ValueError(f"{name} has {config['max_speakers']} streams and {data.folder} up to "
-                             f"{data.max_speakers} talkers")
-
-
-def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
-    """Return a separator with random weights: sizes as asked, the rest from the data."""
-    config = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
-    config.setdefault("max_speakers", max(train_set.max_speakers, val_set.max_speakers, 1))
-    if not train_set.has_recordings:
-        keys = ("kind", "encoder", "layer", "frame_rate")
-        source = {key: train_set.source[key] for key in keys if key in train_set.source}
-        config |= {"feature_dim": train_set.feature_dim, "feature_source": source}
-    name = f"the new separator (--max_speakers={config['max_speakers']})"
-    check_data(name, config, train_set, val_set)
-    try:
-        empty_separator(config)
-        torch.manual_seed(options.seed)
-        return separator_class(config)(**config)
-    except TypeError as error:  # a size that this separator does not have
-        name = str(error).split("'")[1]
-        raise ValueError(f"--{name} is not for a separator of this data") from None
-
-
-def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
-    """Return the options of the run that a checkpoint belongs to, updated with those given now.
-
-    Sizes, seed and precision cannot change within a run, mixtures not within an epoch.
-    """
-    earlier = {k: v for k, v in checkpoint.get("options", {}).items() if k in TrainOptions._fields}
-    fixed = {name: checkpoint["model_config"].get(name) for name in SIZES}
-    kept = ["seed", "dtype"]
-    if "progress" in checkpoint:  # the rest of an epoch
-        kept += ["mixtures_per_epoch", "crop_seconds", "remix"]
-    fixed |= {name: earlier[name] for name in kept if name in earlier}
-    for name, before in fixed.items():
-        now = given.get(name)
-        if now not in (None, "auto", before):
-            raise ValueError(f"--{name}={now} contradicts the checkpoint in {folder}, which has "
-                             f"{before}: leave the flag out, or train anew in another folder")
-    given = {name: value for name, value in given.items() if name not in fixed}
-    return TrainOptions(**earlier | {"device": "auto"} | given)
-
-
-def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset:
-    """Return what an epoch draws from: fresh mixtures where the data allows it, else its own."""
-    if options.crop_seconds and not train_set.has_recordings:
-        raise ValueError("--crop_seconds is for recordings, and this dataset has features")
-    if options.crop_seconds and operator.gt(*options.crop_seconds):
-        raise ValueError("--crop_seconds takes the shorter length first")
-    if options.crop_seconds and not options.remix:
-        raise ValueError("--crop_seconds takes parts of fresh mixtures: leave --no_remix out")
-    if not options.remix or not (train_set.is_sum or train_set.has_recordings):
-        return train_set
-    kind = RemixedRecordings if train_set.has_recordings else RemixedFeatures
-    return kind(train_set, options, streams)
-
-
-def loss_weights(options: TrainOptions, train_set) -> LossWeights:
-    """Return the weights asked for, else those of the data's kind."""
-    default = SPECTROGRAM_WEIGHTS if train_set.has_recordings else LossWeights()
-    if not train_set.is_sum:
-        default = default._replace(reconstruction=0.0)
-    asked = {"reconstruction": options.reconstruction_weight, "activity": options.activity_weight}
-    return default._replace(**{k: v for k, v in asked.items() if v is not None})
-
-
-def prepare_folder(folder: Path) -> None:
-    """Make a folder and fail unless it can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".write_test").touch()
-        (folder / ".write_test").unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
-
-
-def check_disk(folder: Path, parameters: int, options: TrainOptions) -> None:
-    """Refuse a run whose checkpoints (weights twice and two moments, 4 bytes each) cannot fit."""
-    epochs = range(options.save_every, options.epochs + 1, options.save_every)
-    names = {f"checkpoint_epoch_{epoch}.pt" for epoch in [*epochs, options.epochs]}
-    there = {path.name for path in list_checkpoints(folder)} if options.resume else set()
-    missing = len((names | {"best_model.pt"}) - there)
-    need, free = 16 * parameters * (missing + 1), shutil.disk_usage(folder).free  # one is .tmp
-    if need > free:
-        raise ValueError(f"{folder} has {free / 1e9:.1f} GB free and {missing} checkpoints need "
-                         f"{need / 1e9:.1f} GB; free some, or raise --save_every")
-
-
-def import_sibling(name: str):
-    """Import a sibling file, or return None where this script stands alone."""
-    import importlib
-
-    there = Path(__file__).resolve().with_name(f"{name}.py").is_file()
-    return importlib.import_module(name) if there else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1944,6 +1984,7 @@ def start_run(
         separator = new_separator(options, train_set, val_set)
     dtype, reason = pick_dtype(options.dtype, device)
     options = options._replace(dtype=str(dtype).removeprefix("torch."), device=device)
+    # A checkpoint's model_state_dict is the average; ``restore`` puts in the weights in training.
     averaged = average_of(separator.to(device), checkpoint.get("steps", 0) if checkpoint else 0)
     if options.recompute:
         recompute_blocks(separator, device, dtype)
@@ -2136,7 +2177,7 @@ def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
         from audio import apply_gains
 
         gains = (estimates - mixture).clamp(max=0)
-        mixture, targets = batch["waveforms"].tensor_split([1], dim=1)
+        mixture, targets = batch["waveforms"].tensor_split([1], dim=1)  # audio from here on
         estimates = torch.stack([apply_gains(m[0], g) for m, g in zip(mixture, gains, strict=True)])
     else:
         valid = batch["frame_mask"][:, None, :, None]
@@ -2148,11 +2189,11 @@ def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
 def score_batch(separated: Tensor, probs: Tensor, batch: dict, log_mel: bool):
     """Return the sums of all SCORES above what to divide them by, and the assignment."""
     mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
-    speaker_mask, active = batch["speaker_mask"], batch["speaker_mask"].float()
+    speaker_mask, there = batch["speaker_mask"], batch["speaker_mask"].float()
     loss = separator_loss(separated, probs, targets, speaker_mask, mixture, frame_mask)
-    errors = [(talker_mse(output[:, None], targets, frame_mask) * active).sum()
+    errors = [(talker_mse(output[:, None], targets, frame_mask) * there).sum()
               for output in trivial_outputs(mixture, speaker_mask, log_mel).values()]
-    several = active * (active.sum(1, keepdim=True) > 1)
+    several = there * (there.sum(1, keepdim=True) > 1)
     improvement = si_sdr_improvement(reorder(separated, loss.assignment), batch) * several
     sizes = loss_sizes(batch)
     sums = torch.stack([*loss[1:4], improvement.sum(), *errors])
@@ -2183,17 +2224,16 @@ def evaluate_separator(
     (rank, ranks), S = process_rank(), separator.max_speakers
     sums = torch.zeros(2, len(SCORES), device=device)  # above what to divide them by
     found = torch.zeros(2, len(dataset), S, device=device)  # probabilities above truths
-    own, done = range(rank, len(dataset), ranks), 0
-    loader = make_loader(Subset(dataset, own), batch_size, S, device)
-    for raw in progress(loader, "evaluate"):
+    own, done = found[:, rank::ranks], 0  # a view of what this process scores
+    loader = make_loader(Subset(dataset, range(rank, len(dataset), ranks)), batch_size, S, device)
+    for raw in progress_bar(loader, "evaluate"):
         batch = add_spectrograms(to_device(raw, device))
         with autocast(device, dtype):
             separated, probs = separator(batch["mixture"], batch["frame_mask"])
         batch_sums, assignment = score_batch(
             separated.float(), probs.float(), batch, separator.is_spectrogram)
         sums += batch_sums
-        rows = own[done : done + len(probs)]
-        found[:, rows.start : rows.stop : ranks] = torch.stack(
+        own[:, done : done + len(probs)] = torch.stack(
             [reorder(probs.float(), assignment), batch["speaker_mask"].float()])
         done += len(probs)
     sums, (probabilities, truths) = sum_over_processes(sums), sum_over_processes(found).cpu()
@@ -2221,13 +2261,6 @@ class Separation(NamedTuple):
     active: Tensor
 
 
-def check_output(values: Tensor, probs: Tensor) -> None:
-    """Fail unless what a separator put out is finite."""
-    if not (values.isfinite().all() and probs.isfinite().all()):
-        raise ValueError("the separator's output is not finite: its weights are damaged, or the "
-                         "input is far too loud")
-
-
 @torch.inference_mode()
 def separate(
     separator, features: Tensor, threshold: float | None = None, num_speakers: int | None = None
@@ -2246,27 +2279,6 @@ def separate(
     separated, active = choose_talkers(
         separator, separated, features[None], probs, threshold, num_speakers)
     return Separation(separated[0].float(), probs[0], active[0])
-
-
-def window_separator(separator, threshold: float | None, num_speakers: int | None):
-    """Return the function that ``long_recordings.separate_recording`` calls on its windows.
-
-    A window that is not ``alone`` may lack some of the ``num_speakers`` of the recording.
-    """
-    threshold = separator.threshold if threshold is None else threshold
-    weight = separator.eval().speaker_queries
-    method = separator.gains if separator.is_spectrogram else separator
-
-    @torch.inference_mode()
-    def separate_windows(features: Tensor, alone: bool):
-        values, probs = method(features.to(weight.device, weight.dtype))
-        check_output(values, probs)
-        values, active = choose_talkers(
-            separator, values, torch.zeros_like(values[:, 0]), probs, threshold, num_speakers,
-            at_most=not alone)
-        return values.float().cpu(), probs.cpu(), active.cpu()
-
-    return separate_windows
 
 
 def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict, Tensor, list]:
@@ -2382,7 +2394,7 @@ def run_blocks(tower: nn.Module, hidden: Tensor, blocks, frame_mask: Tensor | No
 
 def tower_rest(tower: nn.Module, hidden: Tensor, frame_mask, layer: int | None) -> Tensor:
     """Run what follows block ``layer`` of an encoder on ``hidden [B, T, D]``."""
-    if layer is None:
+    if layer is None:  # separated at the encoder's output
         return hidden
     hidden = run_blocks(tower, hidden, tower.layers[layer:], frame_mask)
     if hasattr(tower, "avg_pooler"):
@@ -2405,7 +2417,7 @@ def tower_front(
     hidden = run_blocks(tower, hidden, tower.layers[:layer], frame_mask)
     if layer is not None:
         return hidden, frame_mask
-    hidden = tower_rest(tower, hidden, None, len(tower.layers))
+    hidden = tower_rest(tower, hidden, None, len(tower.layers))  # no block: pooling and norm
     halved = hasattr(tower, "avg_pooler")
     return hidden, audio_frames(mel_mask, hidden.shape[1], halved, hidden.device)
 
@@ -2454,14 +2466,14 @@ def check_call(integration: Integration, ids, features, mode: str, option) -> No
                          "slot each; mode='joint' puts the talkers of every slot in its place")
 
 
-def repeat_rows(kwargs: dict, rows: list[int], A: int) -> dict:
+def repeat_rows(kwargs: dict, recordings: list[int], A: int) -> dict:
     """Repeat what belongs to one of ``A`` recordings for each of its rows."""
     repeated = dict(kwargs)
     for name, value in kwargs.items():
         if isinstance(value, Tensor) and value.dim() > 1 and len(value) == A:
-            repeated[name] = value[rows]
+            repeated[name] = value[recordings]
         elif name == "language" and isinstance(value, (list, tuple)):
-            repeated[name] = [value[row] for row in rows]
+            repeated[name] = [value[recording] for recording in recordings]
     return repeated
 
 
@@ -2528,6 +2540,7 @@ class Integration:
         # Libraries keep wrappers on the object itself (accelerate its hooks): call and restore it.
         self.own_generate = vars(model).get("generate")
 
+    @property
     def original_generate(self):
         """Return the ``generate`` that this integration stands before."""
         return self.own_generate or type(self.model).generate.__get__(self.model)
@@ -2565,7 +2578,7 @@ class Integration:
         talkers = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
         return streams, frame_mask, talkers, active.cumsum(1)[active].tolist()
 
-    def _rows_of_whisper(self, talkers: list, kwargs: dict, option) -> tuple[list, dict]:
+    def _rows_of_encoder_outputs(self, talkers: list, kwargs: dict, option) -> tuple[list, dict]:
         """Repeat talkers for several answers each, since Whisper does not repeat encoder_outputs.
 
         Bars timestamps too: Whisper would read the recording on from the last one.
@@ -2580,7 +2593,11 @@ class Integration:
 
     @torch.no_grad()
     def _model_inputs(self, ids, streams: Tensor, frame_mask, dtype, kwargs: dict, joint: bool):
-        """Return the first argument and keywords of ``generate`` for streams [R, T, D]."""
+        """Return the first argument and keywords of ``generate`` for streams [R, T, D].
+
+        Whisper takes spectrograms, or ``encoder_outputs`` of hidden features; Qwen2-Audio takes
+        ``input_features``, or ``inputs_embeds`` of hidden features and in joint mode.
+        """
         if self.separator.is_spectrogram:
             spectrograms = streams.transpose(1, 2).to(dtype)
             if not self.is_qwen:
@@ -2623,7 +2640,7 @@ class Integration:
             features = kwargs.pop("input_features", inputs)
         check_call(self, ids, features, mode, option)
         if features is None:
-            return self.original_generate()(ids, *args, **kwargs)
+            return self.original_generate(ids, *args, **kwargs)
         mask_name = "feature_attention_mask" if self.is_qwen else "attention_mask"
         mel_mask = kwargs.get(mask_name)
         choose_rows = choose_rows or self.choose_rows
@@ -2632,7 +2649,7 @@ class Integration:
             model.speaker_rows = []
             return no_rows(ids, option)
         if not (self.is_qwen or self.separator.is_spectrogram):
-            talkers, kwargs = self._rows_of_whisper(talkers, kwargs, option)
+            talkers, kwargs = self._rows_of_encoder_outputs(talkers, kwargs, option)
         recordings, numbers = [a for a, _, _ in talkers], [s for _, s, _ in talkers]
         if joint:
             prompts, mask, kept = joint_prompts(model, ids, recordings, labels, kwargs)
@@ -2643,7 +2660,7 @@ class Integration:
         main, kwargs = self._model_inputs(
             prompts, streams[recordings, numbers], frame_mask[recordings], features.dtype, kwargs,
             joint)
-        output = self.original_generate()(main, *args, **kwargs)
+        output = self.original_generate(main, *args, **kwargs)
         sequences = output if isinstance(output, Tensor) else output["sequences"]
         copies = 1 if joint else len(sequences) // len(talkers)
         model.speaker_rows = [talker for talker in talkers for _ in range(copies)]
@@ -2871,7 +2888,7 @@ def open_separator(args, spectrograms: bool, device: str):
 
 
 @contextlib.contextmanager
-def answering(model: str):
+def running(model: str):
     """Turn errors that a model's files cause into a ValueError that names the model.
 
     Errors in this project's code pass. The random seed is fixed: a Whisper that decodes again
@@ -2970,7 +2987,7 @@ def cmd_evaluate(args) -> None:
     print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
     if args.model:
         model, processor = load_model(args.model, device, args.dtype)
-        with answering(args.model):
+        with running(args.model):
             rows = evaluate_words(
                 separator, dataset, model, processor, threshold=args.threshold, prompt=args.prompt,
                 num_speakers=args.num_speakers, max_new_tokens=args.max_new_tokens)
@@ -3080,7 +3097,7 @@ def check_integration(args, config, separator) -> None:
     check_writable(args.json, args.jsonl, inputs=(*args.audio, args.checkpoint, args.model))
 
 
-def load_answering(args, separator, device: str, layer: int | None = None):
+def load_integrated(args, separator, device: str, layer: int | None = None):
     """Put a separator into a model; return ``answer_per_talker`` of it with the options given."""
     from audio import load_model
     from long_recordings import answer_per_talker
@@ -3103,13 +3120,13 @@ def cmd_integrate(args) -> None:
         print(f"{args.jsonl} has every recording already")
         return
     for audio in pending:
-        recording_length(audio)
-    separator, checkpoint = open_separator(args, True, "cpu")
+        recording_length(audio)  # what cannot be read fails before the model is loaded
+    separator, checkpoint = open_separator(args, spectrograms=True, device="cpu")
     check_integration(args, config, separator)
-    answer, answers = load_answering(args, separator, device, args.layer), {}
+    answer, answers = load_integrated(args, separator, device, args.layer), {}
     print(f"separator {checkpoint}")
     for audio in pending:
-        with answering(args.model):
+        with running(args.model):
             answers[audio] = answer(audio, num_speakers=args.num_speakers, mode=args.mode)
         append_line(args.jsonl, {"input": audio, "answers": answers[audio]})
         if len(args.audio) > 1:
@@ -3134,13 +3151,13 @@ def cmd_demo(args) -> None:
     sys.path.append(str(Path(__file__).resolve().parent / "examples"))
     from demo_page import build_page
 
-    separator, checkpoint = open_separator(args, True, device)
+    separator, checkpoint = open_separator(args, spectrograms=True, device=device)
     if not separator.is_spectrogram:
         raise ValueError(f"{checkpoint} reads features: the page needs a spectrogram separator")
-    answer = load_answering(args, separator, device) if args.model else None
-    separate = partial(infer_recording, separator=separator, encoder=None, threshold=args.threshold)
+    answer = load_integrated(args, separator, device) if args.model else None
+    infer = partial(infer_recording, separator=separator, encoder=None, threshold=args.threshold)
     print(f"separator {checkpoint}")
-    page = build_page(separate, answer, separator.max_speakers, args.num_speakers)
+    page = build_page(infer, answer, separator.max_speakers, args.num_speakers)
     _, address, _ = page.launch(server_name="127.0.0.1", server_port=args.port, inbrowser=True,
                                 quiet=True, prevent_thread_lock=True)
     print(f"page {address}, until Ctrl-C", flush=True)
