@@ -3242,8 +3242,11 @@ def add_shared_arguments(name: str, add) -> None:
             help="length limit of each answer (default: 256; Whisper: 200)")
     default = argparse.SUPPRESS if name == "train" else "auto"
     add("--device", default=default, help="where to compute: auto, cpu, cuda or mps")
-    add("--dtype", default=default, choices=["auto", "float32", "bfloat16"],
-        help="precision; auto is bfloat16 where the device has units for it")
+    if name == "infer":
+        add("--dtype", default=default, choices=["auto", "float32"], help="precision: float32")
+    else:
+        add("--dtype", default=default, choices=["auto", "float32", "bfloat16"],
+            help="precision; auto is bfloat16 where the device has units for it")
 
 
 COMMANDS = {  # function, its options and an example
