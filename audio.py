@@ -31,6 +31,7 @@ FIXED = {"n_fft": N_FFT, "hop_length": HOP_LENGTH, "sampling_rate": SAMPLING_RAT
 PIECE, SPAN = 60 * FRAME_RATE, 4  # frames resynthesised at a time, and those shared at an edge
 ENVELOPE = 48  # samples of the cepstrum: 3 ms, shorter than a period of most voices
 SHORTEST = 640  # samples: one output frame of Qwen2-Audio's encoder
+LOG_MEL_RANGE = 2.0  # Whisper's floor below the loudest bin: 80 dB
 DIGITAL_SILENCE = -1.5  # what ``log_mel`` gives for it: (log10(1e-10) + 4) / 4
 
 
@@ -151,12 +152,12 @@ def check_length(audio, length: int) -> int:
     return length
 
 
-def recording_length(audio, given_rate: int | None = None) -> int:
+def recording_length(audio) -> int:
     """Return how many samples at 16 kHz a recording has; it is read to its end.
 
     Raises as ``read_audio`` and ``check_length`` do.
     """
-    return check_length(audio, sum(map(len, audio_blocks(audio, given_rate))))
+    return check_length(audio, sum(map(len, audio_blocks(audio))))
 
 
 def write_wav(path, samples: np.ndarray) -> None:
@@ -216,7 +217,8 @@ def log_mel(waveforms: Tensor, num_bins: int = 80) -> Tensor:
 
 def floor_log_mel(spectrograms: Tensor) -> Tensor:
     """Raise spectrograms [..., T, D] to 80 dB (2 in Whisper's units) below their loudest bin."""
-    return torch.maximum(spectrograms, spectrograms.amax((-2, -1), keepdim=True) - 2)
+    loudest = spectrograms.amax((-2, -1), keepdim=True)
+    return torch.maximum(spectrograms, loudest - LOG_MEL_RANGE)
 
 
 def _apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
@@ -410,6 +412,7 @@ def load_audio_encoder(path_or_id: str, layer: int | None = None, device="cpu") 
             raise ValueError(
                 f"layer must be 0 to {len(tower.layers)} for this encoder, not {layer}")
         tower.layers, tower.layer_norm = tower.layers[:layer], nn.Identity()
-        tower.avg_pooler = nn.Identity() if halves else None
+        if halves:
+            tower.avg_pooler = nn.Identity()
     tower = tower.to(device).eval().requires_grad_(False)
     return AudioEncoder(tower, extractor, str(path_or_id), 4 if halves and layer is None else 2)

@@ -495,33 +495,39 @@ def print_statistics(split: str, entries: list[dict]) -> None:
 
 
 def make_staging(output_dir: Path) -> Path:
-    """Make the folder that this process writes to; remove those of processes that were killed."""
+    """Make the folder that this process writes to; clear up after processes that were killed."""
     staging = output_dir / f".making_{os.getpid()}"
-    for left in (staging, output_dir / REPLACING):
-        shutil.rmtree(left, ignore_errors=True)
+    finish_replacing(output_dir)
+    shutil.rmtree(staging, ignore_errors=True)
     for folder in output_dir.glob(".making_[0-9]*"):
         try:
             os.kill(int(folder.name.removeprefix(".making_")), 0)
-        except OSError:  # no such process
+        except ProcessLookupError:
             shutil.rmtree(folder, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
 
 
 def replace_dataset(staging: Path, output_dir: Path) -> None:
-    """Replace the dataset in ``output_dir`` by that in ``staging``; other files stay.
+    """Replace the dataset in ``output_dir`` by that in ``staging``; other files stay."""
+    staging.replace(output_dir / REPLACING)  # of two runs at once one fails here
+    finish_replacing(output_dir)
 
-    The earlier splits go first. So, whenever a run is killed, a split that is there is whole and
-    belongs to the dataset.json beside it. Of two runs at once one fails here.
+
+def finish_replacing(output_dir: Path) -> None:
+    """Move a whole dataset from ``REPLACING`` to its place: now, or after a process was killed.
+
+    The earlier splits go first. So, whenever a process is killed, a split that is there is whole
+    and belongs to the dataset.json beside it.
     """
     new = output_dir / REPLACING
-    staging.replace(new)
     for split in ("train", "val"):
-        if (old := output_dir / split).exists():
-            old.replace(new / f"old_{split}")
+        if (new / split).exists() and (output_dir / split).exists():
+            (output_dir / split).replace(new / f"old_{split}")
     for part in ("dataset.json", "val", "train"):
-        (new / part).replace(output_dir / part)
-    shutil.rmtree(new)
+        if (new / part).exists():
+            (new / part).replace(output_dir / part)
+    shutil.rmtree(new, ignore_errors=True)
 
 
 def write_dataset(
@@ -631,9 +637,12 @@ def check_arguments(args) -> None:
         raise ValueError(f"--seq_len times --feature_dim can be {MOST_VALUES:,} at most")
     if args.layer is not None and not args.encoder:
         raise ValueError("--layer needs --encoder")
-    for name in ("encoder", "overlap", "noise_dir", "reverb", "max_seconds"):
-        if getattr(args, name) and not args.speech_dir:
-            raise ValueError(f"--{name} needs recordings: give --speech_dir")
+    default = build_parser().parse_args([])
+    recorded = (*MIXING, "noise_dir", "encoder", "split_by", "workers", "device")
+    for name in ("seq_len", "feature_dim") if args.speech_dir else recorded:
+        if getattr(args, name) != getattr(default, name):
+            raise ValueError(f"--{name} is for simulated talkers alone" if args.speech_dir else
+                             f"--{name} needs recordings: give --speech_dir")
     if args.reverb and not find_spec("pyroomacoustics"):
         raise ValueError("--reverb needs pyroomacoustics: pip install -r requirements.txt")
 

@@ -27,6 +27,7 @@ from audio import (
     DIGITAL_SILENCE,
     FRAME_RATE,
     HOP_LENGTH,
+    LOG_MEL_RANGE,
     SAMPLING_RATE,
     AudioEncoder,
     audio_blocks,
@@ -39,7 +40,7 @@ WINDOW_SECONDS = 30
 WINDOW_BATCH = 4  # windows separated at once: a GPU is kept busy, and memory stays flat
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30  # limits of a model folder's chat template
 TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
-ABSENT = -2.0  # gain of a talker in windows without it: 80 dB down
+ABSENT = -LOG_MEL_RANGE  # gain of a talker in windows without it: 80 dB down
 DEFAULT_PROMPT = "What does the person say?"
 QWEN_TOKENS, WHISPER_TOKENS = 256, 200  # longest answers; nobody says 200 tokens in 30 s
 # A Whisper that repeats itself decodes again, as its authors let it (arXiv:2212.04356).
@@ -140,9 +141,10 @@ class TalkerTracker:
 
         # Largest distance of one talker's voices: twice the geometric mean of both mean distances.
         # Measured: with a factor above 2 the second of two talkers is missed more often.
-        means = [np.mean(distances) for distances in (self.same, self.different) if distances]
+        means = [max(np.mean(distances), 0.01)  # a recording that repeats itself has 0
+                 for distances in (self.same, self.different) if distances]
         limit = 2 * math.sqrt(means[0] * means[-1]) if means else 1e6
-        unit = np.mean(self.same) if self.same else limit / 4
+        unit = means[0] if self.same else limit / 4
         agreement = np.nan_to_num(alike - self.ALIKE)
         score = self.SHARED * agreement - distance / unit + self.OFTEN * np.log(self.windows)
         streams, known = alike.shape

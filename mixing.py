@@ -21,7 +21,7 @@ from audio import SAMPLING_RATE, audio_info, change_voice, read_audio
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
-CACHED_RECORDINGS, CACHED_SECONDS = 8192, 60.0  # decoded recordings kept in memory, 16 bits each
+CACHED_RECORDINGS, CACHED_SECONDS = 8192, 20.0  # decoded recordings kept in memory, 16 bits each
 EQUALIZER = np.tile([1.5, 3.0, 4.5, 6.0], 2)  # of a random curve: finer parts are weaker
 OVERLAP_STEPS = 200  # placements tried between turn-taking and the most overlap
 OVERLAP_TOLERANCE, OVERLAP_DRAWS = 0.01, 30  # draws of talkers until the ratio is met
@@ -240,14 +240,15 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
     """Set onsets for a target ratio; return how far the ratio is off, and the talkers.
 
     The first talker keeps the earliest onset drawn. While the ratio is out of reach, the longest
-    talker says one utterance less, but never fewer than ``join`` asks for.
+    talker says one utterance less, but no less than ``join`` and ``min_seconds`` ask for.
     """
     lead, window = min(t.onset for t in talkers), options.max_seconds or np.inf
     best = (np.inf, [], [])
     while True:
         onsets, miss = _place(rng, talkers, target, window)
         best = min(best, (miss, talkers, onsets), key=lambda plan: plan[0])
-        can_shorten = [t for t in talkers if len(t.utterances) > options.join[0]]
+        can_shorten = [t for t in talkers if len(t.utterances) > options.join[0]
+                       and _without_last(t).seconds >= options.min_seconds]
         if best[0] <= OVERLAP_TOLERANCE or not can_shorten:
             break
         longest = max(can_shorten, key=lambda talker: talker.seconds)
@@ -320,9 +321,14 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
 
 
 @lru_cache(maxsize=CACHED_RECORDINGS)
-def _decoded(path) -> np.ndarray:
-    """Decode a recording once and keep it in 16 bits, half the memory of float32."""
-    return np.round(np.clip(read_audio(path), -1, 1) * 32767).astype(np.int16)
+def _decoded(path) -> tuple[np.ndarray, np.float32]:
+    """Decode a recording once and keep it in 16 bits, half the memory of float32, and their unit.
+
+    The loudest sample is the largest integer, so that no level is too low or too high.
+    """
+    samples = read_audio(path)
+    unit = np.float32(max(np.abs(samples).max(), 1e-9) / 32767)
+    return np.round(samples / unit).astype(np.int16), unit
 
 
 def _samples_of(path, speed: float = 1.0) -> np.ndarray:
@@ -330,7 +336,7 @@ def _samples_of(path, speed: float = 1.0) -> np.ndarray:
     import soxr
 
     kept = recording_seconds(path) <= CACHED_SECONDS
-    samples = _decoded(path).astype(np.float32) / 32767 if kept else read_audio(path)
+    samples = np.multiply(*_decoded(path), dtype=np.float32) if kept else read_audio(path)
     return samples if speed == 1 else soxr.resample(samples, SAMPLING_RATE * speed, SAMPLING_RATE)
 
 
@@ -407,7 +413,8 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     """
     responses = [None] * MOUTHS if plan.room is None else room_responses(plan.room)
     waveforms = [render_talker(talker, response)
-                 for talker, response in zip(plan.talkers, responses, strict=False)]
+                 for talker, response in zip(
+                     plan.talkers, responses[: len(plan.talkers)], strict=True)]
     length = max(map(len, waveforms), default=max(1, round(plan.seconds * SAMPLING_RATE)))
     if max_seconds is not None:
         length = min(length, round(max_seconds * SAMPLING_RATE))

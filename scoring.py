@@ -16,20 +16,21 @@ from audio import mel_bin
 # Words
 
 
-def normalize_words(text: str) -> list[str]:
+def normalize_words(text: str, english: bool | None = None) -> list[str]:
     """Return the words of a text for counting errors.
 
-    English (ASCII) text goes through Whisper's English normaliser, which writes numerals and
-    contractions one way; its numbers are then split into digits, since "three one nine" and
-    "3, 1, 9" say the same. Other text goes through Whisper's basic normaliser, and Chinese and
-    Japanese are counted by characters.
+    ``english`` text (default: if it is ASCII) goes through Whisper's English normaliser, which
+    writes numerals and contractions one way; its numbers are then split into digits, since "three
+    one nine" and "3, 1, 9" say the same. Other text goes through Whisper's basic normaliser, and
+    Chinese and Japanese are counted by characters.
     """
     from transformers.models.whisper.english_normalizer import (
         BasicTextNormalizer,
         EnglishTextNormalizer,
     )
 
-    if text.isascii():
+    text = text.replace("\u2019", "'")  # a printer's apostrophe
+    if text.isascii() if english is None else english:
         words = re.sub(r"(\d)", r" \1 ", EnglishTextNormalizer({})(text)).split()
         return ["1" if word == "one" else word for word in words]  # the only digit left as a word
     text = BasicTextNormalizer()(text)
@@ -49,7 +50,8 @@ def cp_word_errors(references: list[str], hypotheses: list[str]) -> tuple[int, i
     from scipy.optimize import linear_sum_assignment
 
     size = max(len(references), len(hypotheses))
-    said, heard = ([normalize_words(text) for text in texts] + [[]] * (size - len(texts))
+    english = all(text.isascii() for text in references)  # one normaliser for both sides
+    said, heard = ([normalize_words(text, english) for text in texts] + [[]] * (size - len(texts))
                    for texts in (references, hypotheses))
     cost = np.zeros((size, size), int)
     for i, reference in enumerate(said):

@@ -521,7 +521,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     ):
         super().__init__()
         self.max_speakers, self.threshold = max_speakers, threshold
-        self.feature_source = {"kind": "recordings"}
+        self.feature_source = {"kind": "recordings", "frame_rate": 100}
         self.config = {  # arguments that build a copy
             "max_speakers": max_speakers, "num_layers": num_layers, "num_heads": num_heads,
             "ff_dim": ff_dim, "dim": dim, "dropout": dropout, "threshold": threshold}
@@ -1365,9 +1365,9 @@ class Stopped(KeyboardInterrupt):
 
 
 def outlast_signals(_=None) -> None:
-    """Keep a worker alive after signals to all processes, while the main one ends its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    """Keep a worker alive after signals to all processes; torch ends it with the main one."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -1567,7 +1567,7 @@ def load_separator(path_or_id, device: str = "cpu"):
 
 def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and model.safetensors; an encoder on this disk is named by its folder."""
-    config = copy.deepcopy(separator.config)
+    config = copy.deepcopy(separator.config) | {"threshold": separator.threshold}
     encoder = config.get("feature_source", {}).get("encoder")
     if encoder and Path(encoder).exists():
         config["feature_source"]["encoder"] = Path(encoder).name
@@ -2344,7 +2344,8 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
         if scoring := import_sibling("scoring"):
             picture = staging / "separation.png"
             scoring.plot_streams(picture, [panels], about["frame_rate"], log_mel)
-        for old in folder.glob("speaker_*.*"):
+        ours = (folder / "separation.json").is_file()  # files of another origin stay
+        for old in folder.glob("speaker_*.*") if ours else ():
             number = old.stem.removeprefix("speaker_")
             if old.suffix in (".npy", ".wav") and number.isdigit() and old.resolve() != source:
                 old.unlink()
@@ -2749,7 +2750,6 @@ def integrate_speaker_separator(
 
     Raises FileNotFoundError or ValueError if model or checkpoint cannot be used or differ in size.
     """
-    remove_speaker_separator(model)
     whole = getattr(model, "_orig_mod", model)  # of a compiled one
     separator = separator_checkpoint
     if separator is None:
@@ -2765,6 +2765,7 @@ def integrate_speaker_separator(
     if max_speakers is not None and separator.max_speakers < max_speakers:
         raise ValueError(f"the separator has {separator.max_speakers} streams and "
                          f"max_speakers={max_speakers} was asked for")
+    remove_speaker_separator(model)
     integration = Integration(whole, separator, layer, threshold)
     # Set past nn.Module: the separator is no part of the model's weights and keeps its precision.
     vars(whole).update(
@@ -2849,21 +2850,23 @@ def evaluate_words(
 
 def check_writable(*files: str | None, inputs=()) -> None:
     """Fail unless result files could be written, and no input with them, before the work."""
-    for file in filter(None, files):
-        path = Path(file).resolve()
+    paths = {file: Path(file).resolve() for file in files if file}
+    if len(set(paths.values())) < len([file for file in files if file]):
+        raise ValueError("two results would go into the same file: choose another name")
+    for file, path in paths.items():
         if path.exists() and any(path.is_relative_to(Path(i).resolve()) for i in inputs if i):
             raise ValueError(f"{file} is an input and would be overwritten: choose another name")
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")
 
 
-def inputs_in(file: str | None) -> set[str]:
-    """Return which inputs have a line in a file of JSON lines; cut off half a line at its end."""
+def results_in(file: str | None) -> dict[str, dict]:
+    """Return the results in a file of JSON lines by input; cut off half a line at its end."""
     if file is None or not Path(file).is_file():
-        return set()
+        return {}
     with reading(file, "is not what --jsonl wrote"):
         *lines, rest = Path(file).read_bytes().split(b"\n")
-        done = {json.loads(line)["input"] for line in lines}
+        done = {row["input"]: row for row in map(json.loads, lines)}
         if not b'{"input": '.startswith(rest[:10]):
             raise ValueError("no line of results at its end")
     if rest:
@@ -2871,11 +2874,31 @@ def inputs_in(file: str | None) -> set[str]:
     return done
 
 
+def write_json(file: str | None, content: dict) -> None:
+    """Write a file of JSON, if one is named."""
+    if file is not None:
+        Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def append_line(file: str | None, row: dict) -> None:
     """Append a line of JSON to a file, if there is one."""
     if file is not None:
         with open(file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
+
+
+def check_questions(args) -> None:
+    """Fail if there are options of answers, but no model that answers."""
+    if not args.model and (args.prompt is not None or args.max_new_tokens is not None):
+        raise ValueError("--prompt and --max_new_tokens are for a model's answers: add --model")
+
+
+def check_prompt(prompt: str | None, config) -> None:
+    """Fail if a model of this configuration cannot be asked so."""
+    if config.model_type == "whisper" and prompt is not None:
+        raise ValueError("--prompt is for Qwen2-Audio; Whisper takes no prompt")
+    if "<|AUDIO|>" in (prompt or ""):
+        raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
 
 
 def open_separator(args, spectrograms: bool, device: str):
@@ -2958,8 +2981,7 @@ def cmd_evaluate(args) -> None:
     import scoring
 
     device = pick_device(args.device)
-    if not args.model and (args.prompt or args.max_new_tokens):
-        raise ValueError("--prompt and --max_new_tokens are for counting words: add --model")
+    check_questions(args)
     data, default = Path(args.data_dir), Path(DEFAULT_CHECKPOINT_DIR) / "best_model.pt"
     check_writable(args.json, args.picture, inputs=(
         data / args.split, data / "dataset.json", args.checkpoint or default, SHIPPED_SEPARATOR,
@@ -2972,7 +2994,7 @@ def cmd_evaluate(args) -> None:
         from audio import load_config, load_model
 
         texts_of_recordings(dataset)
-        load_config(args.model)
+        check_prompt(args.prompt, load_config(args.model))
     scores = evaluate_separator(
         separator, dataset, batch_size=args.batch_size, device=device,
         dtype=pick_dtype(args.dtype, device)[0], threshold=args.threshold,
@@ -2993,12 +3015,11 @@ def cmd_evaluate(args) -> None:
                 num_speakers=args.num_speakers, max_new_tokens=args.max_new_tokens)
         scores["words"] = scoring.word_scores(rows)
         print("\n" + "\n".join(scoring.word_table(scores["words"])))
-    if args.json:
-        Path(args.json).write_text(json.dumps(scores, indent=2) + "\n")
+    write_json(args.json, scores)
     if args.picture:
-        rate = 100 if separator.is_spectrogram else separator.feature_source.get("frame_rate")
-        scoring.plot_streams(args.picture, sample_panels(separator, dataset, device), rate,
-                             separator.is_spectrogram)
+        scoring.plot_streams(
+            args.picture, sample_panels(separator, dataset, device),
+            separator.feature_source.get("frame_rate"), separator.is_spectrogram)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3067,7 +3088,7 @@ def cmd_infer(args) -> None:
     """Separate a mixture, or each in a folder, into a file per talker."""
     device, source = pick_device(args.device), Path(args.input)
     check_writable(args.jsonl)
-    done = inputs_in(args.jsonl)
+    done = results_in(args.jsonl)
     paths = [path for path in list_inputs(source) if str(path) not in done]
     if not paths:
         print(f"{args.jsonl} has every recording already")
@@ -3090,11 +3111,9 @@ def cmd_infer(args) -> None:
 def check_integration(args, config, separator) -> None:
     """Check what can be checked before the model is loaded."""
     check_fit(separator, getattr(config, "audio_config", config), args.layer)
-    if config.model_type == "whisper" and (args.prompt is not None or args.mode == "joint"):
-        raise ValueError("--prompt and --mode=joint are for Qwen2-Audio; Whisper takes no prompt")
-    if "<|AUDIO|>" in (args.prompt or ""):
-        raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
-    check_writable(args.json, args.jsonl, inputs=(*args.audio, args.checkpoint, args.model))
+    check_prompt(args.prompt, config)
+    if config.model_type == "whisper" and args.mode == "joint":
+        raise ValueError("--mode=joint is for Qwen2-Audio; Whisper takes no prompt")
 
 
 def load_integrated(args, separator, device: str, layer: int | None = None):
@@ -3114,16 +3133,20 @@ def cmd_integrate(args) -> None:
     from audio import load_config, recording_length
 
     device, config = pick_device(args.device), load_config(args.model)
-    done = inputs_in(args.jsonl)
+    check_writable(args.json, args.jsonl, inputs=(
+        *args.audio, args.checkpoint, SHIPPED_SEPARATOR, args.model))
+    done = results_in(args.jsonl)
+    answers = {audio: done[audio].get("answers", []) for audio in args.audio if audio in done}
     pending = [audio for audio in args.audio if audio not in done]
     if not pending:
         print(f"{args.jsonl} has every recording already")
+        write_json(args.json, answers)
         return
     for audio in pending:
         recording_length(audio)  # what cannot be read fails before the model is loaded
     separator, checkpoint = open_separator(args, spectrograms=True, device="cpu")
     check_integration(args, config, separator)
-    answer, answers = load_integrated(args, separator, device, args.layer), {}
+    answer = load_integrated(args, separator, device, args.layer)
     print(f"separator {checkpoint}")
     for audio in pending:
         with running(args.model):
@@ -3137,8 +3160,7 @@ def cmd_integrate(args) -> None:
             print(f"{who} ({row['probability']:.2f}): {row['text']}")
         if not answers[audio]:
             print("no talker found")
-    if args.json:
-        Path(args.json).write_text(json.dumps(answers, indent=2) + "\n")
+    write_json(args.json, answers)
 
 
 def cmd_demo(args) -> None:
@@ -3146,6 +3168,7 @@ def cmd_demo(args) -> None:
     from importlib.util import find_spec
 
     device = pick_device(args.device)
+    check_questions(args)
     if find_spec("gradio") is None:
         raise ValueError("the page needs gradio: pip install gradio")
     sys.path.append(str(Path(__file__).resolve().parent / "examples"))
@@ -3246,7 +3269,7 @@ def add_shared_arguments(name: str, add) -> None:
         add("--dtype", default=default, choices=["auto", "float32"], help="precision: float32")
     else:
         add("--dtype", default=default, choices=["auto", "float32", "bfloat16"],
-            help="precision; auto is bfloat16 where the device has units for it")
+            help="precision; auto: bfloat16 where the device has units for it, but a model's own")
 
 
 COMMANDS = {  # function, its options and an example

@@ -88,12 +88,12 @@ def measure(folder: Path, checkpoint, seconds: float, seed: int, num_speakers=No
         for n, talker in enumerate(recording.talkers):
             error = (talker.values[start:end] - wanted[:, start:end].clamp(-2, 0)).square()
             votes[w, n] = -(error * present[:, start:end]).mean((1, 2)).numpy()
-    if not recording.talkers:
-        return {"windows": len(spans), "kept": 0.0, "talkers": 0}
-    names = max(permutations(range(len(recording.talkers)), min(2, len(recording.talkers))),
-                key=lambda order: sum(votes[:, n, t].sum() for t, n in enumerate(order)))
-    kept = [votes[w, names[0], 0] + votes[w, names[-1], 1]
-            >= votes[w, names[0], 1] + votes[w, names[-1], 0] for w in range(len(spans))]
+    if len(recording.talkers) < 2:
+        return {"windows": len(spans), "kept": 0.0, "talkers": len(recording.talkers)}
+    one, other = max(permutations(range(len(recording.talkers)), 2),
+                     key=lambda order: sum(votes[:, n, t].sum() for t, n in enumerate(order)))
+    kept = [votes[w, one, 0] + votes[w, other, 1] >= votes[w, one, 1] + votes[w, other, 0]
+            for w in range(len(spans))]
     return {"windows": len(spans), "kept": float(np.mean(kept)), "talkers": len(recording.talkers)}
 
 

@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20_000, help="a multiple of 1,000")
     args = parser.parse_args(argv)
+    if args.steps < EPOCH:
+        parser.error(f"--steps must be {EPOCH} or more")
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run([sys.executable, ROOT / "generate_multi_speaker_dataset.py",
                         "--feature_dim=64", "--seq_len=20", "--output_dir=data"],

@@ -9,6 +9,7 @@ and corpus: recordings 0 to 9 of each digit and speaker are for validation, the 
 import argparse
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,9 +18,13 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 def main(folder: str, manifest: str) -> int:
     """Write the manifest; returns 0, or 2 where there are no recordings."""
-    recordings = sorted(Path(folder).glob("[0-9]_*_*.wav"))
+    recordings = sorted(path for path in Path(folder).glob("[0-9]_*.wav")
+                        if re.fullmatch(r"\d_[^_]+_\d+", path.stem))
     if not recordings:
         print(f"error: no recordings named like 7_theo_3.wav in {folder}", file=sys.stderr)
+        return 2
+    if not Path(manifest).resolve().parent.is_dir():
+        print(f"error: no folder to write {manifest} into", file=sys.stderr)
         return 2
     with open(manifest, "w", encoding="utf-8") as lines:
         for path in recordings:

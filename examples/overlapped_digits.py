@@ -43,13 +43,19 @@ def existing(path: Path) -> Path:
     return path
 
 
-def generate(args, name: str, *flags) -> Path:
-    """Make one dataset of digits, unless it is there already."""
-    folder = args.work_dir / name
-    if not (folder / "dataset.json").is_file():
-        run(generator, f"--speech_dir={args.work_dir / 'digits.jsonl'}", f"--output_dir={folder}",
-            "--max_seconds=4", *flags)
+def make_dataset(folder: Path, *words) -> Path:
+    """Make a dataset, unless the same command made the one that is there."""
+    words = [f"--output_dir={folder}", *map(str, words)]
+    about, command = folder / "dataset.json", " ".join([Path(generator.__file__).name, *words])
+    if not about.is_file() or json.loads(about.read_text("utf-8"))["command_line"] != command:
+        run(generator, *words)
     return folder
+
+
+def generate(args, name: str, *flags) -> Path:
+    """Make one dataset of digits."""
+    return make_dataset(args.work_dir / name, f"--speech_dir={args.work_dir / 'digits.jsonl'}",
+                        "--max_seconds=4", *flags)
 
 
 def make_data(args) -> tuple[Path, dict[str, Path]]:
@@ -78,11 +84,13 @@ def make_data(args) -> tuple[Path, dict[str, Path]]:
 def make_noises(folder: Path, seed: int) -> None:
     """Write a minute of white and of falling noise."""
     if not folder.is_dir():
-        folder.mkdir(parents=True)
+        part = folder.with_suffix(".part")  # a folder that is there is whole
+        part.mkdir(parents=True, exist_ok=True)
         white = np.random.default_rng(seed).standard_normal(60 * SAMPLING_RATE)
         falling = np.convolve(white, 0.95 ** np.arange(100), mode="same")
         for name, noise in (("white", white), ("falling", falling)):
-            write_wav(folder / f"{name}.wav", 0.1 * noise / np.std(noise))
+            write_wav(part / f"{name}.wav", 0.1 * noise / np.std(noise))
+        part.rename(folder)
 
 
 def train(args, data: Path) -> Path:

@@ -15,9 +15,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from overlapped_digits import existing, run  # noqa: E402
+from overlapped_digits import existing, make_dataset, run  # noqa: E402
 
-import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 from scoring import markdown_table, word_table  # noqa: E402
 
@@ -27,21 +26,19 @@ def select_corpus(args) -> Path:
     source = existing(Path(args.speech) / "manifest.jsonl")
     rows = map(json.loads, source.read_text(encoding="utf-8").splitlines())
     rows = [row | {"audio": str((source.parent / row["audio"]).resolve())} for row in rows
-            if row.get("corpus", "").startswith(args.corpus)]
-    manifest = args.work_dir / "speech.jsonl"
+            if (row.get("corpus") or "").startswith(args.corpus)]
+    manifest = args.work_dir / f"{args.corpus}.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return manifest
 
 
 def make_test_set(args, talkers: int) -> Path:
     """Make the mixtures of so many talkers, unless they are there already."""
-    folder = args.work_dir / f"{talkers}_talkers"
-    if not (folder / "dataset.json").is_file():
-        speech = select_corpus(args) if args.corpus else args.speech
-        run(generator, f"--speech_dir={speech}", f"--output_dir={folder}", "--train_samples=1",
-            f"--val_samples={args.samples}", f"--min_speakers={talkers}",
-            f"--max_speakers={talkers}", "--overlap", 0.81, 1, "--max_seconds=17", "--seed=5")
-    return folder
+    speech = select_corpus(args) if args.corpus else args.speech
+    return make_dataset(
+        args.work_dir / f"{talkers}_talkers", f"--speech_dir={speech}", "--train_samples=1",
+        f"--val_samples={args.samples}", f"--min_speakers={talkers}", f"--max_speakers={talkers}",
+        "--overlap", 0.81, 1, "--max_seconds=17", "--seed=5")
 
 
 def evaluate(args, talkers: int) -> dict:

@@ -18,9 +18,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import digits_manifest  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from overlapped_digits import existing, run  # noqa: E402
+from overlapped_digits import existing, make_dataset, run  # noqa: E402
 
-import generate_multi_speaker_dataset as generator  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, write_wav  # noqa: E402
 
@@ -41,7 +40,7 @@ def write_manifest(args, name: str, read_speech: int) -> Path:
             for line in listing.read_text(encoding="utf-8").splitlines():
                 row = json.loads(line)
                 row["audio"] = str((listing.parent / row["audio"]).resolve())
-                training = row["split"] == "train"
+                training = row.get("split") == "train"
                 if listing == digits and not training:
                     continue
                 is_read = row.get("corpus") == "librispeech" and training
@@ -53,26 +52,27 @@ def make_noises(args) -> Path:
     """Copy the recordings of noise, and add half as many steady ones, white to brown."""
     folder = args.work_dir / "noise"
     if not folder.is_dir():
-        shutil.copytree(Path(args.speech) / "noise", folder)
+        part = folder.with_suffix(".part")  # a folder that is there is whole
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(Path(args.speech) / "noise", part)
         rng, samples = np.random.default_rng(0), 6 * SAMPLING_RATE
         frequencies = np.arange(1, samples // 2 + 2)
-        for number in range(len(list(folder.iterdir())) // 2):
+        for number in range(len(list(part.iterdir())) // 2):
             spectrum = np.fft.rfft(rng.standard_normal(samples))
             noise = np.fft.irfft(spectrum * frequencies ** -rng.uniform(0, 1))
-            write_wav(folder / f"steady_{number}.wav", 0.1 * noise / np.std(noise))
+            write_wav(part / f"steady_{number}.wav", 0.1 * noise / np.std(noise))
+        part.rename(folder)
     return folder
 
 
 def make_data(args, name: str, noise_dir, read_speech: int, *flags) -> Path:
     """Make a dataset whose recordings are mixed anew in training, unless it is there."""
-    data = args.work_dir / name
-    if not (data / "dataset.json").is_file():
-        run(generator, f"--speech_dir={write_manifest(args, name, read_speech)}",
-            f"--output_dir={data}", "--train_samples=10", "--val_samples=120", "--min_speakers=1",
-            "--join", 1, 3, "--min_seconds=3", "--level_difference=5", "--speed", 0.85, 1.2,
-            "--max_seconds=17", f"--noise_dir={noise_dir}", "--snr_db", 5, 50, "--reverb", 0.2,
-            "--formants", 0.85, 1.18, "--equalizer", 3.5, "--same_corpus", 0.8, *flags)
-    return data
+    return make_dataset(
+        args.work_dir / name, f"--speech_dir={write_manifest(args, name, read_speech)}",
+        "--train_samples=10", "--val_samples=120", "--min_speakers=1", "--join", 1, 3,
+        "--min_seconds=3", "--level_difference=5", "--speed", 0.85, 1.2, "--max_seconds=17",
+        f"--noise_dir={noise_dir}", "--snr_db", 5, 50, "--reverb", 0.2, "--formants", 0.85, 1.18,
+        "--equalizer", 3.5, "--same_corpus", 0.8, *flags)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         _, spectrogram, talkers = ssm.infer_recording(
             args.output_dir / "mixture.wav", separator, None, None, num_speakers=2)
         alone, per_talker = answer(args, mixture)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"without separator: {alone}")

@@ -370,13 +370,20 @@ def test_infer_writes_active_talkers_only(best, mixture_file, tmp_path, capsys):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_infer_known_count_removes_stale_files(count, best, mixture_file, tmp_path):
-    for name in ("speaker_1.npy", "speaker_7.npy", "speaker_12.npy", "speaker_notes.txt"):
+    for name in ("speaker_1.npy", "speaker_7.npy", "speaker_12.npy", "speaker_notes.txt",
+                 "separation.json"):
         (tmp_path / name).write_bytes(b"old")
     assert ssm.main(infer_flags(best, mixture_file, tmp_path, f"--num_speakers={count}")) == 0
     separator, features = ssm.load_separator(best), torch.from_numpy(np.load(mixture_file))
     likeliest = separator(features[None])[1][0].argsort(descending=True)[:count]
     check_separation(tmp_path, separator, features, sorted(likeliest.tolist()))
     assert (tmp_path / "speaker_notes.txt").read_bytes() == b"old"
+
+
+def test_infer_leaves_files_of_another_origin(best, mixture_file, tmp_path):
+    (tmp_path / "speaker_7.wav").write_bytes(b"mine")
+    assert ssm.main(infer_flags(best, mixture_file, tmp_path)) == 0
+    assert (tmp_path / "speaker_7.wav").read_bytes() == b"mine"
 
 
 def test_infer_uses_the_checkpoints_threshold(mixture_file, tmp_path):
@@ -475,11 +482,12 @@ def test_infer_leaves_its_own_input(kind, best, spectrogram_checkpoint, mixture_
     old, own = out / f"speaker_7.{suffix}", out / f"speaker_2.{suffix}"
     for path in (old, own):
         shutil.copy(source, path)
+    (out / "separation.json").write_text("{}")
     untouched = Untouched(old, own)
     argv = infer_flags(checkpoint, own, out, "--num_speakers=2")
     assert_fails(capsys, argv, own, "overwritten", "--output_dir")
     untouched.check()
-    assert len(list(out.iterdir())) == 2
+    assert len(list(out.iterdir())) == 3
     assert ssm.main(infer_flags(checkpoint, old, out, "--num_speakers=1")) == 0
     assert old.read_bytes() == source.read_bytes()
     assert not own.exists()  # of an earlier run with two talkers
@@ -651,6 +659,10 @@ def test_integrate_goes_on_in_a_file_of_lines(
     assert lines.read_text() == whole
     assert "150.wav" not in capsys.readouterr().out
     assert ssm.main(argv) == 0 and lines.read_text() == whole
+    answers = tmp_path / "answers.json"
+    assert ssm.main([*argv, f"--json={answers}"]) == 0  # what was answered before is in it
+    assert json.loads(answers.read_text()) == {row["input"]: row["answers"] for row in rows}
+    assert_fails(capsys, [*argv, f"--json={lines}"], "the same file")
     lines.write_text("[1]")
     assert_fails(capsys, argv, "answers.jsonl", "--jsonl")
     assert lines.read_text() == "[1]"

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,26 @@ def test_earlier_dataset_is_replaced_and_other_files_stay(own_dataset, capsys):
     assert (own_dataset / "notes.txt").read_text() == "mine"
     assert len(metadata(own_dataset, "train")) == 2 != len(before)
     assert len(list((own_dataset / "train/mixed").iterdir())) == 2
+
+
+@pytest.mark.parametrize("killed_at", range(1, 7))
+def test_a_run_killed_while_it_replaces_a_dataset(killed_at, own_dataset, monkeypatch):
+    """The next run finds a whole dataset, the new one or the earlier one."""
+    replace, moves = Path.replace, []
+
+    def move(self, target):
+        moves.append(target)
+        if len(moves) == killed_at:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", move)
+    argv = ["--feature_dim=32", "--seq_len=5", "--train_samples=2", "--val_samples=1", "--seed=7"]
+    assert generator.main([*argv, f"--output_dir={own_dataset}"]) == 130
+    shutil.rmtree(generator.make_staging(own_dataset))
+    sizes = {len(metadata(own_dataset, split)) for split in ("train", "val")}
+    about = json.loads((own_dataset / "dataset.json").read_text())
+    assert (about["seed"] == 7) == (sizes == {2, 1}) == (killed_at > 1)
 
 
 def test_foreign_folder_is_not_replaced(tmp_path, capsys):

@@ -32,15 +32,17 @@ def fsdd(tmp_path):
 
 def shrink(monkeypatch, module, *flags):
     """Let an example run the project's commands with a separator of a tiny size."""
-    run = module.run
+    run, make = module.run, module.make_dataset
 
     def run_small(command, *words):
-        small = flags if words[0] == "train" else ()
-        if "--val_samples=120" in words:  # of the training data
-            small = ("--val_samples=4", "--train_samples=1")
-        run(command, *words, *small)
+        run(command, *words, *(flags if words[0] == "train" else ()))
+
+    def make_small(folder, *words):
+        training = "--val_samples=120" in words
+        return make(folder, *words, *(("--val_samples=4", "--train_samples=1") * training))
 
     monkeypatch.setattr(module, "run", run_small)
+    monkeypatch.setattr(module, "make_dataset", make_small)
 
 
 def test_overlapped_digits_tells_the_whole_story(
@@ -59,6 +61,9 @@ def test_overlapped_digits_tells_the_whole_story(
     again = capsys.readouterr().out
     assert " train " not in again and "--speech_dir" not in again
     assert printed[printed.index("| cpWER") :] == again[again.index("| cpWER") :]
+    overlapped_digits.main([*argv[:-1], "--test_samples=2"])  # other test sets, the same training
+    other = capsys.readouterr().out
+    assert " train " not in other and "| 3 talkers, room | 2 |" in other
 
 
 def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):

@@ -133,6 +133,14 @@ def test_streams_of_a_window_with_nobody_are_not_followed():
     assert tracker.number(lanes("b60", "a60"), active(1, 1)) == {1: 0, 0: 1}
 
 
+def test_a_recording_that_repeats_itself():
+    """The voices of all windows are equal: no distance is divided by zero."""
+    tracker = TalkerTracker(shared=10)
+    streams = lanes("a0", "b0")
+    for _ in range(3):
+        assert tracker.number(streams, active(1, 1)) == {0: 0, 1: 1}
+
+
 def test_a_known_count_is_never_exceeded():
     tracker = TalkerTracker(shared=10, most=2)
     seen = set()

@@ -369,6 +369,20 @@ def test_talkers_go_on_until_min_seconds(by_speaker):
                     assert talker.starts[-1] < least + 0.15
 
 
+def test_overlap_leaves_each_talker_min_seconds(by_speaker):
+    options = {"join": (1, 3), "min_seconds": 1.5, "overlap": (0.95, 1.0)}
+    for plan in plans(by_speaker, 20, talkers=2, **options):
+        assert min(talker.seconds for talker in plan.talkers) >= 1.5
+
+
+@pytest.mark.parametrize("amplitude", [1e-3, 0.1, 5.0])
+def test_the_level_of_a_recording_does_not_matter(amplitude, tmp_path):
+    path, samples = tmp_path / "sine.wav", sine(0.5, 200)
+    soundfile.write(path, amplitude * samples, RATE, subtype="FLOAT")
+    wanted = samples * (0.05 / np.sqrt(np.mean(samples**2)))
+    np.testing.assert_allclose(render_talker(one_talker(path)), wanted, atol=1e-5)
+
+
 def test_level_difference(by_speaker):
     differences = []
     for plan in plans(by_speaker, 40, level_difference=12.0, max_speakers=2, max_onset=0):
@@ -603,6 +617,7 @@ def test_load_source_says_what_is_gone(everything, dataset, tmp_path):
         (["--max_seconds", "nan"], "--max_seconds must be 0.001 to 1e+06"),
         (["--workers", "-1"], "--workers"),
         (["--layer", "1"], "--layer needs --encoder"),
+        (["--seq_len", "50"], "--seq_len is for simulated talkers"),
         (["--split_by", "colour"], "--split_by"),
         (["--noise_dir", "/no/such/folder"], "/no/such/folder"),
         (["--noise_dir", "."], "holds no recordings"),
@@ -620,7 +635,9 @@ def test_bad_arguments(flags, words, speech_dir, tmp_path, capsys):
     ("flags", "word"),
     [(["--reverb"], "--speech_dir"), (["--noise_dir=."], "--speech_dir"),
      (["--overlap", "0", "1"], "--speech_dir"), (["--max_seconds=3"], "--speech_dir"),
-     (["--encoder=model"], "--speech_dir"), (["--layer=1"], "--encoder")],
+     (["--encoder=model"], "--speech_dir"), (["--layer=1"], "--encoder"),
+     (["--join", "2", "3"], "--speech_dir"), (["--same_corpus=1"], "--speech_dir"),
+     (["--split_by=utterance"], "--speech_dir"), (["--workers=2"], "--speech_dir")],
 )
 def test_simulated_talkers_are_not_mixed_like_recordings(flags, word, tmp_path, capsys):
     argv = [*flags, f"--output_dir={tmp_path / 'data'}"]

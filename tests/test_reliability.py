@@ -187,6 +187,19 @@ def test_mixtures_of_a_broken_batch_are_named(own_dataset, tmp_path, capsys, mon
 # Ctrl-C and SIGTERM
 
 
+def test_workers_outlast_signals_to_all_processes():
+    """torch would make a traceback of a worker that ends before the main process."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        ssm.outlast_signals()
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def signal_after(monkeypatch, calls, number=signal.SIGINT, name="backward"):
     """Send this process a signal in the n-th call of a function of training."""
     original, count = getattr(ssm, name), iter(range(1, 1000))

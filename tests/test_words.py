@@ -62,6 +62,8 @@ def test_normalize_words(text, words):
         ([], ["one two"], 2, 0),
         (["", "one"], ["one"], 0, 1),
         (["今天天氣很好", "出去"], ["出去", "今天天汽很好"], 1, 8),
+        # One normaliser for both sides, whatever letters the answer has.
+        (["he is in the cafe at twenty one"], ["He\u2019s in the caf\u00e9 at 21."], 0, 8),
     ],
 )
 def test_cp_word_errors(said, heard, errors, words):
