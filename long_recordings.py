@@ -404,11 +404,11 @@ def _decode_streams(
     if not recording.talkers:
         return []
     streams = torch.stack([recording.stream(t) for t in recording.talkers]).transpose(1, 2)
-    frames, window = streams.shape[-1], processor.feature_extractor.nb_max_frames
-    padded = floor_log_mel(F.pad(streams, (0, max(0, window - frames)), value=DIGITAL_SILENCE))
+    frames, most = streams.shape[-1], processor.feature_extractor.nb_max_frames
+    padded = floor_log_mel(F.pad(streams, (0, max(0, most - frames)), value=DIGITAL_SILENCE))
     mask = (torch.arange(padded.shape[-1]) < frames).long().expand(len(streams), -1)
     model = integration.model
-    if is_long := frames > window:
+    if is_long := frames > most:
         options = {"return_timestamps": True, "return_segments": True, **options}
     output = integration.original_generate(
         input_features=padded.to(model.device, model.dtype), attention_mask=mask.to(model.device),
@@ -431,15 +431,15 @@ def _numbered_rows(
     features: Tensor, mel_mask, num_speakers: int | None,
 ):
     """Choose the rows of a window as the integration does, in the order of their numbers."""
-    streams, frame_mask, talkers, _ = integration.choose_rows(
+    streams, frame_mask, rows, _ = integration.choose_rows(
         features, mel_mask, num_speakers, at_most=not alone)
     active = torch.zeros(streams.shape[1], dtype=torch.bool)
-    active[[stream for _, stream, _ in talkers]] = True
+    active[[stream for _, stream, _ in rows]] = True
     hop = HOP_LENGTH * integration.stride
     sound = has_sound(samples[: tracker.shared * hop], samples)
     numbers = tracker.number(streams[0][:, : len(samples) // hop].cpu(), active, sound)
-    talkers.sort(key=lambda talker: numbers[talker[1]])
-    return streams, frame_mask, talkers, [numbers[stream] + 1 for _, stream, _ in talkers]
+    rows.sort(key=lambda row: numbers[row[1]])
+    return streams, frame_mask, rows, [numbers[stream] + 1 for _, stream, _ in rows]
 
 
 def _join_answers(found: dict, key: str, shared: float) -> list[dict]:

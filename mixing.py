@@ -166,20 +166,20 @@ def _without_last(talker: PlannedTalker) -> PlannedTalker:
 
 
 def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedTalker:
-    """Draw utterances in a row with pauses; the last ones go while they exceed the window."""
-    count, window = int(rng.integers(*options.join, endpoint=True)), options.max_seconds or np.inf
+    """Draw utterances in a row with pauses; the last ones go while they exceed max_seconds."""
+    count, longest = int(rng.integers(*options.join, endpoint=True)), options.max_seconds or np.inf
     speed = float(rng.uniform(*options.speed))
     onset, gap = float(rng.uniform(0, options.max_onset)), 0.0
     picks, starts, end = [], [], 0.0
     while len(picks) < count or end < options.min_seconds:
-        picks.append(_pick(rng, pool, window * speed))
+        picks.append(_pick(rng, pool, longest * speed))
         starts.append(end + gap)
         end = starts[-1] + recording_seconds(picks[-1].audio) / speed
         gap = float(rng.uniform(0, options.max_gap))
     half = options.level_difference / 2
     gain_db = float(rng.uniform(-half, half))
     talker = PlannedTalker(tuple(picks), speed, tuple(starts), end, onset, gain_db)
-    while talker.seconds > window and len(talker.utterances) > 1:
+    while talker.seconds > longest and len(talker.utterances) > 1:
         talker = _without_last(talker)
     return talker
 
@@ -211,7 +211,7 @@ def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.sum(lengths * (talking > 1), axis=-1) / np.sum(lengths, axis=-1)
 
 
-def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float], float]:
+def _place(rng, talkers: list, target: float, max_seconds: float) -> tuple[list[float], float]:
     """Return onsets in seconds whose ratio is nearest to the target, and how far it is off.
 
     Onsets move in a straight line from taking turns (no overlap) to the others in a row beside the
@@ -231,7 +231,7 @@ def _place(rng, talkers: list, target: float, window: float) -> tuple[list[float
     onsets -= onsets.min(axis=1, keepdims=True)
     ends = onsets + seconds
     miss = np.abs(overlap_ratio(onsets, ends) - target)
-    miss[ends.max(axis=1) > max(window, seconds[longest])] = np.inf
+    miss[ends.max(axis=1) > max(max_seconds, seconds[longest])] = np.inf
     best = int(np.argmin(miss))
     return onsets[best].tolist(), float(miss[best])
 
@@ -242,10 +242,10 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
     The first talker keeps the earliest onset drawn. While the ratio is out of reach, the longest
     talker says one utterance less, but no less than ``join`` and ``min_seconds`` ask for.
     """
-    lead, window = min(t.onset for t in talkers), options.max_seconds or np.inf
+    lead, limit = min(t.onset for t in talkers), options.max_seconds or np.inf
     best = (np.inf, [], [])
     while True:
-        onsets, miss = _place(rng, talkers, target, window)
+        onsets, miss = _place(rng, talkers, target, limit)
         best = min(best, (miss, talkers, onsets), key=lambda plan: plan[0])
         can_shorten = [t for t in talkers if len(t.utterances) > options.join[0]
                        and _without_last(t).seconds >= options.min_seconds]
@@ -255,7 +255,7 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
         talkers = [_without_last(t) if t is longest else t for t in talkers]
     miss, talkers, onsets = best
     end = max(onset + t.seconds for onset, t in zip(onsets, talkers, strict=True))
-    lead = max(0.0, min(lead, window - end))
+    lead = max(0.0, min(lead, limit - end))
     return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
 
 
@@ -301,10 +301,10 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
     if max(count, 1) > speakers:
         raise ValueError(f"{count} talkers were asked for and there are {speakers} speakers")
     target = None if options.overlap is None or count < 2 else float(rng.uniform(*options.overlap))
-    window = options.max_seconds or np.inf
-    talkers = [t._replace(onset=max(0.0, min(t.onset, window - t.seconds)))
+    limit = options.max_seconds or np.inf
+    talkers = [t._replace(onset=max(0.0, min(t.onset, limit - t.seconds)))
                for t in _plan_talkers(rng, source, max(count, 1), target)]
-    spans = np.array([(t.onset, min(t.onset + t.seconds, window)) for t in talkers]).T
+    spans = np.array([(t.onset, min(t.onset + t.seconds, limit)) for t in talkers]).T
     seconds, noise, room = float(spans[1].max()), None, None
     if source.noises:
         audio = source.noises[int(rng.integers(len(source.noises)))]

@@ -2441,20 +2441,29 @@ def check_call(integration: Integration, ids, features, mode: str, option) -> No
     frames = 0 if features is None else features.shape[-1]
     if mode not in ("separate", "joint"):
         raise ValueError(f"mode must be separate or joint, not {mode!r}")
-    if frames > integration.window:
+    if frames > integration.mel_frames:
         raise ValueError(f"the recording has {frames} mel frames and the model reads "
-                         f"{integration.window} at a time: answer_per_talker reads longer ones")
+                         f"{integration.mel_frames} at a time: answer_per_talker reads longer ones")
     if ids is None:
-        if mode == "joint":
-            raise ValueError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
-        for name in () if integration.separator.is_spectrogram else READ_AGAIN:
-            value = option(name)
-            if value and not (name == "temperature" and isinstance(value, (int, float))):
-                raise ValueError(f"{name} makes Whisper read the recording again, which a "
-                                 "separator of hidden features cannot serve: use a spectrogram "
-                                 "separator")
-        return
-    slots = [len(audio_slots(integration.model, row)) for row in ids]
+        check_whisper_call(integration, mode, option)
+    else:
+        check_prompts(integration.model, ids, features, mode, option)
+
+
+def check_whisper_call(integration: Integration, mode: str, option) -> None:
+    """Fail if Whisper cannot do what a call asks for."""
+    if mode == "joint":
+        raise ValueError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
+    for name in () if integration.separator.is_spectrogram else READ_AGAIN:
+        value = option(name)
+        if value and not (name == "temperature" and isinstance(value, (int, float))):
+            raise ValueError(f"{name} makes Whisper read the recording again, which a separator of "
+                             "hidden features cannot serve: use a spectrogram separator")
+
+
+def check_prompts(model, ids: Tensor, features, mode: str, option) -> None:
+    """Fail unless the audio slots of the prompts [P, L] fit the recordings."""
+    slots = [len(audio_slots(model, row)) for row in ids]
     if features is None:
         if any(slots) and option("past_key_values") is None:
             raise ValueError("the prompt has an audio slot but no audio came with it: give the "
@@ -2532,8 +2541,8 @@ class Integration:
         config = getattr(model, "config", None)
         self.is_qwen = hasattr(config, "audio_config")
         encoder = getattr(config, "audio_config", config)
-        self.window = 2 * getattr(encoder, "max_source_positions", math.inf)  # mel frames
-        # Mel frames to a frame of what is separated.
+        # Mel frames that the model reads at a time, and those to a frame of what is separated.
+        self.mel_frames = 2 * getattr(encoder, "max_source_positions", math.inf)
         self.stride = 1 if separator.is_spectrogram else 4 if self.is_qwen and layer is None else 2
         self.was_training = separator.training  # restored on removal, as is the next
         self.needs_gradient = [p.requires_grad for p in separator.parameters()]
@@ -2571,16 +2580,19 @@ class Integration:
         return window_separator(self.separator, self.threshold, num_speakers)
 
     def choose_rows(self, features, mel_mask, num_speakers: int | None, at_most: bool = False):
-        """Return streams, masks, (recording, stream, probability) of talkers, their labels."""
+        """Return streams, masks, a row (recording, stream, probability) per talker, and labels.
+
+        Labels count the talkers of each recording from 1.
+        """
         streams, frame_mask, probs = self.split(features, mel_mask)
         streams, active = choose_talkers(
             self.separator, streams, features.transpose(1, 2), probs, self.threshold, num_speakers,
             at_most)
-        talkers = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
-        return streams, frame_mask, talkers, active.cumsum(1)[active].tolist()
+        rows = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
+        return streams, frame_mask, rows, active.cumsum(1)[active].tolist()
 
-    def _rows_of_encoder_outputs(self, talkers: list, kwargs: dict, option) -> tuple[list, dict]:
-        """Repeat talkers for several answers each, since Whisper does not repeat encoder_outputs.
+    def _rows_of_encoder_outputs(self, rows: list, kwargs: dict, option) -> tuple[list, dict]:
+        """Repeat rows for several answers each, since Whisper does not repeat encoder_outputs.
 
         Bars timestamps too: Whisper would read the recording on from the last one.
         """
@@ -2590,7 +2602,7 @@ class Integration:
         if last is not None:
             timestamps = range(last + 1, self.model.config.vocab_size)
             kwargs["suppress_tokens"] = [*timestamps, *(option("suppress_tokens") or [])]
-        return [talker for talker in talkers for _ in range(copies)], kwargs
+        return [row for row in rows for _ in range(copies)], kwargs
 
     @torch.no_grad()
     def _model_inputs(self, ids, streams: Tensor, frame_mask, dtype, kwargs: dict, joint: bool):
@@ -2645,13 +2657,13 @@ class Integration:
         mask_name = "feature_attention_mask" if self.is_qwen else "attention_mask"
         mel_mask = kwargs.get(mask_name)
         choose_rows = choose_rows or self.choose_rows
-        streams, frame_mask, talkers, labels = choose_rows(features, mel_mask, num_speakers)
-        if not talkers:
+        streams, frame_mask, rows, labels = choose_rows(features, mel_mask, num_speakers)
+        if not rows:
             model.speaker_rows = []
             return no_rows(ids, option)
         if not (self.is_qwen or self.separator.is_spectrogram):
-            talkers, kwargs = self._rows_of_encoder_outputs(talkers, kwargs, option)
-        recordings, numbers = [a for a, _, _ in talkers], [s for _, s, _ in talkers]
+            rows, kwargs = self._rows_of_encoder_outputs(rows, kwargs, option)
+        recordings, chosen = [a for a, _, _ in rows], [s for _, s, _ in rows]
         if joint:
             prompts, mask, kept = joint_prompts(model, ids, recordings, labels, kwargs)
             kwargs |= {"attention_mask": mask, mask_name: mel_mask[recordings]}
@@ -2659,12 +2671,12 @@ class Integration:
             prompts = ids[recordings] if self.is_qwen else None
             kwargs = repeat_rows(kwargs, recordings, len(features))
         main, kwargs = self._model_inputs(
-            prompts, streams[recordings, numbers], frame_mask[recordings], features.dtype, kwargs,
+            prompts, streams[recordings, chosen], frame_mask[recordings], features.dtype, kwargs,
             joint)
         output = self.original_generate(main, *args, **kwargs)
         sequences = output if isinstance(output, Tensor) else output["sequences"]
-        copies = 1 if joint else len(sequences) // len(talkers)
-        model.speaker_rows = [talker for talker in talkers for _ in range(copies)]
+        copies = 1 if joint else len(sequences) // len(rows)
+        model.speaker_rows = [row for row in rows for _ in range(copies)]
         if joint:  # the caller cuts off its own prompts by their length
             own = ids[kept].repeat_interleave(len(sequences) // len(kept), dim=0)
             sequences = torch.cat([own, sequences[:, prompts.shape[1] :]], dim=1)
