@@ -1296,6 +1296,19 @@ def sum_over_processes(values: Tensor) -> Tensor:
     return values
 
 
+@torch.no_grad()
+def send_shares(tensors: list[Tensor]) -> None:
+    """Send tensors to all processes, in place: number ``i`` from process ``i`` modulo theirs."""
+    ranks = process_rank()[1]
+    for rank in range(ranks if ranks > 1 else 0):
+        if share := tensors[rank::ranks]:
+            values = torch.cat([tensor.flatten() for tensor in share])
+            dist.broadcast(values, rank)
+            parts = values.split([tensor.numel() for tensor in share])
+            for tensor, part in zip(share, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+
 def progress_bar(batches, desc: str):
     """Show a bar over batches, in the first process."""
     return tqdm(batches, desc, unit="batch", leave=False, disable=process_rank()[0] > 0 or None)
@@ -1749,10 +1762,24 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure=None):
-        """Take one step with both, on the groups and the state of this optimizer."""
-        for part, group in zip(self.parts, self.param_groups, strict=True):
+        """Take one step with both, on the groups and the state of this optimizer.
+
+        Of several processes, each moves its share of the matrices and sends them to the others:
+        Muon's products take a quarter of a training step on a CPU.
+        """
+        (muon, adam), (matrices, others) = self.parts, self.param_groups
+        rank, ranks = process_rank()
+        weights = sorted(matrices["params"], key=Tensor.numel)  # for shares of like size
+        for part, group in ((muon, matrices | {"params": weights[rank::ranks]}), (adam, others)):
             part.param_groups, part.state = [group], self.state
             part.step()
+        send_shares(weights)
+
+    def gather(self) -> None:
+        """Collect the momenta of all processes, for a checkpoint."""
+        weights = sorted(self.param_groups[0]["params"], key=Tensor.numel)
+        send_shares([self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                     for weight in weights])
 
 
 def make_optimizer(separator, options: TrainOptions) -> torch.optim.Optimizer:
@@ -1948,6 +1975,8 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
         batches = []
         if stopped := asked_to_stop(run):
             break
+    if isinstance(run.optimizer, MuonAdamW):
+        run.optimizer.gather()
     rows = sum_over_processes(torch.stack([row.to(run.device) for row in rows])).cpu()
     check_finite(run, epoch, rows)
     if stopped:
@@ -2009,7 +2038,9 @@ def start_run(
     print(f"device {device}{f', {ranks} processes' * (ranks > 1)}, {options.dtype} ({reason}), "
           f"{parameters:,} parameters, {len(train_set)} training{remixed} and {len(val_set)} "
           f"validation mixtures, {streams} streams")
-    parallel = nn.parallel.DistributedDataParallel(separator) if ranks > 1 else separator
+    parallel = separator
+    if ranks > 1:
+        parallel = nn.parallel.DistributedDataParallel(separator, gradient_as_bucket_view=True)
     return Run(options, device, dtype, loss_weights(options, train_set), separator, parallel,
                averaged, optimizer, scheduler, loader, val_set, history,
                rest, [])

@@ -99,9 +99,10 @@ def launched(dataset, recordings, tmp_path_factory):
         train(recordings, folder / "wavs of two", **wavs, batch_size=2, accumulate=2),
         [*train(dataset, folder / "begun by one", **two | end), "--resume"],
         train(dataset, folder / "begun by two", **features | two),
+        train(recordings, folder / "wavs begun by two", **wavs | {"epochs": 1} | two),
         train(folder / "nothing", folder / "nothing")))
-    command = train(dataset, folder / "begun by two", **one | end)
-    assert ssm.main([*command, "--resume"]) == 0
+    for data, name in ((dataset, "begun by two"), (recordings, "wavs begun by two")):
+        assert ssm.main([*train(data, folder / name, **one | end), "--resume"]) == 0
     return folder, *results
 
 
@@ -110,15 +111,17 @@ def test_two_processes_train_as_one(launched):
     assert_close(losses(folder / "wavs of two"), losses(folder / "wavs of one"))
 
 
-@pytest.mark.parametrize("name", ["begun by one", "begun by two"])
-def test_resume_with_another_number_of_processes(launched, name):
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [("begun by one", "one"), ("begun by two", "one"), ("wavs begun by two", "wavs of one")])
+def test_resume_with_another_number_of_processes(name, alone, launched):
     folder = launched[0]
-    assert_close(losses(folder / name), losses(folder / "one"))
+    assert_close(losses(folder / name), losses(folder / alone))
 
 
 def test_the_first_process_alone_prints_and_writes(launched):
     folder, _, outputs, _ = launched
-    assert outputs[0].count("2 processes") == outputs[0].count("holds") == 3 and outputs[1] == ""
+    assert outputs[0].count("2 processes") == outputs[0].count("holds") == 4 and outputs[1] == ""
     assert (folder / "wavs of two/training_report.md").is_file()
 
 
