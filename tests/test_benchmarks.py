@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import long_recording  # noqa: E402
 import meetings  # noqa: E402
 import peers  # noqa: E402
+import processes  # noqa: E402
 import throughput  # noqa: E402
 
 import speaker_separator_module as ssm  # noqa: E402
@@ -87,6 +88,19 @@ def test_throughput(tmp_path, capsys, monkeypatch):
     assert row["peak_bytes"] > 0 and results["data"]["mixing"] > 0
     assert "| spectrogram | 2 x 40 | float32 |" in printed
     assert throughput.main(["--device=tpu"]) == 2
+
+
+def test_a_process_of_the_benchmark(tmp_path, capsys, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(processes.os, "sched_setaffinity", lambda *a: pinned.append(a), False)
+    monkeypatch.setattr(processes, "BATCH", 2)
+    monkeypatch.setitem(processes.PARTS, "spectrograms", (0.5, 0.5))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    data = processes.make_data(tmp_path, "spectrograms")
+    assert processes.main(["--mixtures=4", f"--worker=spectrograms={data}"]) == 0
+    printed = capsys.readouterr().out
+    assert pinned == [(0, {0})] and "(remixed to 4 an epoch)" in printed
+    assert float(printed.split("seconds ")[-1]) > 0
 
 
 def test_peers(tmp_path, whisper_folder, capsys):
