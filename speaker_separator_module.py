@@ -493,6 +493,18 @@ def share_mixture(gains: Tensor, probabilities: Tensor) -> Tensor:
     return (gains - total.clamp(max=0)).clamp(max=0)
 
 
+def at_least(probabilities: Tensor) -> Tensor:
+    """Return the probabilities [B, S] that at least 1, 2, ... S of S independent events occur.
+
+    >>> at_least(torch.tensor([[0.5, 0.5]])).tolist()
+    [[0.75, 0.25]]
+    """
+    exactly = torch.ones_like(probabilities[:, :1])  # 0, 1, ... events
+    for occurs in probabilities.split(1, dim=1):
+        exactly = F.pad(exactly * (1 - occurs), (0, 1)) + F.pad(exactly * occurs, (1, 0))
+    return exactly[:, 1:].flip(1).cumsum(1).flip(1).clamp(max=1)
+
+
 # --------------------------------------------------------------------------------------------------
 # Separator of spectrograms: the model
 
@@ -570,16 +582,16 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     def _activity(self, streams: Tensor, valid: Tensor) -> Tensor:
         """Return probabilities [B, S] from an attention-weighted mean of each stream's frames.
 
-        The likeliest stream gets the probability that at least one stream is a talker, so that a
-        talker spread over unsure streams still counts as one.
+        The stream at place k of the likeliest gets the probability that at least k streams are
+        talkers, so that a talker spread over unsure streams still counts as one.
         """
         hidden = normalize(streams)
         weights = self.attention_pool(hidden).float().masked_fill(~valid[:, None, :, None], -1e4)
         pooled = (weights.softmax(2).to(hidden.dtype) * hidden).sum(2)  # [B, S, dim]
         mean = pooled.mean(1, keepdim=True).expand_as(pooled)  # to compare each stream with
         logits = self.activity_head(torch.cat([pooled, mean], dim=-1)).squeeze(-1).float()
-        anybody = -torch.expm1(F.logsigmoid(-logits).sum(1, keepdim=True))
-        probabilities = logits.sigmoid().scatter(1, logits.argmax(1, keepdim=True), anybody)
+        order = logits.argsort(1, descending=True)
+        probabilities = torch.zeros_like(logits).scatter(1, order, at_least(logits.sigmoid()))
         return probabilities * valid.any(1, keepdim=True)  # nobody talks in silence
 
     def gains(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
