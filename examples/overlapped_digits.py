@@ -47,7 +47,7 @@ def make_dataset(folder: Path, *words) -> Path:
     """Make a dataset, unless the same command made the one that is there."""
     words = [f"--output_dir={folder}", *map(str, words)]
     about, command = folder / "dataset.json", " ".join([Path(generator.__file__).name, *words])
-    if not about.is_file() or json.loads(about.read_text("utf-8"))["command_line"] != command:
+    if not about.is_file() or json.loads(about.read_text("utf-8")).get("command_line") != command:
         run(generator, *words)
     return folder
 
