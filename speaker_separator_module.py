@@ -870,9 +870,9 @@ def open_features(path: Path, feature_dim: int | None = None) -> np.memmap:
         raise FileNotFoundError(f"no such feature file: {path}")
     with reading(path, "is not a .npy file of numbers"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        features = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(features, np.ndarray) or features.ndim != 2 or not features.size:
-        raise ValueError(f"{path} must hold [T, D] features, not {getattr(features, 'shape', '')}")
+        features = np.lib.format.open_memmap(path, mode="r")
+    if features.ndim != 2 or not features.size:
+        raise ValueError(f"{path} must hold [T, D] features, not {features.shape}")
     if features.dtype.kind != "f":
         raise ValueError(f"{path} must hold floating-point features, not {features.dtype}")
     if feature_dim is not None and features.shape[1] != feature_dim:
