@@ -16,10 +16,18 @@ from audio import mel_bin
 # Words
 
 
+APOSTROPHE = "\u2019"  # a printer's
+
+
+def is_english(text: str) -> bool:
+    """Return whether a text has the letters of English alone."""
+    return text.replace(APOSTROPHE, "").isascii()
+
+
 def normalize_words(text: str, english: bool | None = None) -> list[str]:
     """Return the words of a text for counting errors.
 
-    ``english`` text (default: if it is ASCII) goes through Whisper's English normaliser, which
+    ``english`` text (default: see ``is_english``) goes through Whisper's English normaliser, which
     writes numerals and contractions one way; its numbers are then split into digits, since "three
     one nine" and "3, 1, 9" say the same. Other text goes through Whisper's basic normaliser, and
     Chinese and Japanese are counted by characters.
@@ -29,8 +37,8 @@ def normalize_words(text: str, english: bool | None = None) -> list[str]:
         EnglishTextNormalizer,
     )
 
-    text = text.replace("\u2019", "'")  # a printer's apostrophe
-    if text.isascii() if english is None else english:
+    if is_english(text) if english is None else english:
+        text = text.replace(APOSTROPHE, "'")
         words = re.sub(r"(\d)", r" \1 ", EnglishTextNormalizer({})(text)).split()
         return ["1" if word == "one" else word for word in words]  # the only digit left as a word
     text = BasicTextNormalizer()(text)
@@ -50,7 +58,7 @@ def cp_word_errors(references: list[str], hypotheses: list[str]) -> tuple[int, i
     from scipy.optimize import linear_sum_assignment
 
     size = max(len(references), len(hypotheses))
-    english = all(text.isascii() for text in references)  # one normaliser for both sides
+    english = all(map(is_english, references))  # one normaliser for both sides
     said, heard = ([normalize_words(text, english) for text in texts] + [[]] * (size - len(texts))
                    for texts in (references, hypotheses))
     cost = np.zeros((size, size), int)

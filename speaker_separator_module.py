@@ -1780,8 +1780,7 @@ class MuonAdamW(torch.optim.Optimizer):
         Muon's products take a quarter of a training step on a CPU.
         """
         (muon, adam), (matrices, others) = self.parts, self.param_groups
-        rank, ranks = process_rank()
-        weights = sorted(matrices["params"], key=Tensor.numel)  # for shares of like size
+        (rank, ranks), weights = process_rank(), self._matrices()
         for part, group in ((muon, matrices | {"params": weights[rank::ranks]}), (adam, others)):
             part.param_groups, part.state = [group], self.state
             part.step()
@@ -1789,9 +1788,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def gather(self) -> None:
         """Collect the momenta of all processes, for a checkpoint."""
-        weights = sorted(self.param_groups[0]["params"], key=Tensor.numel)
         send_shares([self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
-                     for weight in weights])
+                     for weight in self._matrices()])
+
+    def _matrices(self) -> list[Tensor]:
+        """Return Muon's weights by size: every n-th one makes a share like the others."""
+        return sorted(self.param_groups[0]["params"], key=Tensor.numel)
 
 
 def make_optimizer(separator, options: TrainOptions) -> torch.optim.Optimizer:
@@ -2905,10 +2907,11 @@ def evaluate_words(
 
 def check_writable(*files: str | None, inputs=()) -> None:
     """Fail unless result files could be written, and no input with them, before the work."""
-    paths = {file: Path(file).resolve() for file in files if file}
-    if len(set(paths.values())) < len([file for file in files if file]):
+    files = [file for file in files if file]
+    paths = [Path(file).resolve() for file in files]
+    if len(set(paths)) < len(paths):
         raise ValueError("two results would go into the same file: choose another name")
-    for file, path in paths.items():
+    for file, path in zip(files, paths, strict=True):
         if path.exists() and any(path.is_relative_to(Path(i).resolve()) for i in inputs if i):
             raise ValueError(f"{file} is an input and would be overwritten: choose another name")
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):

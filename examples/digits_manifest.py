@@ -18,7 +18,7 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 def main(folder: str, manifest: str) -> int:
     """Write the manifest; returns 0, or 2 where there are no recordings."""
-    recordings = sorted(path for path in Path(folder).glob("[0-9]_*.wav")
+    recordings = sorted(path for path in Path(folder).glob("*.wav")
                         if re.fullmatch(r"\d_[^_]+_\d+", path.stem))
     if not recordings:
         print(f"error: no recordings named like 7_theo_3.wav in {folder}", file=sys.stderr)

@@ -33,10 +33,9 @@ def select_corpus(args) -> Path:
 
 
 def make_test_set(args, talkers: int) -> Path:
-    """Make the mixtures of so many talkers, unless they are there already."""
-    speech = select_corpus(args) if args.corpus else args.speech
+    """Make the mixtures of so many talkers."""
     return make_dataset(
-        args.work_dir / f"{talkers}_talkers", f"--speech_dir={speech}", "--train_samples=1",
+        args.work_dir / f"{talkers}_talkers", f"--speech_dir={args.speech}", "--train_samples=1",
         f"--val_samples={args.samples}", f"--min_speakers={talkers}", f"--max_speakers={talkers}",
         "--overlap", 0.81, 1, "--max_seconds=17", "--seed=5")
 
@@ -73,6 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     """Make the test sets, evaluate on them and print two tables."""
     args = build_parser().parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.corpus:
+        args.speech = select_corpus(args)
     scores = {f"{n} talker{'s' * (n > 1)}": evaluate(args, n) for n in args.talkers}
     rows = [{**row["words"][0], "of": name} for name, row in scores.items()]
     print("\n" + "\n".join(word_table(rows)) + "\n")
