@@ -31,6 +31,7 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -58,6 +59,7 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "max_gap": (float, 0, 1000, "longest pause between its recordings in seconds"),
     "max_onset": (float, 0, 1000, "latest start in seconds; of the first talker with --overlap"),
     "overlap": (float, 0, 1, "share of time with two or more talkers; none: starts decide"),
+    "turns": (float, 0, 1, "share of the mixtures whose talkers take turns, without overlap"),
     "level_difference": (float, 0, 1000, "most dB between two talkers"),
     "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),
     "formants": (float, 0.5, 2, "factor that scales a talker's formants, training split only"),
@@ -275,7 +277,7 @@ def read_speech(path: Path) -> list[Utterance]:
         raise FileNotFoundError(f"no speech at {path}")
     if not utterances:
         raise ValueError(f"{path} holds no manifest.jsonl and no recordings in folders per speaker")
-    return utterances
+    return [u._replace(audio=Path(os.path.abspath(u.audio))) for u in utterances]
 
 
 def _split_of_manifest(utterances: list[Utterance]) -> dict[str, list[Utterance]]:
@@ -321,6 +323,10 @@ def mixing_options(values: dict) -> MixingOptions:
     return MixingOptions(**{k: tuple(v) if k in PAIRS and v else v for k, v in values.items()})
 
 
+def _options_of(args) -> MixingOptions:
+    return mixing_options({name: getattr(args, name) for name in MixingOptions._fields})
+
+
 def pick_device(name: str) -> str:
     """Return the device for the encoder; "auto" takes a GPU if there is one."""
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -347,7 +353,7 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
     noises, plans = mixing.list_noises(options.noise_dir), []
     for split, samples in sizes.items():
         talkers = group_by_speaker(splits[split])
-        source = SpeechSource(options, talkers, noises, split, mixing.corpora_of(talkers))
+        source = SpeechSource(options, talkers, noises, split)
         if len(source.by_speaker) < args.max_speakers:
             hint = ", or use --split_by utterance" if args.split_by == "speaker" else ""
             raise ValueError(
@@ -362,9 +368,31 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
     return plans
 
 
+def plan_voices(args, utterances: list[Utterance]) -> tuple[dict[str, tuple], list[Utterance]]:
+    """Let every speaker, and ``args.voices`` changed voices of each, say what the speaker says.
+
+    Returns what to render, arguments of ``mixing.render_utterance`` by file name, and the
+    utterances of all these voices.
+    """
+    rng, options = np.random.default_rng([args.seed, 2]), _options_of(args)
+    files, listed = {}, []
+    for speaker, own in sorted(group_by_speaker(utterances).items()):
+        voices = {speaker: (1.0, 1.0, ())} | {
+            f"{speaker}, voice {number}": (rng.uniform(*options.speed),
+                                           *mixing.draw_voice(rng, options))
+            for number in range(1, args.voices + 1)}
+        for name, voice in voices.items():
+            places = {}
+            for utterance in own:  # perhaps listed more than once
+                place = places.setdefault(utterance.audio, f"voices/{len(files):06d}.wav")
+                files[place] = (utterance.audio, *voice)
+                listed.append(utterance._replace(audio=Path(place), speaker=name))
+    return files, listed
+
+
 def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator[dict], dict]:
     """Plan mixtures of recordings; return those of train, then of val, and what they are."""
-    options = mixing_options({name: getattr(args, name) for name in MixingOptions._fields})
+    options = _options_of(args)
     encoder, about = None, {"kind": "recordings"}
     if args.encoder:
         encoder = load_audio_encoder(args.encoder, args.layer, pick_device(args.device))
@@ -380,8 +408,8 @@ def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator
     return _with_features(plans, rendered, encoder), about | {"mixing": options._asdict()}
 
 
-def _utterance(row: dict) -> Utterance:
-    return Utterance(Path(row["audio"]), str(row["speaker"]), str(row["text"]),
+def _utterance(folder: Path, row: dict) -> Utterance:
+    return Utterance(folder / row["audio"], str(row["speaker"]), str(row["text"]),
                      corpus=str(row.get("corpus", "")))
 
 
@@ -397,20 +425,21 @@ class ListedUtterances(Sequence):
     def __getitem__(self, index: int) -> Utterance:
         with open(self.listing, "rb") as lines:
             lines.seek(self.places[index])
-            return _utterance(json.loads(lines.readline().rstrip(b",\n")))
+            row = json.loads(lines.readline().rstrip(b",\n"))
+        return _utterance(self.listing.parent, row)
 
 
 def _read_listing(listing: Path) -> dict[str, Sequence[Utterance]]:
     """Return the utterances of each talker; a million that have a line each take some 10 MB."""
-    talkers, place = {}, 0
+    talkers, place, utterance = {}, 0, partial(_utterance, listing.parent)
     with open(listing, "rb") as lines:
         if lines.readline() != b"[\n" or not lines.readline().startswith(b'{"'):
             lines.seek(0)
-            return group_by_speaker(map(_utterance, json.load(lines)))
+            return group_by_speaker(map(utterance, json.load(lines)))
         lines.seek(0)
         for line in lines:
             if len(line) > 2:  # between the brackets
-                speaker = _utterance(json.loads(line.rstrip(b",\n"))).speaker
+                speaker = utterance(json.loads(line.rstrip(b",\n"))).speaker
                 talkers.setdefault(speaker, ListedUtterances(listing)).places.append(place)
             place += len(line)
     return talkers
@@ -437,7 +466,7 @@ def load_source(data_dir, split: str):
     gone = next((u.audio for u in first if not u.audio.is_file()), None)
     if gone is not None:
         raise FileNotFoundError(f"{data_dir} was made from {gone}, which is gone")
-    return SpeechSource(options, talkers, noises, split, mixing.corpora_of(talkers))
+    return SpeechSource(options, talkers, noises, split)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,11 +505,20 @@ def write_split(
                for index in tqdm(range(samples), split, leave=False, disable=None)]
     (folder / "metadata.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     if utterances:  # one a line, so that each can be read alone
-        rows = ({"audio": os.path.abspath(u.audio), "speaker": u.speaker, "text": u.text,
-                 "corpus": u.corpus} for u in utterances)
+        rows = ({"audio": str(u.audio), "speaker": u.speaker, "text": u.text, "corpus": u.corpus}
+                for u in utterances)
         listing = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
         (folder / "utterances.json").write_text(listing, encoding="utf-8")
     return entries
+
+
+def write_voices(folder: Path, files: dict[str, tuple], workers: int) -> None:
+    """Render what ``plan_voices`` planned into the folder of the training split."""
+    (folder / "voices").mkdir()
+    jobs = [(folder / name, *voice) for name, voice in files.items()]
+    rendered = mixing.in_processes(mixing.write_utterance, jobs, workers)
+    for _ in tqdm(rendered, "voices", len(jobs), leave=False, disable=None):
+        pass
 
 
 def print_statistics(split: str, entries: list[dict]) -> None:
@@ -531,13 +569,16 @@ def finish_replacing(output_dir: Path) -> None:
 
 
 def write_dataset(
-    output_dir: Path, sizes: dict, mixtures: Iterator[dict], splits: dict, about: dict
+    output_dir: Path, sizes: dict, mixtures: Iterator[dict], splits: dict, about: dict,
+    voices: dict[str, tuple], workers: int,
 ) -> dict[str, list[dict]]:
     """Write a dataset into a folder of its own and then into place; return its metadata."""
     staging = make_staging(output_dir)
     try:
         entries = {s: write_split(staging / s, s, samples, mixtures, splits.get(s))
                    for s, samples in sizes.items()}
+        if voices:
+            write_voices(staging / "train", voices, workers)
         (staging / "dataset.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         if (output_dir / "train").exists():
             print(f"replacing the earlier dataset in {output_dir}")
@@ -549,7 +590,7 @@ def write_dataset(
 
 def generate_dataset(args, command_line: str) -> None:
     """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
-    output_dir, splits = Path(args.output_dir), {}
+    output_dir, splits, voices = Path(args.output_dir), {}, {}
     sizes = {"train": args.train_samples, "val": args.val_samples}
     for old in (output_dir / split for split in sizes):
         if old.exists() and not (old / "metadata.json").is_file():
@@ -562,8 +603,11 @@ def generate_dataset(args, command_line: str) -> None:
     mixtures, about = (speech_dataset(args, sizes, splits) if splits else
                        simulated_dataset(args, sizes))
     about |= {"seed": args.seed, "command_line": command_line}
+    if args.voices:  # training mixes them as they are
+        voices, splits["train"] = plan_voices(args, splits["train"])
+        about["mixing"] |= {"speed": (1.0, 1.0), "formants": (1.0, 1.0), "equalizer": 0.0}
     try:
-        entries = write_dataset(output_dir, sizes, mixtures, splits, about)
+        entries = write_dataset(output_dir, sizes, mixtures, splits, about, voices, args.workers)
     except FileNotFoundError:  # a recording is gone
         raise
     except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
@@ -618,6 +662,8 @@ def build_parser() -> argparse.ArgumentParser:
            help="where the encoder runs")
     add = parser.add_argument_group("mixing recorded talkers").add_argument
     add("--noise_dir", type=os.path.abspath, help="recordings of noise to add to the mixture alone")
+    add("--voices", type=int, default=0, help="changed voices of each training speaker, rendered "
+        "once for training to mix; 0: change voices in each mixture, at ten times the cost")
     for name, (kind, _, _, text) in MIXING.items():
         more = {"nargs": 2, "metavar": ("MIN", "MAX")} if name in PAIRS else {}
         if name == "reverb":
@@ -632,17 +678,19 @@ def check_arguments(args) -> None:
         "train_samples": (1, 1e5), "val_samples": (1, 1e5), "seed": (0, 1 << 62),
         "max_speakers": (1, mixing.MOUTHS if args.speech_dir else NUM_VOICES),
         "min_speakers": (1, args.max_speakers), "workers": (0, 1024), "seq_len": (1, 1e6),
-        "feature_dim": (NUM_BANDS, 1e5), **BOUNDS})
+        "feature_dim": (NUM_BANDS, 1e5), "voices": (0, 1000), **BOUNDS})
     if args.seq_len * args.feature_dim > MOST_VALUES:
         raise ValueError(f"--seq_len times --feature_dim can be {MOST_VALUES:,} at most")
     if args.layer is not None and not args.encoder:
         raise ValueError("--layer needs --encoder")
     default = build_parser().parse_args([])
-    recorded = (*MIXING, "noise_dir", "encoder", "split_by", "workers", "device")
+    recorded = (*MIXING, "noise_dir", "voices", "encoder", "split_by", "workers", "device")
     for name in ("seq_len", "feature_dim") if args.speech_dir else recorded:
         if getattr(args, name) != getattr(default, name):
             raise ValueError(f"--{name} is for simulated talkers alone" if args.speech_dir else
                              f"--{name} needs recordings: give --speech_dir")
+    if args.voices and (args.speed, args.formants, args.equalizer) == ((1, 1), (1, 1), 0):
+        raise ValueError("--voices needs what changes a voice: --speed, --formants or --equalizer")
     if args.reverb and not find_spec("pyroomacoustics"):
         raise ValueError("--reverb needs pyroomacoustics: pip install -r requirements.txt")
 

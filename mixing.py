@@ -10,14 +10,15 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from audio import SAMPLING_RATE, audio_info, change_voice, read_audio
+from audio import SAMPLING_RATE, audio_info, change_voice, read_audio, write_wav
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
@@ -61,16 +62,25 @@ class MixingOptions(NamedTuple):
     reverb: float = 0.0
     max_seconds: float | None = None
     same_corpus: float = 0.0
+    turns: float = 0.0
 
 
-class SpeechSource(NamedTuple):
+@dataclass(frozen=True)
+class SpeechSource:
     """What mixtures of one split are drawn from."""
 
     options: MixingOptions
     by_speaker: dict[str, list[Utterance]]
     noises: list[str]
     split: str
-    corpora: dict[str, str] = {}  # of each speaker
+
+    @cached_property
+    def speakers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Names, corpora (those of the first utterance) and shares of the utterances."""
+        names = sorted(self.by_speaker)
+        corpora = [self.by_speaker[name][0].corpus for name in names]
+        counts = np.array([len(self.by_speaker[name]) for name in names], float)
+        return np.array(names), np.array(corpora), counts / counts.sum()
 
 
 def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
@@ -79,11 +89,6 @@ def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utteranc
     for utterance in utterances:
         groups.setdefault(utterance.speaker, []).append(utterance)
     return groups
-
-
-def corpora_of(by_speaker: dict[str, list[Utterance]]) -> dict[str, str]:
-    """Return the corpus of each speaker, that of the first utterance."""
-    return {name: utterances[0].corpus for name, utterances in by_speaker.items()}
 
 
 def list_recordings(folder: Path, pattern: str) -> list[Path]:
@@ -184,12 +189,12 @@ def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedT
     return talker
 
 
-def _with_voice(rng, options: MixingOptions, talker: PlannedTalker) -> PlannedTalker:
-    """Draw how a talker's voice is changed, if it is."""
+def draw_voice(rng, options: MixingOptions) -> tuple[float, tuple[float, ...]]:
+    """Draw formants and equalizer of a changed voice: 1 and none where the options ask for none."""
     if not options.equalizer and options.formants == (1.0, 1.0):
-        return talker
+        return 1.0, ()
     curve = rng.normal(0, options.equalizer / EQUALIZER).tolist()
-    return talker._replace(formants=float(rng.uniform(*options.formants)), equalizer=tuple(curve))
+    return float(rng.uniform(*options.formants)), tuple(curve)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,27 +264,27 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
     return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
 
 
-def _likely_speakers(rng, source: SpeechSource, count: int) -> tuple[list[str], np.ndarray]:
-    """Return names and how likely each is: by utterances, of one corpus alone if drawn so."""
-    names = sorted(source.by_speaker)
-    shares = np.array([len(source.by_speaker[name]) for name in names], float)
+def _likely_speakers(rng, source: SpeechSource, count: int) -> np.ndarray:
+    """Return how likely each speaker is: by utterances, of one corpus alone if drawn so."""
+    names, corpora, shares = source.speakers
     if source.options.same_corpus > 0 and rng.random() < source.options.same_corpus:
-        corpus = source.corpora.get(rng.choice(names, p=shares / shares.sum()))
-        alike = np.array([source.corpora.get(name) == corpus for name in names])
+        alike = corpora == corpora[rng.choice(len(names), p=shares)]
         if alike.sum() >= count:
-            shares *= alike
-    return names, shares / shares.sum()
+            shares = shares * alike
+    return shares / shares.sum()
 
 
 def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -> list:
     """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
-    names, likely = _likely_speakers(rng, source, count)
+    names, likely = source.speakers[0], _likely_speakers(rng, source, count)
     miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
         drawn = rng.choice(names, count, replace=False, p=likely)
         talkers = [_plan_talker(rng, source.options, source.by_speaker[name]) for name in drawn]
         if source.split == "train":
-            talkers = [_with_voice(rng, source.options, talker) for talker in talkers]
+            voices = [draw_voice(rng, source.options) for _ in talkers]
+            talkers = [talker._replace(formants=formants, equalizer=curve)
+                       for talker, (formants, curve) in zip(talkers, voices, strict=True)]
         if target is None:
             return talkers
         plan = _plan_overlap(rng, source.options, talkers, target)
@@ -301,6 +306,8 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
     if max(count, 1) > speakers:
         raise ValueError(f"{count} talkers were asked for and there are {speakers} speakers")
     target = None if options.overlap is None or count < 2 else float(rng.uniform(*options.overlap))
+    if options.turns > 0 and count > 1 and rng.random() < options.turns:
+        target = 0.0
     limit = options.max_seconds or np.inf
     talkers = [t._replace(onset=max(0.0, min(t.onset, limit - t.seconds)))
                for t in _plan_talkers(rng, source, max(count, 1), target)]
@@ -376,16 +383,26 @@ def _at_level(samples: np.ndarray, measured: np.ndarray, level: float, gain_db: 
     return samples * np.float32(level / max(rms, 1e-5) * 10 ** (gain_db / 20))
 
 
+def render_utterance(path, speed: float, formants: float, equalizer: tuple) -> np.ndarray:
+    """Return the samples [n] of a recording in another voice; without an equalizer only faster."""
+    samples = _samples_of(path, speed)
+    return change_voice(samples, formants, equalizer) if equalizer else samples
+
+
+def write_utterance(job: tuple) -> None:
+    """Write a recording in another voice: of a path, arguments of ``render_utterance``."""
+    path, *voice = job
+    write_wav(path, render_utterance(*voice))
+
+
 def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
     """Build the waveform [samples] of one planned talker from the start of the mixture.
 
     While speaking it has SPEECH_RMS plus the gain; ``response`` is one of ``room_responses``.
     """
-    pieces = [(round((talker.onset + start) * SAMPLING_RATE), _samples_of(u.audio, talker.speed))
+    voice = talker.speed, talker.formants, talker.equalizer
+    pieces = [(round((talker.onset + start) * SAMPLING_RATE), render_utterance(u.audio, *voice))
               for u, start in zip(talker.utterances, talker.starts, strict=True)]
-    if talker.equalizer:
-        pieces = [(begin, change_voice(samples, talker.formants, talker.equalizer))
-                  for begin, samples in pieces]
     length = max(begin + len(samples) for begin, samples in pieces)
     waveform, speaking = np.zeros(length, np.float32), np.zeros(length, bool)
     for begin, samples in pieces:
@@ -428,19 +445,23 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     return sources / peak, mixture / peak  # a .wav holds no more than full scale
 
 
-def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Iterator[tuple]:
-    """Yield what ``render_mixture`` returns for every plan, in order, by ``workers`` processes."""
-    render = partial(render_mixture, max_seconds=max_seconds)
+def in_processes(call, items: list, workers: int) -> Iterator:
+    """Yield what a call returns for every item, in order, by ``workers`` processes."""
     if not workers:
-        yield from map(render, plans)
+        yield from map(call, items)
         return
     # spawned: neither torch's threads nor a CUDA context survive a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         size = 8 * workers  # no more in memory, however slow the reader is
         try:
-            for start in range(0, len(plans), size):
-                yield from pool.map(render, plans[start : start + size])
+            for start in range(0, len(items), size):
+                yield from pool.map(call, items[start : start + size])
         except BrokenExecutor:
             raise ValueError(
                 "a rendering process died, out of memory? Use fewer --workers") from None
+
+
+def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Iterator[tuple]:
+    """Yield what ``render_mixture`` returns for every plan, in order, by ``workers`` processes."""
+    return in_processes(partial(render_mixture, max_seconds=max_seconds), plans, workers)

@@ -23,15 +23,16 @@ from overlapped_digits import existing, make_dataset, run  # noqa: E402
 import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, write_wav  # noqa: E402
 
+READ_SPEECH = (4, 3)  # LibriSpeech is little: speakers made of each, and times each is listed
 SIZES = ["--dim=240", "--num_heads=4", "--ff_dim=640"]  # 5.9 million weights, 12 MB in bfloat16
 
 
-def write_manifest(args, name: str, read_speech: int) -> Path:
-    """Write a manifest of speech and digits, LibriSpeech's part of training ``read_speech`` times.
+def write_manifest(args) -> Path:
+    """Write a manifest of speech and digits, LibriSpeech's part of training as ``READ_SPEECH``.
 
     Digits are for training alone: their few speakers would make validation look easy.
     """
-    manifest, digits = args.work_dir / f"{name}.jsonl", args.work_dir / "digits.jsonl"
+    manifest, digits = args.work_dir / "speech.jsonl", args.work_dir / "digits.jsonl"
     speech = existing(Path(args.speech) / "manifest.jsonl")
     if digits_manifest.main(args.fsdd, digits):
         sys.exit(2)
@@ -44,7 +45,10 @@ def write_manifest(args, name: str, read_speech: int) -> Path:
                 if listing == digits and not training:
                     continue
                 is_read = row.get("corpus") == "librispeech" and training
-                lines.write((json.dumps(row) + "\n") * (read_speech if is_read else 1))
+                speakers, times = READ_SPEECH if is_read else (1, 1)
+                for number in range(speakers):
+                    row |= {"speaker": f"{row['speaker']}+"} if number else {}
+                    lines.write((json.dumps(row) + "\n") * times)
     return manifest
 
 
@@ -65,14 +69,15 @@ def make_noises(args) -> Path:
     return folder
 
 
-def make_data(args, name: str, noise_dir, read_speech: int, *flags) -> Path:
-    """Make a dataset whose recordings are mixed anew in training, unless it is there."""
+def make_data(args) -> Path:
+    """Make the dataset, whose voices are mixed anew in training, unless it is there."""
     return make_dataset(
-        args.work_dir / name, f"--speech_dir={write_manifest(args, name, read_speech)}",
-        "--train_samples=10", "--val_samples=120", "--min_speakers=1", "--join", 1, 3,
-        "--min_seconds=3", "--level_difference=5", "--speed", 0.85, 1.2, "--max_seconds=17",
-        f"--noise_dir={noise_dir}", "--snr_db", 5, 50, "--reverb", 0.2, "--formants", 0.85, 1.18,
-        "--equalizer", 3.5, "--same_corpus", 0.8, *flags)
+        args.work_dir / "data", f"--speech_dir={write_manifest(args)}", "--train_samples=10",
+        "--val_samples=120", "--min_speakers=1", "--join", 1, 3, "--min_seconds=3",
+        "--max_onset=1.5", "--max_gap=0.6", "--max_seconds=17", "--level_difference=5",
+        "--same_corpus=0.8", "--turns=0.1", f"--noise_dir={make_noises(args)}", "--snr_db", 5, 50,
+        "--reverb", 0.2, f"--voices={args.voices}", "--speed", 0.75, 1.35, "--formants", 0.85, 1.18,
+        "--equalizer", 3.5, f"--workers={args.workers}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,41 +89,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
-    add("--epochs", type=int, default=11, help="epochs of short parts of mixtures")
-    add("--long_epochs", type=int, default=15, help="epochs of long parts after them")
-    add("--mixtures_per_epoch", type=int, default=4000,
-        help="fresh mixtures in an epoch of short parts; half as many in one of long parts")
-    add("--workers", type=int, default=0, help="processes that mix; 0: this one")
+    add("--voices", type=int, default=5, help="changed voices of each speaker; 14 GB at 5")
+    add("--epochs", type=int, default=12, help="times --mixtures_per_epoch mixtures")
+    add("--mixtures_per_epoch", type=int, default=40_000, help="fresh mixtures in an epoch")
+    add("--batch_size", type=int, default=64, help="mixtures per step")
+    add("--workers", type=int, default=0, help="processes that render and mix; 0: this one")
     add("--device", default="auto", help="where to compute: auto, cpu, cuda or mps")
     return parser
-
-
-def train(args, data: Path, checkpoints: Path, epochs: int, *flags) -> None:
-    """Train until so many epochs are done in all, unless they are."""
-    if (checkpoints / f"checkpoint_epoch_{epochs}.pt").is_file():
-        return
-    resume = ["--resume"] if any(checkpoints.glob("*.pt")) else []
-    run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
-        "--max_speakers=3", f"--epochs={epochs}", *flags, f"--workers={args.workers}",
-        "--save_every=2", f"--device={args.device}", *resume)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run every step that is not done yet."""
     args = build_parser().parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    checkpoints, noises = args.work_dir / "checkpoints", Path(args.speech) / "noise"
-    data = make_data(args, "short", noises, 1, "--max_onset=3")
-    train(args, data, checkpoints, args.epochs, "--batch_size=12", "--crop_seconds", 2, 6,
-          f"--mixtures_per_epoch={args.mixtures_per_epoch}")
-    data = make_data(args, "long", make_noises(args), 4, "--max_onset=2", "--max_gap=1",
-                     "--speed", 0.75, 1.35)
-    epochs = args.epochs + args.long_epochs
-    train(args, data, checkpoints, epochs, "--batch_size=8", "--crop_seconds", 3, 14,
-          f"--mixtures_per_epoch={args.mixtures_per_epoch // 2}", "--activity_weight=0.04")
-    separator = ssm.load_separator(checkpoints / f"checkpoint_epoch_{epochs}.pt")
-    ssm.export_separator(separator, Path(args.output_dir), torch.bfloat16)
-    print(f"exported the weights of epoch {epochs} to {args.output_dir}")
+    data, checkpoints = make_data(args), args.work_dir / "checkpoints"
+    last = checkpoints / f"checkpoint_epoch_{args.epochs}.pt"
+    if not last.is_file():
+        run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
+            "--max_speakers=3", "--crop_seconds", 2, 14, "--lr=3e-3", "--activity_weight=0.04",
+            f"--epochs={args.epochs}", f"--mixtures_per_epoch={args.mixtures_per_epoch}",
+            f"--batch_size={args.batch_size}", f"--workers={args.workers}",
+            f"--device={args.device}", *["--resume"] * any(checkpoints.glob("*.pt")))
+    ssm.export_separator(ssm.load_separator(last), Path(args.output_dir), torch.bfloat16)
+    print(f"exported the weights of epoch {args.epochs} to {args.output_dir}")
 
 
 if __name__ == "__main__":

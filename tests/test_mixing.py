@@ -42,8 +42,7 @@ def noise_dir(tmp_path_factory):
 
 
 def plans(by_speaker, count, noises=(), talkers=None, split="train", **options):
-    corpora = mixing.corpora_of(by_speaker)
-    source = SpeechSource(MixingOptions(**options), by_speaker, noises, split, corpora)
+    source = SpeechSource(MixingOptions(**options), by_speaker, noises, split)
     rng = np.random.default_rng(1)
     return [mixing.plan_mixture(rng, source, talkers) for _ in range(count)]
 
@@ -116,7 +115,7 @@ def test_plan_is_a_function_of_the_seed(by_speaker):
 def test_defaults():
     """A dataset made without options stays the same."""
     assert MixingOptions() == (2, 3, (1, 1), 0.0, 0.15, 0.4, 3.0, None, (1.0, 1.0), (1.0, 1.0), 0.0,
-                               None, (10.0, 20.0), 0.0, None, 0.0)  # fmt: skip
+                               None, (10.0, 20.0), 0.0, None, 0.0, 0.0)  # fmt: skip
 
 
 def test_talkers_of_one_corpus(by_speaker):
