@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import mixing
 from audio import SAMPLING_RATE, first_line, load_audio_encoder, write_wav
-from mixing import MixingOptions, SpeechSource, Utterance, group_by_speaker
+from mixing import MixingOptions, SpeechSource, Utterance, group_by_voice
 
 NUM_VOICES = 12
 NUM_BANDS = 32
@@ -302,7 +302,7 @@ def split_speech(utterances: list[Utterance], split_by: str, seed: int) -> dict[
     """
     if any(u.split for u in utterances):
         return _split_of_manifest(utterances)
-    rng, groups = np.random.default_rng(seed), group_by_speaker(utterances)
+    rng, groups = np.random.default_rng(seed), group_by_voice(utterances)
     if split_by == "speaker":
         speakers = sorted(groups)
         rng.shuffle(speakers)
@@ -352,12 +352,11 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
     """Plan the mixtures of train, then of val; ValueError if a split has too few speakers."""
     noises, plans = mixing.list_noises(options.noise_dir), []
     for split, samples in sizes.items():
-        talkers = group_by_speaker(splits[split])
-        source = SpeechSource(options, talkers, noises, split)
-        if len(source.by_speaker) < args.max_speakers:
+        source = SpeechSource(options, group_by_voice(splits[split]), noises, split)
+        if len(source.speakers) < args.max_speakers:
             hint = ", or use --split_by utterance" if args.split_by == "speaker" else ""
             raise ValueError(
-                f"the {split} split has {len(source.by_speaker)} speakers and mixtures of "
+                f"the {split} split has {len(source.speakers)} speakers and mixtures of "
                 f"{args.max_speakers} were asked for: lower --max_speakers{hint}")
         rng = np.random.default_rng([args.seed, split == "val"])
         plans += [mixing.plan_mixture(rng, source)
@@ -372,21 +371,22 @@ def plan_voices(args, utterances: list[Utterance]) -> tuple[dict[str, tuple], li
     """Let every speaker, and ``args.voices`` changed voices of each, say what the speaker says.
 
     Returns what to render, arguments of ``mixing.render_utterance`` by file name, and the
-    utterances of all these voices.
+    utterances of all these voices. ValueError if the disk has no room for them.
     """
     rng, options = np.random.default_rng([args.seed, 2]), _options_of(args)
     files, listed = {}, []
-    for speaker, own in sorted(group_by_speaker(utterances).items()):
-        voices = {speaker: (1.0, 1.0, ())} | {
-            f"{speaker}, voice {number}": (rng.uniform(*options.speed),
-                                           *mixing.draw_voice(rng, options))
-            for number in range(1, args.voices + 1)}
-        for name, voice in voices.items():
+    for _, own in sorted(group_by_voice(utterances).items()):
+        voices = [(1.0, 1.0, ())] + [
+            (float(rng.uniform(*options.speed)), *mixing.draw_voice(rng, options))
+            for _ in range(args.voices)]
+        for number, voice in enumerate(voices):
             places = {}
             for utterance in own:  # perhaps listed more than once
                 place = places.setdefault(utterance.audio, f"voices/{len(files):06d}.wav")
                 files[place] = (utterance.audio, *voice)
-                listed.append(utterance._replace(audio=Path(place), speaker=name))
+                listed.append(utterance._replace(audio=Path(place), voice=number))
+    seconds = sum(mixing.recording_seconds(audio) / speed for audio, speed, *_ in files.values())
+    check_space(Path(args.output_dir), round(3 * seconds * SAMPLING_RATE))
     return files, listed
 
 
@@ -410,11 +410,11 @@ def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator
 
 def _utterance(folder: Path, row: dict) -> Utterance:
     return Utterance(folder / row["audio"], str(row["speaker"]), str(row["text"]),
-                     corpus=str(row.get("corpus", "")))
+                     corpus=str(row.get("corpus", "")), voice=int(row.get("voice", 0)))
 
 
 class ListedUtterances(Sequence):
-    """The utterances of one talker in utterances.json, each read from its line when it is drawn."""
+    """The utterances of one voice in utterances.json, each read from its line when it is drawn."""
 
     def __init__(self, listing: Path):
         self.listing, self.places = listing, array("q")  # bytes from the start of the file
@@ -430,19 +430,19 @@ class ListedUtterances(Sequence):
 
 
 def _read_listing(listing: Path) -> dict[str, Sequence[Utterance]]:
-    """Return the utterances of each talker; a million that have a line each take some 10 MB."""
-    talkers, place, utterance = {}, 0, partial(_utterance, listing.parent)
+    """Return the utterances of each voice; a million that have a line each take some 10 MB."""
+    voices, place, utterance = {}, 0, partial(_utterance, listing.parent)
     with open(listing, "rb") as lines:
         if lines.readline() != b"[\n" or not lines.readline().startswith(b'{"'):
             lines.seek(0)
-            return group_by_speaker(map(utterance, json.load(lines)))
+            return group_by_voice(map(utterance, json.load(lines)))
         lines.seek(0)
         for line in lines:
             if len(line) > 2:  # between the brackets
-                speaker = utterance(json.loads(line.rstrip(b",\n"))).speaker
-                talkers.setdefault(speaker, ListedUtterances(listing)).places.append(place)
+                name = utterance(json.loads(line.rstrip(b",\n"))).voice_name
+                voices.setdefault(name, ListedUtterances(listing)).places.append(place)
             place += len(line)
-    return talkers
+    return voices
 
 
 def load_source(data_dir, split: str):
@@ -459,14 +459,14 @@ def load_source(data_dir, split: str):
         options = mixing_options(about["mixing"])
         check_bounds(options._asdict(), BOUNDS | {
             "max_speakers": (1, mixing.MOUTHS), "min_speakers": (1, options.max_speakers)})
-        talkers, noises = _read_listing(listing), mixing.list_noises(options.noise_dir)
+        voices, noises = _read_listing(listing), mixing.list_noises(options.noise_dir)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"dataset.json or {listing} is damaged ({error})") from None
-    first = islice(chain.from_iterable(talkers.values()), 1000)
+    first = islice(chain.from_iterable(voices.values()), 1000)
     gone = next((u.audio for u in first if not u.audio.is_file()), None)
     if gone is not None:
         raise FileNotFoundError(f"{data_dir} was made from {gone}, which is gone")
-    return SpeechSource(options, talkers, noises, split)
+    return SpeechSource(options, voices, noises, split)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -505,8 +505,8 @@ def write_split(
                for index in tqdm(range(samples), split, leave=False, disable=None)]
     (folder / "metadata.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     if utterances:  # one a line, so that each can be read alone
-        rows = ({"audio": str(u.audio), "speaker": u.speaker, "text": u.text, "corpus": u.corpus}
-                for u in utterances)
+        rows = ({"audio": str(u.audio), "speaker": u.speaker, "text": u.text, "corpus": u.corpus,
+                 "voice": u.voice} for u in utterances)
         listing = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
         (folder / "utterances.json").write_text(listing, encoding="utf-8")
     return entries

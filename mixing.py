@@ -34,13 +34,22 @@ MAX_REFLECTIONS = 30  # per path: the first 20 dB of decay; all of them would ta
 
 
 class Utterance(NamedTuple):
-    """A recording of one speaker; ``split`` is "train", "val" or "" (not given)."""
+    """A recording of one speaker; ``split`` is "train", "val" or "" (not given).
+
+    ``voice`` is the number of a changed voice; the speaker's own is 0.
+    """
 
     audio: Path
     speaker: str
     text: str
     split: str = ""
     corpus: str = ""
+    voice: int = 0
+
+    @property
+    def voice_name(self) -> str:
+        """The speaker's name, with the number of a changed voice."""
+        return f"{self.speaker}, voice {self.voice}" if self.voice else self.speaker
 
 
 class MixingOptions(NamedTuple):
@@ -67,27 +76,33 @@ class MixingOptions(NamedTuple):
 
 @dataclass(frozen=True)
 class SpeechSource:
-    """What mixtures of one split are drawn from."""
+    """What mixtures of one split are drawn from: the utterances of each voice of each speaker."""
 
     options: MixingOptions
-    by_speaker: dict[str, list[Utterance]]
+    voices: dict[str, list[Utterance]]
     noises: list[str]
     split: str
 
     @cached_property
-    def speakers(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Names, corpora (those of the first utterance) and shares of the utterances."""
-        names = sorted(self.by_speaker)
-        corpora = [self.by_speaker[name][0].corpus for name in names]
-        counts = np.array([len(self.by_speaker[name]) for name in names], float)
-        return np.array(names), np.array(corpora), counts / counts.sum()
+    def columns(self) -> tuple[list, np.ndarray, np.ndarray, np.ndarray]:
+        """Names of the voices in order, speakers, corpora (of the first utterance) and shares."""
+        names = sorted(self.voices)
+        first = [self.voices[name][0] for name in names]
+        counts = np.array([len(self.voices[name]) for name in names], float)
+        return (names, np.array([u.speaker for u in first]), np.array([u.corpus for u in first]),
+                counts / counts.sum())
+
+    @cached_property
+    def speakers(self) -> set[str]:
+        """The names of the speakers."""
+        return set(self.columns[1].tolist())
 
 
-def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
-    """Return the utterances of each speaker."""
+def group_by_voice(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
+    """Return the utterances of each voice of each speaker."""
     groups: dict[str, list[Utterance]] = {}
     for utterance in utterances:
-        groups.setdefault(utterance.speaker, []).append(utterance)
+        groups.setdefault(utterance.voice_name, []).append(utterance)
     return groups
 
 
@@ -264,23 +279,32 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
     return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
 
 
-def _likely_speakers(rng, source: SpeechSource, count: int) -> np.ndarray:
-    """Return how likely each speaker is: by utterances, of one corpus alone if drawn so."""
-    names, corpora, shares = source.speakers
+def _likely_voices(rng, source: SpeechSource, count: int) -> np.ndarray:
+    """Return how likely each voice is: by utterances, of one corpus alone if drawn so."""
+    names, speakers, corpora, shares = source.columns
     if source.options.same_corpus > 0 and rng.random() < source.options.same_corpus:
         alike = corpora == corpora[rng.choice(len(names), p=shares)]
-        if alike.sum() >= count:
+        if len(set(speakers[alike])) >= count:
             shares = shares * alike
     return shares / shares.sum()
 
 
+def _draw_voices(rng, source: SpeechSource, likely: np.ndarray, count: int) -> list[list]:
+    """Draw voices of different speakers; return the utterances of each."""
+    names, speakers, *_ = source.columns
+    while True:
+        drawn = rng.choice(len(names), count, replace=False, p=likely)
+        if len(set(speakers[drawn])) == count:
+            return [source.voices[names[i]] for i in drawn]
+
+
 def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -> list:
     """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
-    names, likely = source.speakers[0], _likely_speakers(rng, source, count)
+    likely = _likely_voices(rng, source, count)
     miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
-        drawn = rng.choice(names, count, replace=False, p=likely)
-        talkers = [_plan_talker(rng, source.options, source.by_speaker[name]) for name in drawn]
+        pools = _draw_voices(rng, source, likely, count)
+        talkers = [_plan_talker(rng, source.options, pool) for pool in pools]
         if source.split == "train":
             voices = [draw_voice(rng, source.options) for _ in talkers]
             talkers = [talker._replace(formants=formants, equalizer=curve)
@@ -300,7 +324,7 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
     With ``count=0`` it is noise alone or digital silence, as long as one talker would be. Raises
     FileNotFoundError or ValueError if a recording cannot be read or speakers are too few.
     """
-    options, speakers = source.options, len(source.by_speaker)
+    options, speakers = source.options, len(source.speakers)
     if count is None:
         count = int(rng.integers(options.min_speakers, options.max_speakers, endpoint=True))
     if max(count, 1) > speakers:

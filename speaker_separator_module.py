@@ -997,7 +997,7 @@ class RemixedDataset(Dataset):
 
     Item ``number`` depends on the seed and the number alone; epoch ``e`` takes those from
     ``e * length`` on, so that no mixture returns and a resumed run draws the same ones. Of the two
-    kinds, ``_read_sources`` returns what each talker can say.
+    kinds, ``_read_sources`` returns the talkers.
     """
 
     SILENCE = 0.04  # share of mixtures without any talker
@@ -1040,11 +1040,11 @@ class RemixedFeatures(RemixedDataset):
 class RemixedRecordings(RemixedDataset):
     """Mixtures of the recordings in utterances.json, drawn anew; the dataset's own stay unread."""
 
-    def _read_sources(self) -> dict:
+    def _read_sources(self) -> set[str]:
         from generate_multi_speaker_dataset import load_source
 
         self.speech = load_source(self.base.data_dir, self.base.split)
-        return self.speech.by_speaker
+        return self.speech.speakers
 
     def draw_length(self, number: int) -> tuple[np.random.Generator, int, float]:
         """Return generator, number of talkers and the length in seconds of the part to take.

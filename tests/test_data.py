@@ -594,14 +594,14 @@ def test_remixed_recordings_stay_within_max_seconds(speech_dir, tmp_path):
 def test_utterances_are_read_when_drawn(recordings, tmp_path):
     """An older listing, without a line for each, is read whole; both say the same."""
     folder = shutil.copytree(recordings, tmp_path / "own")
-    lined = generator.load_source(folder, "train").by_speaker
+    lined = generator.load_source(folder, "train").voices
     listing = folder / "train/utterances.json"
     rows = json.loads(listing.read_text())
     assert sum(map(len, lined.values())) == len(rows) > 5
     before = {speaker: list(talker) for speaker, talker in lined.items()}
     assert [u.text for talker in before.values() for u in talker] == [row["text"] for row in rows]
     listing.write_text(json.dumps(rows, indent=1))
-    assert generator.load_source(folder, "train").by_speaker == before
+    assert generator.load_source(folder, "train").voices == before
     listing.unlink()
     with pytest.raises(FileNotFoundError):
         next(iter(lined.values()))[0]
@@ -866,8 +866,8 @@ def test_manifest_gives_the_split(manifest, qwen_folder, tmp_path):
 def test_manifest_gives_the_corpus(manifest, tmp_path):
     argv = [flag for flag in speech_flags(manifest, "", tmp_path / "data") if "encoder" not in flag]
     assert generator.main(argv) == 0
-    names, corpora, _ = generator.load_source(tmp_path / "data", "train").speakers
-    assert names.tolist() == [f"speaker{i}" for i in range(0, 10, 2)]
+    names, _, corpora, _ = generator.load_source(tmp_path / "data", "train").columns
+    assert names == [f"speaker{i}" for i in range(0, 10, 2)]
     assert corpora.tolist() == [f"corpus {i // 3}" for i in range(0, 10, 2)]
 
 

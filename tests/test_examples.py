@@ -87,7 +87,7 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
     for a, b in zip(exported.parameters(), trained.parameters(), strict=True):
         assert (a - b).abs().max() < 0.01  # stored in bfloat16
     drawn = {split: load_source(tmp_path / "pretraining/data", split) for split in ("train", "val")}
-    corpora = {split: set(source.speakers[1]) for split, source in drawn.items()}
+    corpora = {split: set(source.columns[2]) for split, source in drawn.items()}
     assert "fsdd" in corpora["train"] and "fsdd" not in corpora["val"]  # few digits speak alike
     pretrain.main(argv)
     printed = capsys.readouterr().out
