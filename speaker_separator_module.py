@@ -1088,10 +1088,11 @@ class RemixedRecordings(RemixedDataset):
 
         plan, start, length = self.plan(number)
         sources, mixture = render_mixture(plan, self.speech.options.max_seconds)
-        waveforms = np.concatenate([mixture[None], sources])
+        first, end = round(start * SAMPLING_RATE), None
         if self.crop_seconds:
-            first = round(start * SAMPLING_RATE)
-            waveforms = waveforms[:, first : first + round(length * SAMPLING_RATE)]
+            end = first + round(length * SAMPLING_RATE)
+        waveforms = np.concatenate([mixture[None, first:end], sources[:, first:end]])
+        if self.crop_seconds:
             audible = np.abs(waveforms) > 1e-5  # reverberation by FFT leaves 1e-8 in pauses
             kept = np.count_nonzero(audible, axis=1) > SAMPLING_RATE // 10
             kept[0] = True  # the mixture

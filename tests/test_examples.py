@@ -38,9 +38,9 @@ def shrink(monkeypatch, module, *flags):
     def run_small(command, *words):
         run(command, *words, *(flags if words[0] == "train" else ()))
 
-    def make_small(folder, *words):
+    def make_small(folder, *words, **more):
         training = "--val_samples=120" in words
-        return make(folder, *words, *(("--val_samples=4", "--train_samples=1") * training))
+        return make(folder, *words, *(("--val_samples=4", "--train_samples=1") * training), **more)
 
     monkeypatch.setattr(module, "run", run_small)
     monkeypatch.setattr(module, "make_dataset", make_small)
@@ -89,8 +89,9 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
     drawn = {split: load_source(tmp_path / "pretraining/data", split) for split in ("train", "val")}
     corpora = {split: set(source.columns[2]) for split, source in drawn.items()}
     assert "fsdd" in corpora["train"] and "fsdd" not in corpora["val"]  # few digits speak alike
-    pretrain.main(argv)
+    pretrain.main([*argv, "--workers=2"])
     printed = capsys.readouterr().out
+    assert printed.count("--speech_dir") == 1  # made once, by however many processes
     assert printed.count(".py train ") == 1 and printed.count("exported") == 2  # trained once
 
 
