@@ -689,6 +689,8 @@ def check_arguments(args) -> None:
         if getattr(args, name) != getattr(default, name):
             raise ValueError(f"--{name} is for simulated talkers alone" if args.speech_dir else
                              f"--{name} needs recordings: give --speech_dir")
+    if args.voices and args.encoder:
+        raise ValueError("--voices is for training on recordings: leave --encoder out")
     if args.voices and (args.speed, args.formants, args.equalizer) == ((1, 1), (1, 1), 0):
         raise ValueError("--voices needs what changes a voice: --speed, --formants or --equalizer")
     if args.reverb and not find_spec("pyroomacoustics"):

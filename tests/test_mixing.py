@@ -670,6 +670,7 @@ def test_load_source_says_what_is_gone(everything, dataset, tmp_path):
         (["--workers", "-1"], "--workers"),
         (["--voices", "-1"], "--voices must be 0 to 1000"),
         (["--voices", "2"], "--voices needs what changes a voice"),
+        (["--voices", "2", "--encoder", "model"], "leave --encoder out"),
         (["--turns", "2"], "--turns must be 0 to 1"),
         (["--layer", "1"], "--layer needs --encoder"),
         (["--seq_len", "50"], "--seq_len is for simulated talkers"),
@@ -692,7 +693,8 @@ def test_bad_arguments(flags, words, speech_dir, tmp_path, capsys):
      (["--overlap", "0", "1"], "--speech_dir"), (["--max_seconds=3"], "--speech_dir"),
      (["--encoder=model"], "--speech_dir"), (["--layer=1"], "--encoder"),
      (["--join", "2", "3"], "--speech_dir"), (["--same_corpus=1"], "--speech_dir"),
-     (["--split_by=utterance"], "--speech_dir"), (["--workers=2"], "--speech_dir")],
+     (["--split_by=utterance"], "--speech_dir"), (["--workers=2"], "--speech_dir"),
+     (["--voices=2"], "--speech_dir")],
 )
 def test_simulated_talkers_are_not_mixed_like_recordings(flags, word, tmp_path, capsys):
     argv = [*flags, f"--output_dir={tmp_path / 'data'}"]
