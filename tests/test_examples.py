@@ -79,7 +79,7 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
     (tmp_path / "speech/manifest.jsonl").write_text(listing)
     write_wav(tmp_path / "speech/noise/hum.wav", sine(1, 50))
     argv = [f"--speech={tmp_path / 'speech'}", f"--fsdd={fsdd}", "--voices=2", "--epochs=2",
-            "--mixtures_per_epoch=4", f"--output_dir={tmp_path / 'weights'}"]
+            "--mixtures_per_epoch=8", f"--output_dir={tmp_path / 'weights'}"]
     pretrain.main(argv)
     exported = ssm.load_separator(tmp_path / "weights")
     trained = ssm.load_separator(tmp_path / "pretraining/checkpoints/checkpoint_epoch_2.pt")
