@@ -190,7 +190,7 @@ def mel_bin(hertz: np.ndarray, num_bins: int) -> np.ndarray:
     return mel / hertz_to_mel(SAMPLING_RATE / 2, "slaney") * (num_bins + 1) - 1
 
 
-def _stft(waveforms: Tensor) -> Tensor:
+def stft(waveforms: Tensor) -> Tensor:
     """Return the complex spectrum [..., frequencies, T + 1] of waveforms [..., samples]."""
     window = torch.hann_window(N_FFT, device=waveforms.device)
     pad_mode = "reflect" if waveforms.shape[-1] > N_FFT // 2 else "constant"
@@ -198,21 +198,26 @@ def _stft(waveforms: Tensor) -> Tensor:
                       return_complex=True)
 
 
-def _istft(spectra: Tensor, samples: int) -> Tensor:
+def istft(spectra: Tensor, samples: int) -> Tensor:
     """Return waveforms [..., samples] of complex spectra [..., frequencies, T + 1]."""
     window = torch.hann_window(N_FFT, device=spectra.device)
     return torch.istft(spectra, N_FFT, HOP_LENGTH, window=window, length=samples)
 
 
-def log_mel(waveforms: Tensor, num_bins: int = 80) -> Tensor:
-    """Return log-mel spectrograms [..., T, D] of waveforms [..., samples], one frame per 160.
+def log_mel_of(spectra: Tensor, num_bins: int = 80) -> Tensor:
+    """Return log-mel spectrograms [..., T, D] of complex spectra [..., frequencies, T + 1].
 
     In Whisper's units but before its floor at 80 dB below the loudest bin (``floor_log_mel``).
     """
-    spectrum = torch.view_as_real(_stft(waveforms)[..., :-1])  # the last frame is past the end
-    power = spectrum.square().sum(-1).transpose(-1, -2)
+    parts = torch.view_as_real(spectra[..., :-1])  # the last frame is past the end
+    power = parts.square().sum(-1).transpose(-1, -2)
     mel = power @ _mel_filters(num_bins, str(power.device))
     return (mel.clamp(min=1e-10).log10() + 4) / 4
+
+
+def log_mel(waveforms: Tensor, num_bins: int = 80) -> Tensor:
+    """Return what ``log_mel_of`` does of waveforms [..., samples]: one frame per 160 samples."""
+    return log_mel_of(stft(waveforms), num_bins)
 
 
 def floor_log_mel(spectrograms: Tensor) -> Tensor:
@@ -222,14 +227,14 @@ def floor_log_mel(spectrograms: Tensor) -> Tensor:
 
 
 def _apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
-    spectrum, D = _stft(waveform), gains.shape[-1]  # [F, T + 1]
+    spectrum, D = stft(waveform), gains.shape[-1]  # [F, T + 1]
     place = mel_bin(np.linspace(0, SAMPLING_RATE / 2, N_FFT // 2 + 1), D).astype(np.float32)
     place = torch.from_numpy(place).to(gains.device).clamp(0, D - 1)
     below, above = place.floor().long(), place.ceil().long()
     gains = torch.lerp(gains[..., below], gains[..., above], place - below)  # [S, T, F]
     gains = torch.cat([gains, gains[:, -1:]], 1)[:, : spectrum.shape[1]].transpose(1, 2)
     amplitude = 10 ** (2 * gains)  # gains are quarters of log10 power
-    return _istft(spectrum * amplitude, len(waveform))
+    return istft(spectrum * amplitude, len(waveform))
 
 
 def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
@@ -249,29 +254,30 @@ def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
     return talkers
 
 
-def change_voice(samples: np.ndarray, formants: float, equalizer: tuple[float, ...]) -> np.ndarray:
-    """Return speech [samples] with its formants moved by a factor, then equalized; pitch is kept.
+def change_voices(spectra: Tensor, voices: Tensor) -> Tensor:
+    """Move the formants in complex spectra [..., F, T] and equalize them; the pitch is kept.
 
-    The envelope of every frame is its cepstrum up to 3 ms (vocal tract length perturbation moves
-    it alike; Jaitly and Hinton, 2013). ``equalizer`` has the coefficients in dB of cosines, then of
-    sines, over the logarithm of the frequency.
+    ``voices [..., 1 + 2 K]`` have a factor of the formants, then K coefficients in dB of cosines
+    and K of sines over the logarithm of the frequency. The envelope of every frame is its cepstrum
+    up to 3 ms (vocal tract length perturbation moves it alike; Jaitly and Hinton, 2013).
     """
-    spectrum = _stft(torch.from_numpy(samples))  # [F, T + 1]
-    place = torch.arange(len(spectrum))
-    octave = torch.log1p(place) / math.log(len(spectrum))  # 0 to 1
-    cosines, sines = torch.tensor(equalizer).view(2, -1, 1)
-    angle = torch.pi * torch.arange(1, len(cosines) + 1)[:, None] * octave
-    gain = (cosines * angle.cos() + sines * angle.sin()).sum(0)[:, None] * (math.log(10) / 20)
-    if formants != 1:
-        cepstrum = torch.fft.irfft(spectrum.abs().clamp(min=1e-5).log(), n=N_FFT, dim=0)
-        late = torch.minimum(torch.arange(N_FFT), N_FFT - torch.arange(N_FFT)) / ENVELOPE
-        taper = 0.5 + 0.5 * torch.cos(torch.pi * late.clamp(max=1))
-        envelope = torch.fft.rfft(cepstrum * taper[:, None], dim=0).real
-        source = (place / formants).clamp(max=len(place) - 1)
-        below, above = envelope[source.floor().long()], envelope[source.ceil().long()]
-        moved = torch.lerp(below, above, source.frac()[:, None])
-        gain = gain + (moved - envelope).clamp(-3, 3)
-    return _istft(spectrum * gain.exp(), len(samples)).numpy()
+    device, bins = spectra.device, spectra.shape[-2]
+    formants, equalizer = voices.split([1, voices.shape[-1] - 1], dim=-1)
+    cosines, sines = equalizer.chunk(2, dim=-1)  # [..., K]
+    place = torch.arange(bins, device=device)
+    octave = torch.log1p(place) / math.log(bins)  # 0 to 1
+    angle = torch.pi * torch.arange(1, cosines.shape[-1] + 1, device=device)[:, None] * octave
+    gain = (cosines @ angle.cos() + sines @ angle.sin())[..., None] * (math.log(10) / 20)
+    cepstrum = torch.fft.irfft(spectra.abs().clamp(min=1e-5).log(), n=N_FFT, dim=-2)
+    late = torch.arange(N_FFT, device=device)
+    late = torch.minimum(late, N_FFT - late) / ENVELOPE
+    taper = 0.5 + 0.5 * torch.cos(torch.pi * late.clamp(max=1))
+    envelope = torch.fft.rfft(cepstrum * taper[:, None], dim=-2).real
+    source = (place / formants).clamp(max=bins - 1)[..., None]  # [..., F, 1]
+    below, above = (envelope.take_along_dim(place.long(), dim=-2)
+                    for place in (source.floor(), source.ceil()))
+    moved = torch.lerp(below, above, source.frac())
+    return spectra * (gain + (moved - envelope).clamp(-3, 3)).exp()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from importlib.util import find_spec
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -44,7 +43,7 @@ from tqdm import tqdm
 
 import mixing
 from audio import SAMPLING_RATE, first_line, load_audio_encoder, write_wav
-from mixing import MixingOptions, SpeechSource, Utterance, group_by_voice
+from mixing import MixingOptions, SpeechSource, Utterance, group_by_speaker
 
 NUM_VOICES = 12
 NUM_BANDS = 32
@@ -277,7 +276,7 @@ def read_speech(path: Path) -> list[Utterance]:
         raise FileNotFoundError(f"no speech at {path}")
     if not utterances:
         raise ValueError(f"{path} holds no manifest.jsonl and no recordings in folders per speaker")
-    return [u._replace(audio=Path(os.path.abspath(u.audio))) for u in utterances]
+    return utterances
 
 
 def _split_of_manifest(utterances: list[Utterance]) -> dict[str, list[Utterance]]:
@@ -302,7 +301,7 @@ def split_speech(utterances: list[Utterance], split_by: str, seed: int) -> dict[
     """
     if any(u.split for u in utterances):
         return _split_of_manifest(utterances)
-    rng, groups = np.random.default_rng(seed), group_by_voice(utterances)
+    rng, groups = np.random.default_rng(seed), group_by_speaker(utterances)
     if split_by == "speaker":
         speakers = sorted(groups)
         rng.shuffle(speakers)
@@ -321,10 +320,6 @@ def split_speech(utterances: list[Utterance], split_by: str, seed: int) -> dict[
 def mixing_options(values: dict) -> MixingOptions:
     """Return options from JSON or the command line, whose pairs are lists."""
     return MixingOptions(**{k: tuple(v) if k in PAIRS and v else v for k, v in values.items()})
-
-
-def _options_of(args) -> MixingOptions:
-    return mixing_options({name: getattr(args, name) for name in MixingOptions._fields})
 
 
 def pick_device(name: str) -> str:
@@ -352,11 +347,12 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
     """Plan the mixtures of train, then of val; ValueError if a split has too few speakers."""
     noises, plans = mixing.list_noises(options.noise_dir), []
     for split, samples in sizes.items():
-        source = SpeechSource(options, group_by_voice(splits[split]), noises, split)
-        if len(source.speakers) < args.max_speakers:
+        talkers = group_by_speaker(splits[split])
+        source = SpeechSource(options, talkers, noises, split)
+        if len(source.by_speaker) < args.max_speakers:
             hint = ", or use --split_by utterance" if args.split_by == "speaker" else ""
             raise ValueError(
-                f"the {split} split has {len(source.speakers)} speakers and mixtures of "
+                f"the {split} split has {len(source.by_speaker)} speakers and mixtures of "
                 f"{args.max_speakers} were asked for: lower --max_speakers{hint}")
         rng = np.random.default_rng([args.seed, split == "val"])
         plans += [mixing.plan_mixture(rng, source)
@@ -367,32 +363,9 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
     return plans
 
 
-def plan_voices(args, utterances: list[Utterance]) -> tuple[dict[str, tuple], list[Utterance]]:
-    """Let every speaker, and ``args.voices`` changed voices of each, say what the speaker says.
-
-    Returns what to render, arguments of ``mixing.render_utterance`` by file name, and the
-    utterances of all these voices. ValueError if the disk has no room for them.
-    """
-    rng, options = np.random.default_rng([args.seed, 2]), _options_of(args)
-    files, listed = {}, []
-    for _, own in sorted(group_by_voice(utterances).items()):
-        voices = [(1.0, 1.0, ())] + [
-            (float(rng.uniform(*options.speed)), *mixing.draw_voice(rng, options))
-            for _ in range(args.voices)]
-        for number, voice in enumerate(voices):
-            places = {}
-            for utterance in own:  # perhaps listed more than once
-                place = places.setdefault(utterance.audio, f"voices/{len(files):06d}.wav")
-                files[place] = (utterance.audio, *voice)
-                listed.append(utterance._replace(audio=Path(place), voice=number))
-    seconds = sum(mixing.recording_seconds(audio) / speed for audio, speed, *_ in files.values())
-    check_space(Path(args.output_dir), round(3 * seconds * SAMPLING_RATE))
-    return files, listed
-
-
 def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator[dict], dict]:
     """Plan mixtures of recordings; return those of train, then of val, and what they are."""
-    options = _options_of(args)
+    options = mixing_options({name: getattr(args, name) for name in MixingOptions._fields})
     encoder, about = None, {"kind": "recordings"}
     if args.encoder:
         encoder = load_audio_encoder(args.encoder, args.layer, pick_device(args.device))
@@ -408,13 +381,13 @@ def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator
     return _with_features(plans, rendered, encoder), about | {"mixing": options._asdict()}
 
 
-def _utterance(folder: Path, row: dict) -> Utterance:
-    return Utterance(folder / row["audio"], str(row["speaker"]), str(row["text"]),
-                     corpus=str(row.get("corpus", "")), voice=int(row.get("voice", 0)))
+def _utterance(row: dict) -> Utterance:
+    return Utterance(Path(row["audio"]), str(row["speaker"]), str(row["text"]),
+                     corpus=str(row.get("corpus", "")))
 
 
 class ListedUtterances(Sequence):
-    """The utterances of one voice in utterances.json, each read from its line when it is drawn."""
+    """The utterances of one talker in utterances.json, each read from its line when it is drawn."""
 
     def __init__(self, listing: Path):
         self.listing, self.places = listing, array("q")  # bytes from the start of the file
@@ -425,24 +398,23 @@ class ListedUtterances(Sequence):
     def __getitem__(self, index: int) -> Utterance:
         with open(self.listing, "rb") as lines:
             lines.seek(self.places[index])
-            row = json.loads(lines.readline().rstrip(b",\n"))
-        return _utterance(self.listing.parent, row)
+            return _utterance(json.loads(lines.readline().rstrip(b",\n")))
 
 
 def _read_listing(listing: Path) -> dict[str, Sequence[Utterance]]:
-    """Return the utterances of each voice; a million that have a line each take some 10 MB."""
-    voices, place, utterance = {}, 0, partial(_utterance, listing.parent)
+    """Return the utterances of each talker; a million that have a line each take some 10 MB."""
+    talkers, place = {}, 0
     with open(listing, "rb") as lines:
         if lines.readline() != b"[\n" or not lines.readline().startswith(b'{"'):
             lines.seek(0)
-            return group_by_voice(map(utterance, json.load(lines)))
+            return group_by_speaker(map(_utterance, json.load(lines)))
         lines.seek(0)
         for line in lines:
             if len(line) > 2:  # between the brackets
-                name = utterance(json.loads(line.rstrip(b",\n"))).voice_name
-                voices.setdefault(name, ListedUtterances(listing)).places.append(place)
+                speaker = _utterance(json.loads(line.rstrip(b",\n"))).speaker
+                talkers.setdefault(speaker, ListedUtterances(listing)).places.append(place)
             place += len(line)
-    return voices
+    return talkers
 
 
 def load_source(data_dir, split: str):
@@ -459,14 +431,14 @@ def load_source(data_dir, split: str):
         options = mixing_options(about["mixing"])
         check_bounds(options._asdict(), BOUNDS | {
             "max_speakers": (1, mixing.MOUTHS), "min_speakers": (1, options.max_speakers)})
-        voices, noises = _read_listing(listing), mixing.list_noises(options.noise_dir)
+        talkers, noises = _read_listing(listing), mixing.list_noises(options.noise_dir)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"dataset.json or {listing} is damaged ({error})") from None
-    first = islice(chain.from_iterable(voices.values()), 1000)
+    first = islice(chain.from_iterable(talkers.values()), 1000)
     gone = next((u.audio for u in first if not u.audio.is_file()), None)
     if gone is not None:
         raise FileNotFoundError(f"{data_dir} was made from {gone}, which is gone")
-    return SpeechSource(options, voices, noises, split)
+    return SpeechSource(options, talkers, noises, split)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -505,20 +477,11 @@ def write_split(
                for index in tqdm(range(samples), split, leave=False, disable=None)]
     (folder / "metadata.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     if utterances:  # one a line, so that each can be read alone
-        rows = ({"audio": str(u.audio), "speaker": u.speaker, "text": u.text, "corpus": u.corpus,
-                 "voice": u.voice} for u in utterances)
+        rows = ({"audio": os.path.abspath(u.audio), "speaker": u.speaker, "text": u.text,
+                 "corpus": u.corpus} for u in utterances)
         listing = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
         (folder / "utterances.json").write_text(listing, encoding="utf-8")
     return entries
-
-
-def write_voices(folder: Path, files: dict[str, tuple], workers: int) -> None:
-    """Render what ``plan_voices`` planned into the folder of the training split."""
-    (folder / "voices").mkdir()
-    jobs = [(folder / name, *voice) for name, voice in files.items()]
-    rendered = mixing.in_processes(mixing.write_utterance, jobs, workers)
-    for _ in tqdm(rendered, "voices", len(jobs), leave=False, disable=None):
-        pass
 
 
 def print_statistics(split: str, entries: list[dict]) -> None:
@@ -569,16 +532,13 @@ def finish_replacing(output_dir: Path) -> None:
 
 
 def write_dataset(
-    output_dir: Path, sizes: dict, mixtures: Iterator[dict], splits: dict, about: dict,
-    voices: dict[str, tuple], workers: int,
+    output_dir: Path, sizes: dict, mixtures: Iterator[dict], splits: dict, about: dict
 ) -> dict[str, list[dict]]:
     """Write a dataset into a folder of its own and then into place; return its metadata."""
     staging = make_staging(output_dir)
     try:
         entries = {s: write_split(staging / s, s, samples, mixtures, splits.get(s))
                    for s, samples in sizes.items()}
-        if voices:
-            write_voices(staging / "train", voices, workers)
         (staging / "dataset.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         if (output_dir / "train").exists():
             print(f"replacing the earlier dataset in {output_dir}")
@@ -590,7 +550,7 @@ def write_dataset(
 
 def generate_dataset(args, command_line: str) -> None:
     """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
-    output_dir, splits, voices = Path(args.output_dir), {}, {}
+    output_dir, splits = Path(args.output_dir), {}
     sizes = {"train": args.train_samples, "val": args.val_samples}
     for old in (output_dir / split for split in sizes):
         if old.exists() and not (old / "metadata.json").is_file():
@@ -603,11 +563,8 @@ def generate_dataset(args, command_line: str) -> None:
     mixtures, about = (speech_dataset(args, sizes, splits) if splits else
                        simulated_dataset(args, sizes))
     about |= {"seed": args.seed, "command_line": command_line}
-    if args.voices:  # training mixes them as they are
-        voices, splits["train"] = plan_voices(args, splits["train"])
-        about["mixing"] |= {"speed": (1.0, 1.0), "formants": (1.0, 1.0), "equalizer": 0.0}
     try:
-        entries = write_dataset(output_dir, sizes, mixtures, splits, about, voices, args.workers)
+        entries = write_dataset(output_dir, sizes, mixtures, splits, about)
     except FileNotFoundError:  # a recording is gone
         raise
     except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
@@ -662,8 +619,6 @@ def build_parser() -> argparse.ArgumentParser:
            help="where the encoder runs")
     add = parser.add_argument_group("mixing recorded talkers").add_argument
     add("--noise_dir", type=os.path.abspath, help="recordings of noise to add to the mixture alone")
-    add("--voices", type=int, default=0, help="changed voices of each training speaker, rendered "
-        "once for training to mix; 0: change voices in each mixture, at ten times the cost")
     for name, (kind, _, _, text) in MIXING.items():
         more = {"nargs": 2, "metavar": ("MIN", "MAX")} if name in PAIRS else {}
         if name == "reverb":
@@ -678,21 +633,17 @@ def check_arguments(args) -> None:
         "train_samples": (1, 1e5), "val_samples": (1, 1e5), "seed": (0, 1 << 62),
         "max_speakers": (1, mixing.MOUTHS if args.speech_dir else NUM_VOICES),
         "min_speakers": (1, args.max_speakers), "workers": (0, 1024), "seq_len": (1, 1e6),
-        "feature_dim": (NUM_BANDS, 1e5), "voices": (0, 1000), **BOUNDS})
+        "feature_dim": (NUM_BANDS, 1e5), **BOUNDS})
     if args.seq_len * args.feature_dim > MOST_VALUES:
         raise ValueError(f"--seq_len times --feature_dim can be {MOST_VALUES:,} at most")
     if args.layer is not None and not args.encoder:
         raise ValueError("--layer needs --encoder")
     default = build_parser().parse_args([])
-    recorded = (*MIXING, "noise_dir", "voices", "encoder", "split_by", "workers", "device")
+    recorded = (*MIXING, "noise_dir", "encoder", "split_by", "workers", "device")
     for name in ("seq_len", "feature_dim") if args.speech_dir else recorded:
         if getattr(args, name) != getattr(default, name):
             raise ValueError(f"--{name} is for simulated talkers alone" if args.speech_dir else
                              f"--{name} needs recordings: give --speech_dir")
-    if args.voices and args.encoder:
-        raise ValueError("--voices is for training on recordings: leave --encoder out")
-    if args.voices and (args.speed, args.formants, args.equalizer) == ((1, 1), (1, 1), 0):
-        raise ValueError("--voices needs what changes a voice: --speed, --formants or --equalizer")
     if args.reverb and not find_spec("pyroomacoustics"):
         raise ValueError("--reverb needs pyroomacoustics: pip install -r requirements.txt")
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from audio import SAMPLING_RATE, audio_info, change_voice, read_audio, write_wav
+from audio import SAMPLING_RATE, audio_info, change_voices, istft, read_audio, stft
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3"}
 SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
@@ -34,22 +34,13 @@ MAX_REFLECTIONS = 30  # per path: the first 20 dB of decay; all of them would ta
 
 
 class Utterance(NamedTuple):
-    """A recording of one speaker; ``split`` is "train", "val" or "" (not given).
-
-    ``voice`` is the number of a changed voice; the speaker's own is 0.
-    """
+    """A recording of one speaker; ``split`` is "train", "val" or "" (not given)."""
 
     audio: Path
     speaker: str
     text: str
     split: str = ""
     corpus: str = ""
-    voice: int = 0
-
-    @property
-    def voice_name(self) -> str:
-        """The speaker's name, with the number of a changed voice."""
-        return f"{self.speaker}, voice {self.voice}" if self.voice else self.speaker
 
 
 class MixingOptions(NamedTuple):
@@ -76,33 +67,27 @@ class MixingOptions(NamedTuple):
 
 @dataclass(frozen=True)
 class SpeechSource:
-    """What mixtures of one split are drawn from: the utterances of each voice of each speaker."""
+    """What mixtures of one split are drawn from."""
 
     options: MixingOptions
-    voices: dict[str, list[Utterance]]
+    by_speaker: dict[str, list[Utterance]]
     noises: list[str]
     split: str
 
     @cached_property
-    def columns(self) -> tuple[list, np.ndarray, np.ndarray, np.ndarray]:
-        """Names of the voices in order, speakers, corpora (of the first utterance) and shares."""
-        names = sorted(self.voices)
-        first = [self.voices[name][0] for name in names]
-        counts = np.array([len(self.voices[name]) for name in names], float)
-        return (names, np.array([u.speaker for u in first]), np.array([u.corpus for u in first]),
-                counts / counts.sum())
-
-    @cached_property
-    def speakers(self) -> set[str]:
-        """The names of the speakers."""
-        return set(self.columns[1].tolist())
+    def speakers(self) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Names, corpora (those of the first utterance) and shares of the utterances."""
+        names = sorted(self.by_speaker)
+        corpora = np.array([self.by_speaker[name][0].corpus for name in names])
+        counts = np.array([len(self.by_speaker[name]) for name in names], float)
+        return names, corpora, counts / counts.sum()
 
 
-def group_by_voice(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
-    """Return the utterances of each voice of each speaker."""
+def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utterance]]:
+    """Return the utterances of each speaker."""
     groups: dict[str, list[Utterance]] = {}
     for utterance in utterances:
-        groups.setdefault(utterance.voice_name, []).append(utterance)
+        groups.setdefault(utterance.speaker, []).append(utterance)
     return groups
 
 
@@ -136,8 +121,7 @@ class PlannedTalker(NamedTuple):
     seconds: float  # from the onset to the end of the last utterance
     onset: float  # seconds
     gain_db: float
-    formants: float = 1.0
-    equalizer: tuple[float, ...] = ()  # dB, as of ``audio.change_voice``
+    voice: tuple[float, ...] = ()  # of ``audio.change_voices``; none: as recorded
 
     @property
     def text(self) -> str:
@@ -204,12 +188,12 @@ def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedT
     return talker
 
 
-def draw_voice(rng, options: MixingOptions) -> tuple[float, tuple[float, ...]]:
-    """Draw formants and equalizer of a changed voice: 1 and none where the options ask for none."""
+def _with_voice(rng, options: MixingOptions, talker: PlannedTalker) -> PlannedTalker:
+    """Draw how a talker's voice is changed, if it is."""
     if not options.equalizer and options.formants == (1.0, 1.0):
-        return 1.0, ()
+        return talker
     curve = rng.normal(0, options.equalizer / EQUALIZER).tolist()
-    return float(rng.uniform(*options.formants)), tuple(curve)
+    return talker._replace(voice=(float(rng.uniform(*options.formants)), *curve))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -279,36 +263,25 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
     return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
 
 
-def _likely_voices(rng, source: SpeechSource, count: int) -> np.ndarray:
-    """Return how likely each voice is: by utterances, of one corpus alone if drawn so."""
-    names, speakers, corpora, shares = source.columns
+def _likely_speakers(rng, source: SpeechSource, count: int) -> tuple[list[str], np.ndarray]:
+    """Return names and how likely each is: by utterances, of one corpus alone if drawn so."""
+    names, corpora, shares = source.speakers
     if source.options.same_corpus > 0 and rng.random() < source.options.same_corpus:
         alike = corpora == corpora[rng.choice(len(names), p=shares)]
-        if len(set(speakers[alike])) >= count:
+        if alike.sum() >= count:
             shares = shares * alike
-    return shares / shares.sum()
-
-
-def _draw_voices(rng, source: SpeechSource, likely: np.ndarray, count: int) -> list[list]:
-    """Draw voices of different speakers; return the utterances of each."""
-    names, speakers, *_ = source.columns
-    while True:
-        drawn = rng.choice(len(names), count, replace=False, p=likely)
-        if len(set(speakers[drawn])) == count:
-            return [source.voices[names[i]] for i in drawn]
+    return names, shares / shares.sum()
 
 
 def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -> list:
     """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
-    likely = _likely_voices(rng, source, count)
+    names, likely = _likely_speakers(rng, source, count)
     miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
-        pools = _draw_voices(rng, source, likely, count)
-        talkers = [_plan_talker(rng, source.options, pool) for pool in pools]
+        drawn = rng.choice(names, count, replace=False, p=likely)
+        talkers = [_plan_talker(rng, source.options, source.by_speaker[name]) for name in drawn]
         if source.split == "train":
-            voices = [draw_voice(rng, source.options) for _ in talkers]
-            talkers = [talker._replace(formants=formants, equalizer=curve)
-                       for talker, (formants, curve) in zip(talkers, voices, strict=True)]
+            talkers = [_with_voice(rng, source.options, talker) for talker in talkers]
         if target is None:
             return talkers
         plan = _plan_overlap(rng, source.options, talkers, target)
@@ -324,7 +297,7 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
     With ``count=0`` it is noise alone or digital silence, as long as one talker would be. Raises
     FileNotFoundError or ValueError if a recording cannot be read or speakers are too few.
     """
-    options, speakers = source.options, len(source.speakers)
+    options, speakers = source.options, len(source.by_speaker)
     if count is None:
         count = int(rng.integers(options.min_speakers, options.max_speakers, endpoint=True))
     if max(count, 1) > speakers:
@@ -407,16 +380,10 @@ def _at_level(samples: np.ndarray, measured: np.ndarray, level: float, gain_db: 
     return samples * np.float32(level / max(rms, 1e-5) * 10 ** (gain_db / 20))
 
 
-def render_utterance(path, speed: float, formants: float, equalizer: tuple) -> np.ndarray:
-    """Return the samples [n] of a recording in another voice; without an equalizer only faster."""
-    samples = _samples_of(path, speed)
-    return change_voice(samples, formants, equalizer) if equalizer else samples
-
-
-def write_utterance(job: tuple) -> None:
-    """Write a recording in another voice: of a path, arguments of ``render_utterance``."""
-    path, *voice = job
-    write_wav(path, render_utterance(*voice))
+def _in_voice(samples: np.ndarray, talker: PlannedTalker) -> np.ndarray:
+    """Return speech [samples] in the voice that is planned for a talker."""
+    spectrum = change_voices(stft(torch.from_numpy(samples)), torch.tensor(talker.voice))
+    return istft(spectrum, len(samples)).numpy()
 
 
 def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
@@ -424,9 +391,10 @@ def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
 
     While speaking it has SPEECH_RMS plus the gain; ``response`` is one of ``room_responses``.
     """
-    voice = talker.speed, talker.formants, talker.equalizer
-    pieces = [(round((talker.onset + start) * SAMPLING_RATE), render_utterance(u.audio, *voice))
+    pieces = [(round((talker.onset + start) * SAMPLING_RATE), _samples_of(u.audio, talker.speed))
               for u, start in zip(talker.utterances, talker.starts, strict=True)]
+    if talker.voice:
+        pieces = [(begin, _in_voice(samples, talker)) for begin, samples in pieces]
     length = max(begin + len(samples) for begin, samples in pieces)
     waveform, speaking = np.zeros(length, np.float32), np.zeros(length, bool)
     for begin, samples in pieces:
@@ -469,23 +437,19 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     return sources / peak, mixture / peak  # a .wav holds no more than full scale
 
 
-def in_processes(call, items: list, workers: int) -> Iterator:
-    """Yield what a call returns for every item, in order, by ``workers`` processes."""
+def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Iterator[tuple]:
+    """Yield what ``render_mixture`` returns for every plan, in order, by ``workers`` processes."""
+    render = partial(render_mixture, max_seconds=max_seconds)
     if not workers:
-        yield from map(call, items)
+        yield from map(render, plans)
         return
     # spawned: neither torch's threads nor a CUDA context survive a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         size = 8 * workers  # no more in memory, however slow the reader is
         try:
-            for start in range(0, len(items), size):
-                yield from pool.map(call, items[start : start + size])
+            for start in range(0, len(plans), size):
+                yield from pool.map(render, plans[start : start + size])
         except BrokenExecutor:
             raise ValueError(
                 "a rendering process died, out of memory? Use fewer --workers") from None
-
-
-def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Iterator[tuple]:
-    """Yield what ``render_mixture`` returns for every plan, in order, by ``workers`` processes."""
-    return in_processes(partial(render_mixture, max_seconds=max_seconds), plans, workers)

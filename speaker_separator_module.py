@@ -58,7 +58,7 @@ import warnings
 import zipfile
 from collections import namedtuple
 from functools import cache, cached_property, partial
-from itertools import islice, permutations
+from itertools import compress, islice, permutations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1087,6 +1087,8 @@ class RemixedRecordings(RemixedDataset):
         from mixing import render_mixture
 
         plan, start, length = self.plan(number)
+        voices = [talker.voice for talker in plan.talkers]
+        plan = plan._replace(talkers=tuple(t._replace(voice=()) for t in plan.talkers))
         sources, mixture = render_mixture(plan, self.speech.options.max_seconds)
         first, end = round(start * SAMPLING_RATE), None
         if self.crop_seconds:
@@ -1096,8 +1098,9 @@ class RemixedRecordings(RemixedDataset):
             audible = np.abs(waveforms) > 1e-5  # reverberation by FFT leaves 1e-8 in pauses
             kept = np.count_nonzero(audible, axis=1) > SAMPLING_RATE // 10
             kept[0] = True  # the mixture
-            waveforms = waveforms[kept]
-        return {"waveforms": torch.from_numpy(waveforms)}
+            waveforms, voices = waveforms[kept], list(compress(voices, kept[1:]))
+        item = {"waveforms": torch.from_numpy(waveforms)}
+        return item | {"voices": torch.tensor(voices)} if any(voices) else item
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1111,7 +1114,8 @@ def collate(items: list[dict], max_speakers: int, whole_seconds: bool = False) -
     ``waveforms [B, 1 + S, samples]``, ``lengths [B]`` in samples, and ``rows``, the numbers of the
     waveforms that are there, mixtures among them. With ``whole_seconds`` waveforms are padded to
     them, and the first row is repeated until rows are a multiple of 32: batches of few shapes.
-    Both: ``speaker_mask [B, S]``.
+    Where talkers get other voices, ``voices`` has a row for each of ``rows``. Both:
+    ``speaker_mask [B, S]``.
     """
     recorded, S = "waveforms" in items[0], max_speakers
     stacks = [item["waveforms"] if recorded else
@@ -1131,22 +1135,51 @@ def collate(items: list[dict], max_speakers: int, whole_seconds: bool = False) -
         # Row numbers, because indexing by a mask would wait for the GPU.
         rows = there.flatten().nonzero().flatten()
         rows = F.pad(rows, (0, -len(rows) % 32 if whole_seconds else 0))
-        return batch | {"waveforms": padded, "lengths": lengths, "rows": rows}
+        batch |= {"waveforms": padded, "lengths": lengths, "rows": rows}
+        if changed := [(b, item["voices"]) for b, item in enumerate(items) if "voices" in item]:
+            voices = F.pad(torch.ones(len(items), 1 + S, 1), (0, changed[0][1].shape[1] - 1))
+            for b, own in changed:
+                voices[b, 1 : 1 + len(own)] = own
+            batch["voices"] = voices.flatten(0, 1)[rows]
+        return batch
     return batch | {"mixture": padded[:, 0], "targets": padded[:, 1:],
                     "frame_mask": torch.arange(longest) < lengths[:, None]}
+
+
+def change_talkers(spectra: Tensor, batch: dict) -> Tensor:
+    """Give the talkers of a batch their ``voices``, each as loud as before.
+
+    ``spectra [R, frequencies, frames]`` are those of the batch's ``rows``; a mixture changes by as
+    much as its talkers do together.
+    """
+    from audio import change_voices
+
+    (B, S), rows = batch["speaker_mask"].shape, batch["rows"]
+    size = len(rows) if spectra.is_cuda else 4  # few at a time stay in a CPU's cache
+    changed = torch.cat([change_voices(*part) for part in zip(
+        spectra.split(size), batch["voices"].split(size), strict=True)])
+    before, after = (x.abs().square().sum((1, 2), keepdim=True) for x in (spectra, changed))
+    difference = spectra.new_zeros(B * (1 + S), *spectra.shape[1:])
+    difference[rows] = changed * (before / after.clamp(min=1e-12)).sqrt() - spectra
+    difference = difference.unflatten(0, (B, 1 + S))
+    difference[:, 0] = difference.sum(1)
+    return spectra + difference.flatten(0, 1)[rows]
 
 
 def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> dict:
     """Make mixture, targets and frame mask of a batch of recordings, on the batch's device."""
     if "waveforms" not in batch:
         return batch
-    from audio import HOP_LENGTH, N_FFT, floor_log_mel, log_mel
+    from audio import HOP_LENGTH, N_FFT, floor_log_mel, log_mel_of, stft
 
     rows, T = batch["rows"], max(1, batch["waveforms"].shape[-1] // HOP_LENGTH)
     # Zeros after the longest recording too: the last frame of each is the same in every batch.
     waveforms = F.pad(batch["waveforms"], (0, N_FFT)).flatten(0, 1)  # [B (1 + S), samples]
     spectrograms = waveforms.new_zeros(len(waveforms), T, num_bins)
-    spectrograms[rows] = floor_log_mel(log_mel(waveforms[rows], num_bins)[:, :T])
+    spectra = stft(waveforms[rows])
+    if "voices" in batch:
+        spectra = change_talkers(spectra, batch)
+    spectrograms[rows] = floor_log_mel(log_mel_of(spectra, num_bins)[:, :T])
     spectrograms = spectrograms.unflatten(0, (len(batch["waveforms"]), -1))
     lengths = (batch["lengths"] // HOP_LENGTH).clamp(min=1)
     return batch | {"mixture": spectrograms[:, 0], "targets": spectrograms[:, 1:],

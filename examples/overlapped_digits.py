@@ -43,13 +43,12 @@ def existing(path: Path) -> Path:
     return path
 
 
-def make_dataset(folder: Path, *words, workers: int = 0) -> Path:
-    """Make a dataset, unless the same command made the one that is there, with any workers."""
-    words, made = [f"--output_dir={folder}", *map(str, words)], ""
-    if (folder / "dataset.json").is_file():
-        made = json.loads((folder / "dataset.json").read_text("utf-8")).get("command_line", "")
-    if made.partition(" --workers=")[0] != " ".join([Path(generator.__file__).name, *words]):
-        run(generator, *words, *[f"--workers={workers}"] * bool(workers))
+def make_dataset(folder: Path, *words) -> Path:
+    """Make a dataset, unless the same command made the one that is there."""
+    words = [f"--output_dir={folder}", *map(str, words)]
+    about, command = folder / "dataset.json", " ".join([Path(generator.__file__).name, *words])
+    if not about.is_file() or json.loads(about.read_text("utf-8")).get("command_line") != command:
+        run(generator, *words)
     return folder
 
 

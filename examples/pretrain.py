@@ -68,14 +68,13 @@ def make_noises(args) -> Path:
 
 
 def make_data(args) -> Path:
-    """Make the dataset, whose voices are mixed anew in training, unless it is there."""
+    """Make the dataset, whose recordings are mixed anew in training, unless it is there."""
     return make_dataset(
         args.work_dir / "data", f"--speech_dir={write_manifest(args)}", "--train_samples=10",
         "--val_samples=120", "--min_speakers=1", "--join", 1, 3, "--min_seconds=3",
         "--max_onset=1.5", "--max_gap=0.6", "--max_seconds=17", "--level_difference=5",
         "--same_corpus=0.8", "--turns=0.1", f"--noise_dir={make_noises(args)}", "--snr_db", 5, 50,
-        "--reverb", 0.2, f"--voices={args.voices}", "--speed", 0.75, 1.35, "--formants", 0.85, 1.18,
-        "--equalizer", 3.5, workers=args.workers)
+        "--reverb", 0.2, "--speed", 0.75, 1.35, "--formants", 0.85, 1.18, "--equalizer", 3.5)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,11 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
-    add("--voices", type=int, default=8, help="changed voices of each speaker; 15 GB at 8")
     add("--epochs", type=int, default=10, help="times --mixtures_per_epoch mixtures")
     add("--mixtures_per_epoch", type=int, default=34_000, help="fresh mixtures in an epoch")
     add("--batch_size", type=int, default=96, help="mixtures per step, a multiple of 8")
-    add("--workers", type=int, default=0, help="processes that render and mix; 0: this one")
+    add("--workers", type=int, default=0, help="processes that mix; 0: this one")
     add("--device", default="auto", help="where to compute: auto, cpu, cuda or mps")
     return parser
 

@@ -235,13 +235,17 @@ def vowel(seconds, pitch, formant):
     return lfilter([1], poles, pulses).astype(np.float32)
 
 
-NO_COLOUR = (0.0,) * 8
+def in_voice(samples, formants, *equalizer):
+    """Samples with moved formants and, in dB, coefficients of an equalizer."""
+    voice = torch.tensor([formants, *(equalizer or [0.0] * 8)])
+    spectrum = audio.change_voices(audio.stft(torch.from_numpy(samples)), voice)
+    return audio.istft(spectrum, len(samples)).numpy()
 
 
 @pytest.mark.parametrize("factor", [0.85, 1.0, 1.2])
 def test_formants_move_and_the_pitch_stays(factor):
     """At 100 Hz harmonics are 100 Hz apart, and the loudest is nearest to the formant."""
-    changed = audio.change_voice(vowel(1, 100, 2000), factor, NO_COLOUR)
+    changed = in_voice(vowel(1, 100, 2000), factor)
     spectrum = np.abs(np.fft.rfft(changed))  # bins of 1 Hz
     assert abs(int(spectrum.argmax()) - factor * 2000) <= 60
     harmonics = spectrum[100:6000:100]
@@ -254,10 +258,21 @@ def test_the_curve_of_an_equalizer():
     colour = (0.0, 6.0, 0.0, 0.0, 0.0, -3.0, 0.0, 0.0)
     for hertz in (1000, 2500, 6000):
         tone = np.sin(2 * np.pi * hertz * np.arange(RATE, dtype=np.float32) / RATE)
-        changed = audio.change_voice(tone, 1.0, colour)[400:-400]  # a tone ends abruptly
+        changed = in_voice(tone, 1.0, *colour)[400:-400]  # a tone ends abruptly
         level = 20 * np.log10(changed.std() / tone.std())
         angle = 2 * np.pi * np.log1p(hertz / 40) / np.log(201)
         assert level == pytest.approx(6 * np.cos(angle) - 3 * np.sin(angle), abs=0.3)
+
+
+def test_voices_of_a_batch_are_changed_each_by_its_own():
+    waves = torch.from_numpy(np.stack([vowel(0.3, 100, 2000), vowel(0.3, 140, 900)]))
+    voices = torch.tensor([[0.9, *[2.0] * 8], [1.0, *[0.0] * 8]])
+    spectra = audio.stft(waves)
+    changed = audio.change_voices(spectra, voices)
+    alone = audio.change_voices(spectra[0], voices[0])
+    torch.testing.assert_close(changed[0], alone, rtol=1e-4, atol=1e-4)
+    assert (changed[0] - spectra[0]).abs().max() > 1
+    assert torch.equal(changed[1], spectra[1])  # the speaker's own
 
 
 # --------------------------------------------------------------------------------------------------

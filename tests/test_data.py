@@ -594,14 +594,14 @@ def test_remixed_recordings_stay_within_max_seconds(speech_dir, tmp_path):
 def test_utterances_are_read_when_drawn(recordings, tmp_path):
     """An older listing, without a line for each, is read whole; both say the same."""
     folder = shutil.copytree(recordings, tmp_path / "own")
-    lined = generator.load_source(folder, "train").voices
+    lined = generator.load_source(folder, "train").by_speaker
     listing = folder / "train/utterances.json"
     rows = json.loads(listing.read_text())
     assert sum(map(len, lined.values())) == len(rows) > 5
     before = {speaker: list(talker) for speaker, talker in lined.items()}
     assert [u.text for talker in before.values() for u in talker] == [row["text"] for row in rows]
     listing.write_text(json.dumps(rows, indent=1))
-    assert generator.load_source(folder, "train").voices == before
+    assert generator.load_source(folder, "train").by_speaker == before
     listing.unlink()
     with pytest.raises(FileNotFoundError):
         next(iter(lined.values()))[0]
@@ -650,6 +650,37 @@ def test_spectrograms_of_a_batch_are_those_of_each_waveform(bins):
         torch.testing.assert_close(
             batch["targets"][b, :talkers, frames], alone[1:], rtol=0, atol=1e-5)
         assert not batch["targets"][b, talkers:].any()
+
+
+def test_talkers_get_the_voices_that_are_planned(recordings, tmp_path):
+    """Each keeps its power, mixtures stay sums, and noise stays as it is."""
+    folder = shutil.copytree(recordings, tmp_path / "own")
+    plain = remix_recordings(folder, seed=3)
+    changes = {"formants": (0.85, 1.18), "equalizer": 6.0}
+    edit_json(folder / "dataset.json", lambda about: about["mixing"].update(changes))
+    voiced = remix_recordings(folder, seed=3)
+    numbers = [n for n in range(12) if len(plain.plan(n)[0].talkers) == 1][:4] + [
+        n for n in range(40) if not plain.plan(n)[0].talkers][:1]
+    before, items = ([data[n] for n in numbers] for data in (plain, voiced))
+    for a, b, number in zip(before, items, numbers, strict=True):
+        assert torch.equal(a["waveforms"], b["waveforms"])
+        planned = [talker.voice for talker in voiced.plan(number)[0].talkers]
+        assert b.get("voices", torch.zeros(0)).tolist() == torch.tensor(planned).tolist()
+    hiss = 0.01 * torch.randn(items[1]["waveforms"].shape[1])
+    items[1]["waveforms"][0] += hiss
+    batch = ssm.collate(items, 2)
+    assert batch["voices"].shape == (len(batch["rows"]), 9)
+    spectra = audio.stft(batch["waveforms"].flatten(0, 1)[batch["rows"]])
+    changed = ssm.change_talkers(spectra, batch)
+    powers = [x.abs().square().sum((1, 2))[1::2] for x in (spectra, changed)]
+    torch.testing.assert_close(*powers)
+    differences = (changed - spectra)[:8]
+    assert differences[1::2].abs().amax((1, 2)).min() > 0.01
+    torch.testing.assert_close(differences[::2], differences[1::2])
+    assert torch.equal(changed[8:], spectra[8:])  # nobody talks
+    quiet, loud = ssm.add_spectrograms({k: v for k, v in batch.items() if k != "voices"}), (
+        ssm.add_spectrograms(batch))
+    assert (quiet["targets"] - loud["targets"]).abs().max() > 0.1
 
 
 def test_whole_seconds_change_no_valid_frame():
@@ -866,7 +897,7 @@ def test_manifest_gives_the_split(manifest, qwen_folder, tmp_path):
 def test_manifest_gives_the_corpus(manifest, tmp_path):
     argv = [flag for flag in speech_flags(manifest, "", tmp_path / "data") if "encoder" not in flag]
     assert generator.main(argv) == 0
-    names, _, corpora, _ = generator.load_source(tmp_path / "data", "train").columns
+    names, corpora, _ = generator.load_source(tmp_path / "data", "train").speakers
     assert names == [f"speaker{i}" for i in range(0, 10, 2)]
     assert corpora.tolist() == [f"corpus {i // 3}" for i in range(0, 10, 2)]
 

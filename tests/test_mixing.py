@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import RATE, assert_fails, edit_json, sine
 from conftest import write_wav as wav
 
@@ -29,7 +30,7 @@ from mixing import (
 
 @pytest.fixture(scope="module")
 def by_speaker(speech_dir):
-    return mixing.group_by_voice(generator.read_speech(speech_dir))
+    return mixing.group_by_speaker(generator.read_speech(speech_dir))
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +142,14 @@ def test_voices_are_drawn_after_everything_else(by_speaker):
     one = {"min_speakers": 1, "max_speakers": 1}
     plain = plans(by_speaker, 1, **one)[0].talkers[0]
     (voiced,) = plans(by_speaker, 1, formants=(0.8, 1.25), equalizer=6.0, **one)[0].talkers
-    assert voiced._replace(formants=1.0, equalizer=()) == plain
+    assert voiced._replace(voice=()) == plain
     real = plans(by_speaker, 1, split="val", formants=(0.8, 1.25), equalizer=6.0, **one)
     assert real[0].talkers == (plain,)  # validation is on voices as they are
     many = plans(by_speaker, 60, formants=(0.8, 1.25), equalizer=6.0, **one)
     drawn = [plan.talkers[0] for plan in many]
-    factors = [talker.formants for talker in drawn]
+    factors = [talker.voice[0] for talker in drawn]
     assert 0.8 <= min(factors) < 0.9 and 1.15 < max(factors) <= 1.25
-    spread = np.std([talker.equalizer for talker in drawn], axis=0)
+    spread = np.std([talker.voice[1:] for talker in drawn], axis=0)
     assert spread == pytest.approx(6 / np.tile([1.5, 3.0, 4.5, 6.0], 2), rel=0.4)
 
 
@@ -156,10 +157,11 @@ def test_a_planned_voice_is_rendered(by_speaker):
     """The level is that of the plan, whatever the equalizer does."""
     (plan,) = plans(by_speaker, 1, min_speakers=1, max_speakers=1)
     (talker,) = plan.talkers
-    curve = (12.0, *[0.0] * 7)
-    plain, equalized = (mixing.render_talker(t) for t in (talker, talker._replace(equalizer=curve)))
-    samples = mixing.read_audio(talker.utterances[0].audio)
-    expected = mixing.change_voice(samples, 1.0, curve)
+    voice = (1.0, 12.0, *[0.0] * 7)
+    plain, equalized = (mixing.render_talker(t) for t in (talker, talker._replace(voice=voice)))
+    samples = torch.from_numpy(mixing.read_audio(talker.utterances[0].audio))
+    changed = mixing.change_voices(mixing.stft(samples), torch.tensor(voice))
+    expected = mixing.istft(changed, len(samples)).numpy()
     part = equalized[round(talker.onset * RATE) :]
     assert np.corrcoef(part, expected)[0, 1] > 0.9999
     assert decibels(part, plain[round(talker.onset * RATE) :]) == pytest.approx(0, abs=0.01)
@@ -261,18 +263,6 @@ def test_a_share_of_the_mixtures_takes_turns(by_speaker):
     assert np.mean([plan.overlap == 0 for plan in drawn]) == pytest.approx(0.3, abs=0.1)
     (alone,) = plans(by_speaker, 1, talkers=1, turns=1.0)
     assert alone.overlap_target is None
-
-
-def test_no_speaker_talks_twice_in_a_mixture(by_speaker):
-    """Voices of one speaker are drawn like speakers, and never with each other."""
-    two = [u for name in ("s0", "s1") for u in by_speaker[name][:2]]
-    voices = mixing.group_by_voice(u._replace(voice=v) for u in two for v in range(4))
-    assert sorted(voices)[:2] == ["s0", "s0, voice 1"]
-    drawn = [[t.utterances[0] for t in plan.talkers] for plan in plans(voices, 60, talkers=2)]
-    assert {frozenset(u.speaker for u in said) for said in drawn} == {frozenset({"s0", "s1"})}
-    assert {u.voice for said in drawn for u in said} == {0, 1, 2, 3}
-    with pytest.raises(ValueError, match="3 talkers were asked for and there are 2 speakers"):
-        plans(voices, 1, talkers=3)
 
 
 def test_speaker_with_recordings_that_fit_says_those(by_speaker):
@@ -576,37 +566,6 @@ def test_transcripts_are_in_order(everything):
             assert all(a < b for a, b in pairwise(talker.starts))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_voices_are_rendered_once(workers, speech_dir, tmp_path):
-    """Training mixes them as they are; validation is on the recordings."""
-    change = ("--speed", 0.8, 1.2, "--formants", 0.9, 1.1, "--equalizer", 3, "--voices", 2,
-              "--workers", workers)
-    assert generator.main(flags_for(speech_dir, tmp_path / "data", *change)) == 0
-    shutil.move(tmp_path / "data", tmp_path / "moved")
-    train, val = (generator.load_source(tmp_path / "moved", s) for s in ("train", "val"))
-    assert (train.options.speed, train.options.formants, train.options.equalizer) == (
-        (1.0, 1.0), (1.0, 1.0), 0.0)
-    assert train.speakers == val.speakers == set(val.voices)
-    assert len(train.voices) == 3 * len(train.speakers)
-    factors = set()
-    for name in sorted(train.speakers):
-        own, *changed = (train.voices[f"{name}{voice}"] for voice in ("", ", voice 1", ", voice 2"))
-        originals = [speech_dir / name / f"{u.text.split('-')[1]}.wav" for u in own]
-        recorded = [mixing.read_audio(path) for path in originals]
-        for utterance, samples in zip(own, recorded, strict=True):
-            said = mixing.read_audio(utterance.audio)
-            np.testing.assert_allclose(said, samples, atol=1e-5)  # of 16 bits
-        for voice in changed:
-            assert [u.text for u in voice] == [u.text for u in own]
-            said = [mixing.read_audio(u.audio) for u in voice]
-            speed = np.mean([len(a) / len(b) for a, b in zip(recorded, said, strict=True)])
-            assert all(len(b) == pytest.approx(len(a) / speed, abs=2)
-                       for a, b in zip(recorded, said, strict=True))
-            factors.add(round(speed, 3))
-    assert len(factors) == 2 * len(train.speakers)  # each has its own
-    assert 0.8 <= min(factors) < 0.95 and 1.05 < max(factors) <= 1.2
-
-
 def test_load_source(everything, noise_dir):
     train, val = (generator.load_source(everything, split) for split in ("train", "val"))
     assert train.options == val.options == MixingOptions(
@@ -615,8 +574,8 @@ def test_load_source(everything, noise_dir):
         same_corpus=0.5, turns=0.2)
     assert (train.split, val.split) == ("train", "val")
     assert len(train.noises) == 2
-    assert train.voices.keys() == val.voices.keys()
-    paths = [{u.audio for group in source.voices.values() for u in group}
+    assert train.by_speaker.keys() == val.by_speaker.keys()
+    paths = [{u.audio for group in source.by_speaker.values() for u in group}
              for source in (train, val)]
     assert not paths[0] & paths[1]
     assert all(path.is_absolute() for path in paths[0])
@@ -668,9 +627,6 @@ def test_load_source_says_what_is_gone(everything, dataset, tmp_path):
         (["--max_seconds", "0"], "--max_seconds must be 0.001 to 1e+06"),
         (["--max_seconds", "nan"], "--max_seconds must be 0.001 to 1e+06"),
         (["--workers", "-1"], "--workers"),
-        (["--voices", "-1"], "--voices must be 0 to 1000"),
-        (["--voices", "2"], "--voices needs what changes a voice"),
-        (["--voices", "2", "--encoder", "model"], "leave --encoder out"),
         (["--turns", "2"], "--turns must be 0 to 1"),
         (["--layer", "1"], "--layer needs --encoder"),
         (["--seq_len", "50"], "--seq_len is for simulated talkers"),
@@ -693,8 +649,7 @@ def test_bad_arguments(flags, words, speech_dir, tmp_path, capsys):
      (["--overlap", "0", "1"], "--speech_dir"), (["--max_seconds=3"], "--speech_dir"),
      (["--encoder=model"], "--speech_dir"), (["--layer=1"], "--encoder"),
      (["--join", "2", "3"], "--speech_dir"), (["--same_corpus=1"], "--speech_dir"),
-     (["--split_by=utterance"], "--speech_dir"), (["--workers=2"], "--speech_dir"),
-     (["--voices=2"], "--speech_dir")],
+     (["--split_by=utterance"], "--speech_dir"), (["--workers=2"], "--speech_dir")],
 )
 def test_simulated_talkers_are_not_mixed_like_recordings(flags, word, tmp_path, capsys):
     argv = [*flags, f"--output_dir={tmp_path / 'data'}"]
