@@ -1159,11 +1159,12 @@ def change_talkers(spectra: Tensor, batch: dict) -> Tensor:
     changed = torch.cat([change_voices(*part) for part in zip(
         spectra.split(size), batch["voices"].split(size), strict=True)])
     before, after = (x.abs().square().sum((1, 2), keepdim=True) for x in (spectra, changed))
-    difference = spectra.new_zeros(B * (1 + S), *spectra.shape[1:])
-    difference[rows] = changed * (before / after.clamp(min=1e-12)).sqrt() - spectra
-    difference = difference.unflatten(0, (B, 1 + S))
-    difference[:, 0] = difference.sum(1)
-    return spectra + difference.flatten(0, 1)[rows]
+    change = torch.view_as_real(changed * (before / after.clamp(min=1e-12)).sqrt() - spectra)
+    changes = change.new_zeros(B * (1 + S), *change.shape[1:])
+    changes[rows] = change
+    changes = changes.unflatten(0, (B, 1 + S))
+    changes[:, 0] = changes.sum(1)
+    return spectra + torch.view_as_complex(changes.flatten(0, 1)[rows])
 
 
 def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> dict:
