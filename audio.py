@@ -216,7 +216,7 @@ def log_mel_of(spectra: Tensor, num_bins: int = 80) -> Tensor:
 
 
 def log_mel(waveforms: Tensor, num_bins: int = 80) -> Tensor:
-    """Return what ``log_mel_of`` does of waveforms [..., samples]: one frame per 160 samples."""
+    """Return log-mel spectrograms of waveforms [..., samples], a frame per 160: ``log_mel_of``."""
     return log_mel_of(stft(waveforms), num_bins)
 
 

@@ -997,7 +997,7 @@ class RemixedDataset(Dataset):
 
     Item ``number`` depends on the seed and the number alone; epoch ``e`` takes those from
     ``e * length`` on, so that no mixture returns and a resumed run draws the same ones. Of the two
-    kinds, ``_read_sources`` returns the talkers.
+    kinds, ``_read_sources`` returns what each talker can say.
     """
 
     SILENCE = 0.04  # share of mixtures without any talker
@@ -1040,11 +1040,11 @@ class RemixedFeatures(RemixedDataset):
 class RemixedRecordings(RemixedDataset):
     """Mixtures of the recordings in utterances.json, drawn anew; the dataset's own stay unread."""
 
-    def _read_sources(self) -> set[str]:
+    def _read_sources(self) -> dict:
         from generate_multi_speaker_dataset import load_source
 
         self.speech = load_source(self.base.data_dir, self.base.split)
-        return self.speech.speakers
+        return self.speech.by_speaker
 
     def draw_length(self, number: int) -> tuple[np.random.Generator, int, float]:
         """Return generator, number of talkers and the length in seconds of the part to take.
@@ -1155,7 +1155,7 @@ def change_talkers(spectra: Tensor, batch: dict) -> Tensor:
     from audio import change_voices
 
     (B, S), rows = batch["speaker_mask"].shape, batch["rows"]
-    size = len(rows) if spectra.is_cuda else 4  # few at a time stay in a CPU's cache
+    size = 4 if spectra.device.type == "cpu" else len(rows)  # few at a time stay in its cache
     changed = torch.cat([change_voices(*part) for part in zip(
         spectra.split(size), batch["voices"].split(size), strict=True)])
     before, after = (x.abs().square().sum((1, 2), keepdim=True) for x in (spectra, changed))

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     data, checkpoints = make_data(args), args.work_dir / "checkpoints"
     last = checkpoints / f"checkpoint_epoch_{args.epochs}.pt"
     if not last.is_file():
-        parts = 1 if ssm.pick_device(args.device) == "cuda" else PARTS
+        parts = 1 if args.device in ("auto", "cuda") and torch.cuda.is_available() else PARTS
         run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
             "--max_speakers=3", "--crop_seconds", 2, 14, "--lr=3e-3", "--activity_weight=0.04",
             f"--epochs={args.epochs}", f"--mixtures_per_epoch={args.mixtures_per_epoch}",

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, assert_fails, sine, write_wav
 
 import audio
@@ -92,6 +93,15 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
     pretrain.main(argv)
     printed = capsys.readouterr().out
     assert printed.count(".py train ") == 1 and printed.count("exported") == 2  # trained once
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_pretrain_without_the_device_asked_for(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pretrain, "make_data", lambda args: tmp_path / "data")
+    with pytest.raises(SystemExit) as end:
+        pretrain.main(["--speech=none", "--fsdd=none", "--device=cuda"])
+    assert end.value.code == 2
+    assert "error: no cuda device here" in capsys.readouterr().err
 
 
 @pytest.mark.pictures
