@@ -7,6 +7,7 @@ first utterance to the end of the last, pauses included. Talkers who take turns 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -374,10 +375,14 @@ def room_responses(number: int) -> list[tuple[np.ndarray, int]]:
             for start, response in zip(np.rint(direct).astype(int), room.rir[0], strict=True)]
 
 
-def _at_level(samples: np.ndarray, measured: np.ndarray, level: float, gain_db: float):
-    """Scale samples so that the measured part of them has an RMS of ``level`` plus ``gain_db``."""
-    rms = float(np.sqrt(np.mean(measured**2)))
-    return samples * np.float32(level / max(rms, 1e-5) * 10 ** (gain_db / 20))
+def _rms(samples: np.ndarray) -> float:
+    return math.sqrt(np.dot(samples, samples) / max(len(samples), 1))
+
+
+def _at_level(samples: np.ndarray, rms: float, level: float, gain_db: float) -> np.ndarray:
+    """Scale samples in place so that what has this RMS has ``level`` plus ``gain_db``."""
+    samples *= np.float32(level / max(rms, 1e-5) * 10 ** (gain_db / 20))
+    return samples
 
 
 def _in_voice(samples: np.ndarray, talker: PlannedTalker) -> np.ndarray:
@@ -396,22 +401,22 @@ def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
     if talker.voice:
         pieces = [(begin, _in_voice(samples, talker)) for begin, samples in pieces]
     length = max(begin + len(samples) for begin, samples in pieces)
-    waveform, speaking = np.zeros(length, np.float32), np.zeros(length, bool)
+    waveform = np.zeros(length, np.float32)
     for begin, samples in pieces:
         waveform[begin : begin + len(samples)] += samples
-        speaking[begin : begin + len(samples)] = True
     if response is not None:
         from scipy.signal import fftconvolve
 
         waveform = fftconvolve(waveform, response[0])[response[1] :].astype(np.float32)
-    return _at_level(waveform, waveform[:length][speaking], SPEECH_RMS, talker.gain_db)
+    spoken = np.concatenate([waveform[begin : begin + len(samples)] for begin, samples in pieces])
+    return _at_level(waveform, _rms(spoken), SPEECH_RMS, talker.gain_db)
 
 
 def render_noise(noise: PlannedNoise, talkers: np.ndarray) -> np.ndarray:
     """Return noise as long as ``talkers`` [samples], looped if shorter, at the planned ratio."""
     samples = np.resize(_samples_of(noise.audio)[int(noise.start * SAMPLING_RATE) :], len(talkers))
-    level = float(np.sqrt(np.mean(talkers**2))) or SPEECH_RMS  # of one talker if nobody talks
-    return _at_level(samples, samples, level, -noise.snr_db)
+    level = _rms(talkers) or SPEECH_RMS  # of one talker if nobody talks
+    return _at_level(samples, _rms(samples), level, -noise.snr_db)
 
 
 def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
@@ -433,8 +438,10 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     mixture = sources.sum(axis=0)
     if plan.noise:
         mixture += render_noise(plan.noise, mixture)
-    peak = max(np.abs(sources).max(initial=1.0), np.abs(mixture).max())
-    return sources / peak, mixture / peak  # a .wav holds no more than full scale
+    peak = max(max(x.max(initial=0), -x.min(initial=0)) for x in (sources, mixture))
+    if peak > 1:  # a .wav holds no more than full scale
+        sources, mixture = sources / peak, mixture / peak
+    return sources, mixture
 
 
 def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Iterator[tuple]:

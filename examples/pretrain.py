@@ -73,8 +73,8 @@ def make_data(args) -> Path:
         args.work_dir / "data", f"--speech_dir={write_manifest(args)}", "--train_samples=10",
         "--val_samples=120", "--min_speakers=1", "--join", 1, 3, "--min_seconds=3",
         "--max_onset=1.5", "--max_gap=0.6", "--max_seconds=17", "--level_difference=5",
-        "--same_corpus=0.8", "--turns=0.1", f"--noise_dir={make_noises(args)}", "--snr_db", 5, 50,
-        "--reverb", 0.2, "--speed", 0.75, 1.35, "--formants", 0.85, 1.18, "--equalizer", 3.5)
+        "--same_corpus=0.8", "--turns=0.1", f"--noise_dir={make_noises(args)}", "--snr_db", 4, 45,
+        "--reverb", 0.25, "--speed", 0.75, 1.35, "--formants", 0.85, 1.18, "--equalizer", 3.5)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,9 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
-    add("--epochs", type=int, default=10, help="times --mixtures_per_epoch mixtures")
+    add("--epochs", type=int, default=8, help="times --mixtures_per_epoch mixtures")
     add("--mixtures_per_epoch", type=int, default=34_000, help="fresh mixtures in an epoch")
-    add("--batch_size", type=int, default=96, help="mixtures per step, a multiple of 8")
+    add("--batch_size", type=int, default=128, help="mixtures per step, a multiple of 8")
     add("--workers", type=int, default=0, help="processes that mix; 0: this one")
     add("--device", default="auto", help="where to compute: auto, cpu, cuda or mps")
     return parser
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     if not last.is_file():
         parts = 1 if args.device in ("auto", "cuda") and torch.cuda.is_available() else PARTS
         run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
-            "--max_speakers=3", "--crop_seconds", 2, 14, "--lr=3e-3", "--activity_weight=0.04",
+            "--max_speakers=3", "--crop_seconds", 2, 16, "--lr=3e-3", "--activity_weight=0.04",
             f"--epochs={args.epochs}", f"--mixtures_per_epoch={args.mixtures_per_epoch}",
             f"--batch_size={args.batch_size // parts}", f"--accumulate={parts}",
             f"--workers={args.workers}", f"--device={args.device}",
