@@ -236,7 +236,8 @@ def _place(rng, talkers: list, target: float, max_seconds: float) -> tuple[list[
     onsets -= onsets.min(axis=1, keepdims=True)
     ends = onsets + seconds
     miss = np.abs(overlap_ratio(onsets, ends) - target)
-    miss[ends.max(axis=1) > max(max_seconds, seconds[longest])] = np.inf
+    rounding = 1e-6  # the last step must never be out of reach
+    miss[ends.max(axis=1) > max(max_seconds, seconds[longest]) + rounding] = np.inf
     best = int(np.argmin(miss))
     return onsets[best].tolist(), float(miss[best])
 

@@ -256,6 +256,14 @@ def test_turns_do_not_exceed_the_window(by_speaker):
         assert plan.overlap > 0
 
 
+def test_talkers_longer_than_the_window_overlap(by_speaker):
+    """At changed speeds their ends differ by rounding, which once left nobody in the plan."""
+    options = {"overlap": (0, 0), "max_seconds": 0.05, "min_speakers": 3, "speed": (0.75, 1.35)}
+    for plan in plans(by_speaker, 60, **options):
+        assert len(plan.talkers) == 3
+        assert plan.overlap > 0.5
+
+
 def test_a_share_of_the_mixtures_takes_turns(by_speaker):
     """The others start together, and overlap."""
     drawn = plans(by_speaker, 200, talkers=2, turns=0.3, max_onset=0)
