@@ -262,7 +262,7 @@ def test_a_talker_longer_than_the_window_has_the_others_beside():
     talkers = [PlannedTalker((), 1.0, (), seconds, 0.0, 0.0) for seconds in lengths]
     for seed in range(20):
         onsets, miss = mixing._place(np.random.default_rng(seed), talkers, 0.0, 17.0)
-        assert miss < 1
+        assert miss <= 1
         assert max(np.add(onsets, lengths)) == pytest.approx(lengths[2])
 
 
