@@ -97,8 +97,9 @@ def audio_info(path):
     if not RATES[0] <= info.samplerate <= RATES[1]:
         raise ValueError(f"{path} has a sampling rate of {info.samplerate} Hz, not {RATES[0]:,} to "
                          f"{RATES[1]:,}")
-    if info.frames > 100 * Path(path).stat().st_size:  # the header may be wrong: count
-        sum(map(len, _blocks_of_file(path)))
+    if info.frames > 100 * Path(path).stat().st_size:  # implausible: reading raises if some miss
+        for _ in _blocks_of_file(path):
+            pass
     return info
 
 
@@ -114,11 +115,12 @@ def _blocks_in_memory(audio) -> Iterator[np.ndarray]:
         yield samples[start : start + READ_BLOCK].astype(np.float32) / full_scale
 
 
-def audio_blocks(audio, given_rate: int | None = None) -> Iterator[np.ndarray]:
+def audio_blocks(audio, sampling_rate: int | None = None) -> Iterator[np.ndarray]:
     """Yield what ``read_audio`` returns block by block, so that memory stays flat."""
     import soxr
 
-    name, rate, blocks, length = "the audio", given_rate or SAMPLING_RATE, _blocks_in_memory, 0
+    name, blocks, length = "the audio", _blocks_in_memory, 0
+    rate = sampling_rate or SAMPLING_RATE
     if isinstance(audio, (str, os.PathLike)):
         name, rate, blocks = audio, audio_info(audio).samplerate, _blocks_of_file
     stream = soxr.ResampleStream(rate, SAMPLING_RATE, 1) if rate != SAMPLING_RATE else None
@@ -133,13 +135,13 @@ def audio_blocks(audio, given_rate: int | None = None) -> Iterator[np.ndarray]:
         yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
-def read_audio(audio, given_rate: int | None = None) -> np.ndarray:
+def read_audio(audio, sampling_rate: int | None = None) -> np.ndarray:
     """Return mono float32 samples at 16 kHz of a path, or of an array, tensor or list [samples].
 
-    ``given_rate`` is that of samples in memory (default: 16 kHz); 16-bit integers are scaled to
+    ``sampling_rate`` is that of samples in memory (default: 16 kHz); 16-bit integers are scaled to
     full scale 1. Raises as ``audio_info`` does, and ValueError for NaN or no samples.
     """
-    return np.concatenate(list(audio_blocks(audio, given_rate)))
+    return np.concatenate(list(audio_blocks(audio, sampling_rate)))
 
 
 def check_length(audio, length: int) -> int:
@@ -346,8 +348,8 @@ def load_config(path_or_id: str):
 def load_model(path_or_id: str, device: str = "cpu", dtype="auto"):
     """Load a frozen Qwen2-Audio or Whisper model and its processor; ValueError if it is neither.
 
-    ``dtype`` "auto" is that of the file, but float32 for a CPU and float16, which most CPUs
-    emulate, far slower.
+    With ``dtype`` "auto" the model keeps the precision of its file; on a CPU float16 becomes
+    float32, because most CPUs only emulate it.
     """
     config = load_config(path_or_id)
     name = {"qwen2_audio": "Qwen2Audio", "whisper": "Whisper"}[config.model_type]

@@ -43,8 +43,8 @@ TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
 ABSENT = -LOG_MEL_RANGE  # gain of a talker in windows without it: 80 dB down
 DEFAULT_PROMPT = "What does the person say?"
 QWEN_TOKENS, WHISPER_TOKENS = 256, 200  # longest answers; nobody says 200 tokens in 30 s
-# A Whisper that repeats itself decodes again, as its authors let it (arXiv:2212.04356).
-DECODE_AGAIN = {"temperature": (0.0, 0.4, 0.8), "compression_ratio_threshold": 1.35}
+# Whisper's own fallback where its text repeats itself (arXiv:2212.04356): a higher temperature.
+TEMPERATURE_FALLBACK = {"temperature": (0.0, 0.4, 0.8), "compression_ratio_threshold": 1.35}
 
 
 def window_step(window: int) -> int:
@@ -96,15 +96,15 @@ class TalkerTracker:
     is the mean and spread of a stream's frames, changing frames weighted most; the distance up to
     which two voices can be one talker's is estimated from the windows so far.
 
-    Adjacent windows share ``shared`` frames; at most ``most`` talkers are numbered.
+    Adjacent windows share ``shared`` frames; at most ``num_speakers`` talkers are numbered.
     """
 
     # Measured on streams of two talkers: benchmarks/ABLATIONS.md.
     ALIKE = 0.8  # correlation of shared frames above which two streams are one talker
     SHARED, OFTEN = 8.0, 2.0  # weights of the shared frames and of the number of windows
 
-    def __init__(self, shared: int, most: int | None = None):
-        self.shared, self.most = shared, most
+    def __init__(self, shared: int, num_speakers: int | None = None):
+        self.shared, self.num_speakers = shared, num_speakers
         self.voices, self.windows = [], []  # mean voice [2 D] and number of windows of each talker
         self.same, self.different = [], []  # distances between voices of one talker, and of two
         self.talker_of: dict[int, int] = {}  # {stream: talker} of the last window with a talker
@@ -122,7 +122,7 @@ class TalkerTracker:
         return torch.cat([mean / self.scale, spread / self.scale])
 
     def _compare(self, head: Tensor | None, present: list[int]) -> np.ndarray:
-        """Correlate shared frames [S, T, D]: [present, known talkers], NaN where it cannot be.
+        """Correlate shared frames [S, T, D]: [present, known talkers], NaN where they share none.
 
         Streams are compared by what sets them apart from the others: less their mean.
         """
@@ -139,8 +139,9 @@ class TalkerTracker:
         """Return a talker for every stream, known or new, with the highest summed score."""
         from scipy.optimize import linear_sum_assignment
 
-        # Largest distance of one talker's voices: twice the geometric mean of both mean distances.
-        # Measured: with a factor above 2 the second of two talkers is missed more often.
+        # limit: the largest distance between voices of one talker, twice the geometric mean of the
+        # mean distances within and between talkers. A factor above 2 misses more second talkers
+        # (measured). unit: the distance that costs one point.
         means = [max(np.mean(distances), 0.01)  # a recording that repeats itself has 0
                  for distances in (self.same, self.different) if distances]
         limit = 2 * math.sqrt(means[0] * means[-1]) if means else 1e6
@@ -148,20 +149,21 @@ class TalkerTracker:
         agreement = np.nan_to_num(alike - self.ALIKE)
         score = self.SHARED * agreement - distance / unit + self.OFTEN * np.log(self.windows)
         streams, known = alike.shape
-        new = streams if self.most is None else min(streams, self.most - known)
-        fresh = np.tile(-limit / unit - 1e-9 * np.arange(new), (streams, 1))  # lowest number first
-        if not np.isnan(alike).any():  # all talkers were in the window before
-            fresh -= self.SHARED * self.ALIKE
-        _, talkers = linear_sum_assignment(np.hstack([score, fresh]), maximize=True)
+        left = math.inf if self.num_speakers is None else self.num_speakers - known
+        num_new = min(streams, left)
+        # Lowest number first; a new talker scores like a voice at the limit.
+        new_scores = np.tile(-limit / unit - 1e-9 * np.arange(num_new), (streams, 1))
+        if not np.isnan(alike).any():  # all known talkers were compared, a new one correlates by 0
+            new_scores -= self.SHARED * self.ALIKE
+        _, talkers = linear_sum_assignment(np.hstack([score, new_scores]), maximize=True)
         return talkers.tolist()
 
-    def number(self, streams: Tensor, active: Tensor, sound: bool = True) -> dict[int, int]:
-        """Return {stream: talker}, from 0, of the ``active [S]`` among ``streams [S, T, D]``.
+    def number(self, streams: Tensor, present: list[int], sound: bool = True) -> dict[int, int]:
+        """Return {stream: talker}, both from 0, of those ``present`` among ``streams [S, T, D]``.
 
         ``sound`` says whether the frames shared with the window before hold any.
         """
         streams, known = streams.float(), len(self.voices)
-        present = active.nonzero().flatten().tolist()
         if not present:
             self.tail = None
             return {}
@@ -216,9 +218,9 @@ class SeparatedRecording(NamedTuple):
 
 
 def _join_windows(parts: list, frames: int, absent: float) -> tuple[Tensor, dict[int, Tensor]]:
-    """Return the mixture [T, D] and each talker's values [T, D]; takes ``parts`` apart."""
+    """Return the mixture [T, D] and each talker's values [T, D]; empties ``parts`` meanwhile."""
     mixture, talkers = parts[0][1].new_zeros(frames, parts[0][1].shape[1]), {}
-    while parts:  # each gives its memory back
+    while parts:  # each frees its memory
         place, features, values = parts.pop(0)
         mixture[place] = features
         for n in values:
@@ -230,21 +232,21 @@ def _join_windows(parts: list, frames: int, absent: float) -> tuple[Tensor, dict
 
 def separate_recording(
     separate_windows: Callable, audio, encoder: AudioEncoder | None = None, num_bins: int = 80,
-    most: int | None = None, sampling_rate: int | None = None,
+    num_speakers: int | None = None, sampling_rate: int | None = None,
 ) -> SeparatedRecording:
     """Separate a recording of any length; memory grows only with the streams it returns.
 
     ``separate_windows(features [B, T, D], alone) -> values [B, S, T, D], probabilities [B, S],
     active [B, S]`` is given batches of windows; ``alone`` says whether there is only one. Features
     are log-mel spectrograms of ``num_bins`` and values gains on them, or both are an ``encoder``'s
-    features. ``most`` is the number of talkers in the recording, when known. ``audio`` and
-    ``sampling_rate`` are those of ``audio.recording_length``, as are errors.
+    features. ``num_speakers`` is the number of talkers in the recording, if known. ``audio`` and
+    ``sampling_rate`` are those of ``audio.read_audio``, as are errors.
     """
     window, rate = round(WINDOW_SECONDS * SAMPLING_RATE), FRAME_RATE
     if encoder is not None:
         window, rate = encoder.feature_extractor.n_samples, encoder.frame_rate
     shared = window - window_step(window)  # samples
-    tracker = TalkerTracker(round(shared / SAMPLING_RATE * rate), most)
+    tracker = TalkerTracker(round(shared / SAMPLING_RATE * rate), num_speakers)
     parts, found, end = [], {}, 0
     windows = tqdm(
         read_windows(audio, window, sampling_rate), "windows", leave=False, disable=None)
@@ -257,7 +259,8 @@ def separate_recording(
         separated = zip(batch, spectra, *separate_windows(spectra, alone), strict=True)
         for (first, samples, _), features, values, probs, active in separated:
             streams = values if encoder else floor_log_mel(features + values)
-            numbers = tracker.number(streams, active, has_sound(samples[:shared], samples))
+            present = active.nonzero().flatten().tolist()
+            numbers = tracker.number(streams, present, has_sound(samples[:shared], samples))
             start = round(first / SAMPLING_RATE * rate)
             skip = max(0, (end - start) // 2)  # of the frames shared, each window gives one half
             end = start + len(features)
@@ -341,7 +344,7 @@ def answer_options(model, processor, options: dict) -> dict:
         suited = {"max_new_tokens": min(WHISPER_TOKENS, model.config.max_target_positions // 2)}
         integration = integration_of(model)
         if integration is None or integration.separator.is_spectrogram:
-            suited |= DECODE_AGAIN
+            suited |= TEMPERATURE_FALLBACK
     return suited | {name: value for name, value in options.items() if value is not None}
 
 
@@ -367,11 +370,12 @@ def ask(model, processor, recordings: list, prompt: str | None = None, **options
 
 
 def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
-    """Join the texts of windows, (number, text) each, with words of shared seconds once.
+    """Join the texts of windows, (number, text) each, without repeating the words of an overlap.
 
-    Of the ``shared`` share of two adjacent windows' words, the longest run that ends the one and
-    starts the other is taken once; a word beyond it on either side was cut by the window's edge.
-    Chinese and Japanese are joined by characters.
+    Adjacent windows overlap by ``shared`` of their length. Within 1.5 times that share of the
+    words, the longest run that ends one text and begins the next is kept once; one word beyond it
+    on either side, cut by a window's edge, is dropped. Chinese and Japanese are joined by
+    characters.
 
     >>> join_texts([(0, "one two three fo"), (1, "three four five")], shared=0.25)
     'one two three four five'
@@ -416,9 +420,10 @@ def _decode_streams(
     texts = decode(processor, output["sequences"] if is_long else output)
     rows = []
     for i, (talker, text) in enumerate(zip(recording.talkers, texts, strict=True)):
-        parts = [(0.0, frames / FRAME_RATE, text)] if not is_long else [
-            (float(part["start"]), float(part["end"]), decode(processor, [part["tokens"]])[0])
-            for part in output["segments"][i]]
+        parts = [(0.0, frames / FRAME_RATE, text)]
+        if is_long:
+            parts = [(float(part["start"]), float(part["end"]),
+                      decode(processor, [part["tokens"]])[0]) for part in output["segments"][i]]
         windows = [{"start": start, "end": end, "probability": talker.probability, "text": words}
                    for start, end, words in parts]
         rows.append({"speaker": talker.number, "probability": talker.probability, "text": text,
@@ -432,12 +437,10 @@ def _numbered_rows(
 ):
     """Choose the rows of a window as the integration does, in the order of their numbers."""
     streams, frame_mask, rows, _ = integration.choose_rows(
-        features, mel_mask, num_speakers, at_most=not alone)
-    active = torch.zeros(streams.shape[1], dtype=torch.bool)
-    active[[stream for _, stream, _ in rows]] = True
-    hop = HOP_LENGTH * integration.stride
+        features, mel_mask, num_speakers, reach_threshold=not alone)
+    hop, present = HOP_LENGTH * integration.stride, [stream for _, stream, _ in rows]
     sound = has_sound(samples[: tracker.shared * hop], samples)
-    numbers = tracker.number(streams[0][:, : len(samples) // hop].cpu(), active, sound)
+    numbers = tracker.number(streams[0][:, : len(samples) // hop].cpu(), present, sound)
     rows.sort(key=lambda row: numbers[row[1]])
     return streams, frame_mask, rows, [numbers[stream] + 1 for _, stream, _ in rows]
 
@@ -460,15 +463,17 @@ def _answer_windows(
     options: dict,
 ) -> list[dict]:
     """Answer window by window, collect the answers by talker and join their texts."""
-    window, joint = processor.feature_extractor.n_samples, options["mode"] == "joint"
-    step, key, found = window_step(window), "speakers" if joint else "speaker", {}
+    joint, found = options["mode"] == "joint", {}
+    key = "speakers" if joint else "speaker"
+    window = processor.feature_extractor.n_samples
+    step = window_step(window)
     frames = (window - step) // HOP_LENGTH // integration.stride  # shared by two windows
     tracker = TalkerTracker(frames, options["num_speakers"])
     windows = read_windows(audio, window, sampling_rate)
     for first, samples, alone in tqdm(windows, "windows", leave=False, disable=None):
         choose_rows = partial(_numbered_rows, integration, tracker, samples, alone)
         texts = ask(model, processor, [samples], prompt, choose_rows=choose_rows, **options)
-        # generate leaves its rows in speaker_rows, choose_rows the talkers' numbers in the tracker
+        # Now model.speaker_rows has a row for each text; tracker.talker_of numbers its stream.
         who = [(tracker.talker_of[stream] + 1, round(p, 4)) for _, stream, p in model.speaker_rows]
         if joint and who:
             who = [([talker for talker, _ in who], max(p for _, p in who))]
@@ -490,12 +495,13 @@ def answer_per_talker(
 
     ``audio`` is a path, or an array or tensor [samples] at ``sampling_rate`` (default: 16 kHz);
     ``prompt`` asks Qwen2-Audio about each talker (default: "What does the person say?");
-    ``num_speakers`` talk in the recording, when it is known, perhaps fewer in a window of it;
-    ``options`` go to ``generate``, beside a limit of length; a Whisper whose answer repeats itself
-    decodes again at a higher temperature, unless ``temperature`` is given.
+    ``num_speakers`` is the number of talkers in the whole recording, if known; a window may have
+    fewer. ``options`` go to ``generate``, beside a limit of length; a Whisper whose answer repeats
+    itself decodes again at a higher temperature, unless ``temperature`` is given.
 
     Returns one dict per talker: ``speaker`` (from 1), ``probability`` (the highest), ``text`` and
-    ``windows``, dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``. With
+    ``windows``, dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``, one per
+    window, or per segment where Whisper itself decodes a recording beyond its window. With
     ``mode="joint"`` one about all talkers, with ``speakers``, a list, for ``speaker``. Raises
     FileNotFoundError or ValueError if the recording cannot be read or arguments do not fit.
     """
@@ -509,8 +515,8 @@ def answer_per_talker(
     if integration.separator.is_spectrogram and not integration.is_qwen:
         # The talkers' whole spectrograms go to Whisper's own generate, past the integration's.
         recording = separate_recording(
-            integration.window_separator(num_speakers), audio, None,
-            processor.feature_extractor.feature_size, num_speakers, sampling_rate)
+            integration.window_separator(num_speakers), audio, num_speakers=num_speakers,
+            num_bins=processor.feature_extractor.feature_size, sampling_rate=sampling_rate)
         return _decode_streams(
             integration, processor, recording, answer_options(model, processor, options))
     if mode == "joint":

@@ -174,11 +174,12 @@ def check_limits(values: dict) -> None:
     """Fail if a number is outside the ``LIMITS`` of its name; None stands for a default."""
     for name, value in values.items():
         kind, low, high = LIMITS.get(name, (None, 0, 0))
-        pair = name == "crop_seconds" and isinstance(value, (list, tuple)) and len(value) == 2
-        several = value if pair else [value]
-        if name == "crop_seconds" and value is not None and not pair:
-            raise ValueError(f"crop_seconds must be two lengths, not {value!r:.40}")
-        if kind and not all(v is None or is_number(v, low, high, kind) for v in several):
+        numbers = [value]
+        if name == "crop_seconds" and value is not None:
+            if not isinstance(value, (list, tuple)) or len(value) != 2:
+                raise ValueError(f"crop_seconds must be two lengths, not {value!r:.40}")
+            numbers = value
+        if kind and not all(v is None or is_number(v, low, high, kind) for v in numbers):
             bounds = f"{low:g} {'to' if high < 1e6 else 'or more, at most'} {high:g}"
             raise ValueError(f"{name} must be {bounds}, not {value!r:.40}")
 
@@ -468,7 +469,7 @@ def pool_bins(spectra: Tensor, bins: int) -> Tensor:
     return (10 ** (4 * spectra) @ (weights / weights.sum(0)).to(spectra)).log10() / 4
 
 
-def speaking_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+def sounding_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> Tensor:
     """Return which frames [B, T] of spectrograms [B, T, D] rise above the recording's floor."""
     loudest = spectrograms.amax(-1)
     if frame_mask is not None:
@@ -480,9 +481,10 @@ def speaking_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> T
 def share_mixture(gains: Tensor, probabilities: Tensor) -> Tensor:
     """Raise the gains [B, S, T, D] of all streams alike until the talkers add up to the mixture.
 
-    In each bin the power of every stream counts as much as it is likely to be a talker, by
+    In each bin the power of a stream is weighted by its probability of being a talker,
     ``probabilities [B, S]``. What no stream holds would be lost, and a recogniser minds gaps more
-    than traces of somebody else (arXiv:2009.04323). A sure talker alone becomes the mixture.
+    than traces of somebody else (arXiv:2009.04323). A stream that is certain, beside others that
+    are improbable, becomes the mixture.
 
     >>> gains = torch.tensor([-1.0, -1.0]).view(1, 2, 1, 1)  # 40 dB below the mixture
     >>> [round(40 * g.item(), 1) for g in share_mixture(gains, torch.ones(1, 2)).flatten()]
@@ -513,11 +515,12 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     """Splits log-mel spectrograms into one spectrogram per talker, for any Whisper or Qwen2-Audio.
 
     Works on a grid of 80 mel bins; others are pooled to it, and the gains interpolated.
-    ``num_layers`` blocks of width ``dim`` read the mixture's frames, ``STACK`` at a time, while ``S
-    = max_speakers`` talker queries attend to them. Each stream starts as the frames times and plus
-    what its query says; half as many blocks on streams, which read each other's mean, end in gains
-    of 0 dB or less for every bin; ``share_mixture`` makes them add up. The level of the recording,
-    silence around speech and the position in the window change nothing.
+    ``num_layers`` blocks of width ``dim`` read the mixture's frames, ``STACK`` at a time, while
+    ``max_speakers`` talker queries attend to them. Each query then scales and shifts the frames
+    into its stream. Half as many blocks process the streams, which read each other's mean after
+    every block, and put out a gain of at most 0 dB for each bin. ``share_mixture`` raises the gains
+    until the talkers add up to the mixture. The level of the recording, silence around speech and
+    the position in the window change nothing.
 
     A stream counts as a talker from the probability ``threshold`` on; training calibrates it.
     Sizes that do not fit each other raise ValueError.
@@ -553,7 +556,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
 
     def _stack(self, spectrograms: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return frames in [-1, 1] on the grid, stacked, and which stacks hold sound."""
-        speaks = speaking_frames(spectrograms, frame_mask)
+        speaks = sounding_frames(spectrograms, frame_mask)
         frames = spectrograms.masked_fill(~speaks[..., None], -math.inf)
         level = frames.amax((1, 2), keepdim=True).clamp(min=DIGITAL_SILENCE)  # finite in silence
         frames = (frames - level).clamp(min=-LOG_MEL_RANGE) + LOG_MEL_RANGE / 2
@@ -565,16 +568,16 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
 
     def _read_mixture(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return context [B, T, dim] of T stacks, queries [B, S, dim] and bias [B, 1, 1, T]."""
-        # A silent recording has no frame to attend to: let it attend to all.
-        silent = ~valid & valid.any(1, keepdim=True)
+        # Attention ignores frames without sound, unless the whole recording has none.
+        ignored = ~valid & valid.any(1, keepdim=True)
         frames = self.input(frames.to(self.input.weight.dtype))
-        bias = torch.zeros_like(silent, dtype=frames.dtype).masked_fill(silent, -math.inf)
+        bias = torch.zeros_like(ignored, dtype=frames.dtype).masked_fill(ignored, -math.inf)
         bias = bias[:, None, None]
         queries = self.speaker_queries.to(frames.dtype).expand(len(frames), -1, -1)
         for block, attention in zip(self.mixture_blocks, self.query_attention, strict=True):
             frames = block(frames, valid, bias)
             memory = time_first(frames)
-            read, _ = attention(normalize(queries), memory, memory, key_padding_mask=silent,
+            read, _ = attention(normalize(queries), memory, memory, key_padding_mask=ignored,
                                 need_weights=False)
             queries = queries + read
         return normalize(frames), normalize(queries), bias
@@ -582,8 +585,8 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     def _activity(self, streams: Tensor, valid: Tensor) -> Tensor:
         """Return probabilities [B, S] from an attention-weighted mean of each stream's frames.
 
-        The stream at place k of the likeliest gets the probability that at least k streams are
-        talkers, so that a talker spread over unsure streams still counts as one.
+        The k-th likeliest stream gets the probability that at least k streams are talkers, so that
+        a talker split between uncertain streams still counts once.
         """
         hidden = normalize(streams)
         weights = self.attention_pool(hidden).float().masked_fill(~valid[:, None, :, None], -1e4)
@@ -620,7 +623,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         frame_mask = check_features(spectrograms, frame_mask)
         gains, probabilities = self.gains(spectrograms, frame_mask)
         mixture = spectrograms.float().masked_fill(~frame_mask[..., None], DIGITAL_SILENCE)
-        speaks = speaking_frames(mixture)[:, None, :, None]
+        speaks = sounding_frames(mixture)[:, None, :, None]
         streams = torch.where(speaks, mixture[:, None] + gains, -math.inf)
         floor = streams.detach().amax((2, 3), keepdim=True) - LOG_MEL_RANGE
         floor = torch.where(floor.isfinite(), floor, mixture[:, None])  # all silent
@@ -681,9 +684,12 @@ def talker_mse(estimates: Tensor, targets: Tensor, frame_mask: Tensor) -> Tensor
 def separator_loss(
     separated: Tensor, speaker_probs: Tensor, targets: Tensor, speaker_mask: Tensor,
     mixture: Tensor, frame_mask: Tensor | None = None, reconstruction_weight: float = 0.5,
-    activity_weight: float = 0.5,
+    activity_weight: float = 0.5, matching_weight: float = 0.0,
 ) -> SeparatorLoss:
     """Score streams under their best assignment to talkers (PIT, arXiv:1607.00325).
+
+    The assignment has the least squared error, plus ``matching_weight`` times the activity part:
+    without that, streams which are alike are told at random which of them is the talker.
 
     ``separated [B, S, T, D]`` have ``speaker_probs [B, S]``; ``targets [B, S, T, D]`` are talkers
     where ``speaker_mask [B, S]`` is set, zeros elsewhere; ``mixture [B, T, D]`` is valid where
@@ -702,7 +708,9 @@ def separator_loss(
     separated, targets, mixture = separated.float(), targets.float(), mixture.float()
     there = speaker_mask.float()
     with torch.no_grad():
-        assignment = best_assignment(pairwise_mse(separated, targets, frame_mask), there)
+        odds = speaker_probs.float().clamp(1e-4, 1 - 1e-4).logit()[..., None]
+        cost = pairwise_mse(separated, targets, frame_mask) - matching_weight * there.mean() * odds
+        assignment = best_assignment(cost, there)
     estimates = reorder(separated, assignment)
 
     separation = masked_mean(talker_mse(estimates, targets, frame_mask), there, (0, 1))
@@ -734,11 +742,11 @@ def check_num_speakers(num_speakers: int | None, streams: int) -> None:
 
 def active_streams(
     speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None,
-    at_most: bool = False,
+    reach_threshold: bool = False,
 ) -> Tensor:
     """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest.
 
-    With ``at_most``, only those of the likeliest that reach the threshold.
+    With ``reach_threshold``, only those of the likeliest that reach the threshold too.
     """
     reached = speaker_probs >= threshold
     if num_speakers is None:
@@ -746,20 +754,20 @@ def active_streams(
     check_num_speakers(num_speakers, speaker_probs.shape[-1])
     likeliest = speaker_probs.topk(num_speakers, dim=-1).indices
     chosen = torch.zeros_like(reached).scatter(-1, likeliest, True)
-    return chosen & reached if at_most else chosen
+    return chosen & reached if reach_threshold else chosen
 
 
 def choose_talkers(
     separator, values: Tensor, unchanged: Tensor, probs: Tensor, threshold: float,
-    num_speakers: int | None, at_most: bool = False,
+    num_speakers: int | None, reach_threshold: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return streams or gains [B, S, T, D], and which are talkers [B, S] (``active_streams``).
 
-    If only one talker is found in a spectrogram, its stream becomes what is ``unchanged
-    [B, T, D]``, the mixture or gains of 0, because separation can only do harm. A given number of
-    talkers is taken as it is.
+    If exactly one stream of a spectrogram is a talker, ``unchanged [B, T, D]`` (the mixture, or
+    gains of 0) replaces it: separation can only harm a talker alone. With ``num_speakers`` given,
+    nothing is replaced.
     """
-    active = active_streams(probs, threshold, num_speakers, at_most)
+    active = active_streams(probs, threshold, num_speakers, reach_threshold)
     if separator.is_spectrogram and num_speakers is None:
         single = active & (active.sum(-1, keepdim=True) == 1)
         values = torch.where(single[..., None, None], unchanged[:, None].to(values), values)
@@ -788,8 +796,9 @@ def window_separator(separator, threshold: float | None, num_speakers: int | Non
     A window that is not ``alone`` may lack some of the ``num_speakers`` of the recording. For
     spectrograms the function returns gains: a talker's floor is known when all windows are.
     """
+    separator.eval()
     threshold = separator.threshold if threshold is None else threshold
-    weight = separator.eval().speaker_queries
+    weight = separator.speaker_queries  # for device and precision
     method = separator.gains if separator.is_spectrogram else separator
 
     @torch.inference_mode()
@@ -798,7 +807,7 @@ def window_separator(separator, threshold: float | None, num_speakers: int | Non
         check_output(values, probs)
         values, active = choose_talkers(
             separator, values, torch.zeros_like(values[:, 0]), probs, threshold, num_speakers,
-            at_most=not alone)
+            reach_threshold=not alone)
         return values.float().cpu(), probs.cpu(), active.cpu()
 
     return separate_windows
@@ -2000,11 +2009,13 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
     mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
     with autocast(device, dtype), attention_kernel(device, dtype):
         separated, probs = separator(mixture, frame_mask)
+    matching = 0.0
     if "waveforms" in batch:
+        matching = weights.activity  # streams of spectrograms that are no talker need not be empty
         floor = mixture.amax((1, 2))[:, None, None, None] - AUDIBLE_RANGE
         separated, targets = torch.maximum(separated, floor), torch.maximum(targets, floor)
     return separator_loss(separated, probs, targets, batch["speaker_mask"], mixture, frame_mask,
-                          weights.reconstruction, weights.activity)
+                          weights.reconstruction, weights.activity, matching)
 
 
 def backward(run: Run, batches: list[dict]) -> Tensor:
@@ -2434,7 +2445,8 @@ def infer_recording(path: Path, separator, encoder, threshold, num_speakers) -> 
     from long_recordings import separate_recording
 
     recording = separate_recording(
-        window_separator(separator, threshold, num_speakers), path, encoder, most=num_speakers)
+        window_separator(separator, threshold, num_speakers), path, encoder,
+        num_speakers=num_speakers)
     samples = torch.from_numpy(read_audio(path)) if encoder is None else None
     talkers = []
     for talker in recording.talkers:
@@ -2501,10 +2513,9 @@ def audio_tower_of(model: nn.Module) -> nn.Module:
     raise ValueError(f"{type(model).__name__} is neither Qwen2-Audio nor Whisper")
 
 
-def audio_frames(mel_mask: Tensor, frames: int, halved: bool, device) -> Tensor:
-    """Return which encoder frames [B, T] are audio: every other mel frame, or every fourth."""
-    lengths = (mel_mask.sum(-1).to(device) - 1) // 2 + 1
-    lengths = (lengths - 2) // 2 + 1 if halved else lengths
+def audio_frames(mel_mask: Tensor, frames: int, stride: int, device) -> Tensor:
+    """Return which encoder frames [B, T] are audio, where ``stride`` mel frames make one."""
+    lengths = (mel_mask.sum(-1).to(device) + 1) // stride
     return torch.arange(frames, device=device) < lengths[:, None]
 
 
@@ -2543,13 +2554,13 @@ def tower_front(
     weight = tower.conv1.weight
     hidden = F.gelu(tower.conv1(input_features.to(weight.device, weight.dtype)))
     hidden = F.gelu(tower.conv2(hidden)).transpose(1, 2) + tower.embed_positions.weight
-    frame_mask = audio_frames(mel_mask, hidden.shape[1], False, hidden.device)
+    frame_mask = audio_frames(mel_mask, hidden.shape[1], 2, hidden.device)
     hidden = run_blocks(tower, hidden, tower.layers[:layer], frame_mask)
     if layer is not None:
         return hidden, frame_mask
     hidden = tower_rest(tower, hidden, None, len(tower.layers))  # no block: pooling and norm
-    halved = hasattr(tower, "avg_pooler")
-    return hidden, audio_frames(mel_mask, hidden.shape[1], halved, hidden.device)
+    stride = 4 if hasattr(tower, "avg_pooler") else 2
+    return hidden, audio_frames(mel_mask, hidden.shape[1], stride, hidden.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2583,7 +2594,9 @@ def check_whisper_call(integration: Integration, mode: str, option) -> None:
     """Fail if Whisper cannot do what a call asks for."""
     if mode == "joint":
         raise ValueError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
-    for name in () if integration.separator.is_spectrogram else READ_AGAIN:
+    if integration.separator.is_spectrogram:
+        return
+    for name in READ_AGAIN:
         value = option(name)
         if value and not (name == "temperature" and isinstance(value, (int, float))):
             raise ValueError(f"{name} makes Whisper read the recording again, which a separator of "
@@ -2647,7 +2660,7 @@ def joint_prompts(model, ids: Tensor, recordings: list[int], labels: list[int], 
 
 
 def no_rows(ids, option):
-    """Return what ``generate`` does, for no row at all."""
+    """Return what ``generate`` returns where there is no row, in the form that was asked for."""
     from transformers.generation import GenerateDecoderOnlyOutput
 
     empty = torch.zeros(0, 0, dtype=torch.long) if ids is None else ids[:0]
@@ -2670,22 +2683,22 @@ class Integration:
         config = getattr(model, "config", None)
         self.is_qwen = hasattr(config, "audio_config")
         encoder = getattr(config, "audio_config", config)
-        # Mel frames that the model reads at a time, and those to a frame of what is separated.
+        # Mel frames in the model's window, and mel frames to a frame that the separator reads.
         self.mel_frames = 2 * getattr(encoder, "max_source_positions", math.inf)
         self.stride = 1 if separator.is_spectrogram else 4 if self.is_qwen and layer is None else 2
         self.was_training = separator.training  # restored on removal, as is the next
         self.needs_gradient = [p.requires_grad for p in separator.parameters()]
         separator.eval().requires_grad_(False)
-        # Libraries keep wrappers on the object itself (accelerate its hooks): call and restore it.
+        # A library (accelerate) may have put its own generate on the object: call and restore it.
         self.own_generate = vars(model).get("generate")
 
     @property
     def original_generate(self):
-        """Return the ``generate`` that this integration stands before."""
+        """Return the ``generate`` that this integration replaces."""
         return self.own_generate or type(self.model).generate.__get__(self.model)
 
     @torch.no_grad()
-    def split(self, features: Tensor, mel_mask: Tensor | None):
+    def separate(self, features: Tensor, mel_mask: Tensor | None):
         """Separate ``features [A, mel bins, mel frames]`` of A recordings.
 
         Returns streams [A, S, T, D], frame masks [A, T] and probabilities [A, S].
@@ -2693,8 +2706,8 @@ class Integration:
         mixture = features.transpose(1, 2)
         if self.is_qwen and mel_mask is not None:
             inside = mel_mask.bool()
-        else:  # Whisper's processor gives no mask unless asked: audio ends where the floor begins
-            inside = speaking_frames(mixture.float()).flip(1).cummax(1).values.flip(1)
+        else:  # Whisper's processor gives a mask only if asked: audio ends where the floor begins
+            inside = sounding_frames(mixture.float()).flip(1).cummax(1).values.flip(1)
         if not self.separator.is_spectrogram:
             mixture, inside = tower_front(audio_tower_of(self.model), features, inside, self.layer)
         weight = self.separator.to(mixture.device).speaker_queries
@@ -2708,22 +2721,24 @@ class Integration:
         self.separator.to(self.model.device)
         return window_separator(self.separator, self.threshold, num_speakers)
 
-    def choose_rows(self, features, mel_mask, num_speakers: int | None, at_most: bool = False):
+    def choose_rows(
+        self, features, mel_mask, num_speakers: int | None, reach_threshold: bool = False
+    ):
         """Return streams, masks, a row (recording, stream, probability) per talker, and labels.
 
         Labels count the talkers of each recording from 1.
         """
-        streams, frame_mask, probs = self.split(features, mel_mask)
+        streams, frame_mask, probs = self.separate(features, mel_mask)
         streams, active = choose_talkers(
             self.separator, streams, features.transpose(1, 2), probs, self.threshold, num_speakers,
-            at_most)
+            reach_threshold)
         rows = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
         return streams, frame_mask, rows, active.cumsum(1)[active].tolist()
 
     def _rows_of_encoder_outputs(self, rows: list, kwargs: dict, option) -> tuple[list, dict]:
         """Repeat rows for several answers each, since Whisper does not repeat encoder_outputs.
 
-        Bars timestamps too: Whisper would read the recording on from the last one.
+        Timestamp tokens are suppressed: Whisper would seek to the last one and encode again.
         """
         copies = option("num_return_sequences") or 1
         kwargs = kwargs | {"num_return_sequences": 1}
@@ -2758,7 +2773,7 @@ class Integration:
         del kwargs["input_features"]
         audio = getattr(self.model, "model", self.model).multi_modal_projector(hidden)
         inside = audio_frames(
-            kwargs.pop("feature_attention_mask"), audio.shape[1], True, audio.device)
+            kwargs.pop("feature_attention_mask"), audio.shape[1], 4, audio.device)
         embeds = self.model.get_input_embeddings()(ids)
         slots = (ids == self.model.config.audio_token_id)[..., None].to(embeds.device)
         embeds = embeds.masked_scatter(slots, audio[inside].to(embeds))
@@ -2767,7 +2782,10 @@ class Integration:
     def generate(
         self, inputs=None, *args, num_speakers=None, mode="separate", choose_rows=None, **kwargs
     ):
-        """Stand before the model's ``generate``; ``integrate_speaker_separator`` explains it."""
+        """Replace the model's ``generate``; ``integrate_speaker_separator`` explains it.
+
+        ``choose_rows`` is for ``long_recordings``, which numbers talkers across windows.
+        """
         model, ids, joint = self.model, None, mode == "joint"
         model.speaker_rows = None
         config = kwargs.get("generation_config") or (
@@ -2990,7 +3008,7 @@ def evaluate_words(
 
 
 def check_writable(*files: str | None, inputs=()) -> None:
-    """Fail unless result files could be written, and no input with them, before the work."""
+    """Fail, before any work, unless every result file can be written and none is an input."""
     files = [file for file in files if file]
     paths = [Path(file).resolve() for file in files]
     if len(set(paths)) < len(paths):
@@ -3002,8 +3020,8 @@ def check_writable(*files: str | None, inputs=()) -> None:
             raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")
 
 
-def results_in(file: str | None) -> dict[str, dict]:
-    """Return the results in a file of JSON lines by input; cut off half a line at its end."""
+def resume_results(file: str | None) -> dict[str, dict]:
+    """Return the results in a file of JSON lines by input; remove a half-written last line."""
     if file is None or not Path(file).is_file():
         return {}
     with reading(file, "is not what --jsonl wrote"):
@@ -3035,10 +3053,11 @@ def check_questions(args) -> None:
         raise ValueError("--prompt and --max_new_tokens are for a model's answers: add --model")
 
 
-def check_prompt(prompt: str | None, config) -> None:
+def check_prompt(prompt: str | None, config, mode: str = "separate") -> None:
     """Fail if a model of this configuration cannot be asked so."""
-    if config.model_type == "whisper" and prompt is not None:
-        raise ValueError("--prompt is for Qwen2-Audio; Whisper takes no prompt")
+    if config.model_type == "whisper" and (prompt is not None or mode == "joint"):
+        option = "--prompt" if prompt is not None else "--mode=joint"
+        raise ValueError(f"{option} is for Qwen2-Audio; Whisper takes no prompt")
     if "<|AUDIO|>" in (prompt or ""):
         raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
 
@@ -3230,7 +3249,7 @@ def cmd_infer(args) -> None:
     """Separate a mixture, or each in a folder, into a file per talker."""
     device, source = pick_device(args.device), Path(args.input)
     check_writable(args.jsonl)
-    done = results_in(args.jsonl)
+    done = resume_results(args.jsonl)
     paths = [path for path in list_inputs(source) if str(path) not in done]
     if not paths:
         print(f"{args.jsonl} has every recording already")
@@ -3248,14 +3267,6 @@ def cmd_infer(args) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Commands: integrate and demo
-
-
-def check_integration(args, config, separator) -> None:
-    """Check what can be checked before the model is loaded."""
-    check_fit(separator, getattr(config, "audio_config", config), args.layer)
-    check_prompt(args.prompt, config)
-    if config.model_type == "whisper" and args.mode == "joint":
-        raise ValueError("--mode=joint is for Qwen2-Audio; Whisper takes no prompt")
 
 
 def load_integrated(args, separator, device: str, layer: int | None = None):
@@ -3277,7 +3288,7 @@ def cmd_integrate(args) -> None:
     device, config = pick_device(args.device), load_config(args.model)
     check_writable(args.json, args.jsonl, inputs=(
         *args.audio, args.checkpoint, SHIPPED_SEPARATOR, args.model))
-    done = results_in(args.jsonl)
+    done = resume_results(args.jsonl)
     answers = {audio: done[audio].get("answers", []) for audio in args.audio if audio in done}
     pending = [audio for audio in args.audio if audio not in done]
     if not pending:
@@ -3287,7 +3298,8 @@ def cmd_integrate(args) -> None:
     for audio in pending:
         recording_length(audio)  # what cannot be read fails before the model is loaded
     separator, checkpoint = open_separator(args, spectrograms=True, device="cpu")
-    check_integration(args, config, separator)
+    check_fit(separator, getattr(config, "audio_config", config), args.layer)
+    check_prompt(args.prompt, config, args.mode)
     answer = load_integrated(args, separator, device, args.layer)
     print(f"separator {checkpoint}")
     for audio in pending:
@@ -3407,11 +3419,10 @@ def add_shared_arguments(name: str, add) -> None:
             help="length limit of each answer (default: 256; Whisper: 200)")
     default = argparse.SUPPRESS if name == "train" else "auto"
     add("--device", default=default, help="where to compute: auto, cpu, cuda or mps")
-    if name == "infer":
-        add("--dtype", default=default, choices=["auto", "float32"], help="precision: float32")
-    else:
+    if name != "infer":
+        auto = "that of a model's files" if name in ("integrate", "demo") else "the device's best"
         add("--dtype", default=default, choices=["auto", "float32", "bfloat16"],
-            help="precision; auto: bfloat16 where the device has units for it, but a model's own")
+            help=f"precision (auto: {auto})")
 
 
 COMMANDS = {  # function, its options and an example

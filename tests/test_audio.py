@@ -49,7 +49,7 @@ def test_blocks_are_the_whole(rate, tmp_path, monkeypatch):
 
 def test_the_rate_of_a_file_is_its_own(tmp_path):
     soundfile.write(tmp_path / "a.wav", sine(0.5, 300, 8000), 8000)
-    assert len(audio.read_audio(tmp_path / "a.wav", given_rate=44100)) == RATE // 2
+    assert len(audio.read_audio(tmp_path / "a.wav", sampling_rate=44100)) == RATE // 2
 
 
 def test_half_precision_tensor_that_asks_for_gradients():

@@ -1024,7 +1024,7 @@ def test_any_model_that_reads_spectrograms():
     features = listen(RECORDINGS)["input_features"]
     assert ssm.integrate_speaker_separator(model, 3, separator, threshold=0.0) is model
     got = model.generate(input_features=features)
-    streams, _, _ = model._speaker_integration.split(features, None)
+    streams, _, _ = model._speaker_integration.separate(features, None)
     assert torch.equal(got, Listener().generate(streams.flatten(0, 1).mT))
     assert len(got.unique(dim=0)) == 9
     assert [row[:2] for row in model.speaker_rows] == [(b, s) for b in range(3) for s in range(3)]

@@ -95,7 +95,8 @@ def lanes(*talkers, shift=0.0, frames=40):
 
 
 def active(*flags):
-    return torch.tensor(flags, dtype=torch.bool)
+    """The numbers of the streams whose flag is set."""
+    return [number for number, flag in enumerate(flags) if flag]
 
 
 def test_streams_are_followed_through_the_shared_seconds():
@@ -142,7 +143,7 @@ def test_a_recording_that_repeats_itself():
 
 
 def test_a_known_count_is_never_exceeded():
-    tracker = TalkerTracker(shared=10, most=2)
+    tracker = TalkerTracker(shared=10, num_speakers=2)
     seen = set()
     for index, pair in enumerate([("a", "b"), ("c", "b"), ("d", "e"), ("b", "a")]):
         streams = lanes(*(f"{name}{30 * index}" for name in pair))
@@ -163,7 +164,7 @@ def test_a_wrong_look_at_the_shared_seconds_is_outvoted_by_the_voice():
 
 def test_many_talkers_at_once():
     tracker, names = TalkerTracker(shared=10), "abcdefg"
-    everybody = torch.ones(7, dtype=torch.bool)
+    everybody = list(range(7))
     assert tracker.number(lanes(*(f"{n}0" for n in names)), everybody) == {s: s for s in range(7)}
     turned = lanes(*(f"{n}30" for n in names[::-1]))
     assert tracker.number(turned, everybody) == {s: 6 - s for s in range(7)}
@@ -231,11 +232,11 @@ def test_real_voices_are_followed():
     window, step, kept = 4 * RATE, 3 * RATE, []
     for seed in (2, 3, 4):
         tracks, rng = two_tracks(95, seed), np.random.default_rng(seed)
-        tracker, right = TalkerTracker(100, most=2), []
+        tracker, right = TalkerTracker(100, num_speakers=2), []
         for first in range(0, tracks.shape[1] - window + 1, step):
             order = rng.permutation(2)
             alone = tracks[order, first : first + window]
-            present = torch.from_numpy(np.square(alone).mean(1) > 1e-5)
+            present = np.flatnonzero(np.square(alone).mean(1) > 1e-5).tolist()
             mixture = alone.sum(0)
             numbers = tracker.number(
                 floor_log_mel(log_mel(torch.from_numpy(alone))), present,
@@ -342,7 +343,7 @@ def test_infer_a_long_recording(qwen_folder, long_file, tmp_path, capsys):
         features = encoder.encode([samples])[0]
         streams, _, active = ssm.separate(separator, features, threshold=0.0)
         sound = has_sound(samples[: WINDOW - STEP], samples)
-        numbers = tracker.number(streams, active, sound)
+        numbers = tracker.number(streams, active.nonzero().flatten().tolist(), sound)
         begin = 7 * (index > 0)
         end = len(features) - 7 * (index + 1 < COUNT)
         for stream, number in numbers.items():

@@ -169,6 +169,28 @@ def test_silence_is_finite(silent, probability):
         assert loss.separation.item() == 0
 
 
+def test_matching_takes_the_likelier_of_two_streams_alike():
+    """Without it the talker is whichever is nearer by a trace; a clear error still outweighs it."""
+    target = torch.ones(1, 2, T, D)
+    streams = torch.stack([target[:, 0], 1.001 * target[:, 0]], 1)
+    probs, talks = torch.tensor([[0.2, 0.9]]), torch.tensor([[True, False]])
+    target[:, 1] = 0
+
+    def assigned(streams, weight):
+        return ssm.separator_loss(
+            streams, probs, target, talks, target[:, 0], matching_weight=weight).assignment.tolist()
+
+    assert assigned(streams, 0.0) == [[0, 1]]
+    assert assigned(streams, 0.04) == [[1, 0]]
+    streams[:, 1] *= 1.5
+    assert assigned(streams, 0.04) == [[0, 1]]
+    # The least total: error plus a weight times the mean cross-entropy of both probabilities.
+    error, entropy = 1e-2, math.log(9) + math.log(4)
+    streams[:, 1] = 1 + error**0.5
+    assert assigned(streams, 2 * error / entropy * 0.99) == [[0, 1]]
+    assert assigned(streams, 2 * error / entropy * 1.01) == [[1, 0]]
+
+
 def test_an_assignment_of_many_streams():
     """Seven streams have 5,040 assignments; the cost has one with no error at all."""
     order = [4, 2, 6, 0, 1, 5, 3]

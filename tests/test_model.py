@@ -483,7 +483,7 @@ def test_streams_trade_places_with_their_queries():
     torch.testing.assert_close(moved_probs, probs[:, [2, 0, 1]], rtol=1e-4, atol=1e-5)
 
 
-def test_speaking_frames():
+def test_sounding_frames():
     """Above 80 dB below the recording's own loudest bin, and above digital silence."""
     recordings = torch.full((4, 5, 80), -1.5)
     recordings[0, :, 7] = torch.tensor([0.9, -1.05, -1.1, -1.5, -0.5])  # floor at -1.1
@@ -492,8 +492,8 @@ def test_speaking_frames():
     mask = torch.ones(4, 5, dtype=torch.bool)
     mask[3, :2] = False  # the loudest frames do not count
     expected = [[1, 1, 0, 0, 1], [1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1]]
-    assert ssm.speaking_frames(recordings, mask).int().tolist() == expected
-    assert ssm.speaking_frames(recordings)[3].int().tolist() == [1, 1, 1, 1, 0]
+    assert ssm.sounding_frames(recordings, mask).int().tolist() == expected
+    assert ssm.sounding_frames(recordings)[3].int().tolist() == [1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
