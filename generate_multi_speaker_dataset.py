@@ -181,17 +181,24 @@ def _read_manifest(manifest: Path) -> list[Utterance]:
     return utterances
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error})") from None
+
+
 def _read_speaker_folders(path: Path) -> list[Utterance]:
     transcripts = {}
     for listing in path.rglob("*.trans.txt"):
-        for line in listing.read_text(encoding="utf-8").splitlines():
+        for line in _read_text(listing).splitlines():
             name, _, text = line.partition(" ")
             transcripts[listing.parent / name] = text
     utterances = []
     for audio in mixing.list_recordings(path, "*/**/*"):
         text, beside = transcripts.get(audio.with_suffix(""), ""), audio.with_suffix(".txt")
         if not text and beside.is_file():
-            text = beside.read_text(encoding="utf-8").strip()
+            text = _read_text(beside).strip()
         utterances.append(Utterance(audio, audio.relative_to(path).parts[0], text))
     return utterances
 
@@ -375,8 +382,11 @@ def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator
         window = encoder.feature_extractor.n_samples / SAMPLING_RATE - 0.001
         options = options._replace(max_seconds=min(window, options.max_seconds or window))
     plans = plan_mixtures(args, options, sizes, splits)
-    samples = sum((1 + len(plan.talkers)) * plan.seconds for plan in plans) * SAMPLING_RATE
-    check_space(Path(args.output_dir), round(samples) * (7 if encoder else 3))
+    rate = 3 * SAMPLING_RATE  # bytes a second: 24 bits a sample, and float32 features
+    if encoder:
+        rate += 4 * encoder.frame_rate * encoder.tower.config.d_model
+    seconds = sum((1 + len(plan.talkers)) * plan.seconds for plan in plans)
+    check_space(Path(args.output_dir), round(seconds * rate))
     rendered = mixing.render_mixtures(plans, options.max_seconds, args.workers)
     return _with_features(plans, rendered, encoder), about | {"mixing": options._asdict()}
 
@@ -501,10 +511,11 @@ def make_staging(output_dir: Path) -> Path:
     finish_replacing(output_dir)
     shutil.rmtree(staging, ignore_errors=True)
     for folder in output_dir.glob(".making_[0-9]*"):
-        try:
-            os.kill(int(folder.name.removeprefix(".making_")), 0)
-        except ProcessLookupError:
-            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(PermissionError):  # somebody else's process runs
+            try:
+                os.kill(int(folder.name.removeprefix(".making_")), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
     staging.mkdir(parents=True)
     return staging
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -427,9 +428,7 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     nothing else. Raises as ``audio.read_audio`` does.
     """
     responses = [None] * MOUTHS if plan.room is None else room_responses(plan.room)
-    waveforms = [render_talker(talker, response)
-                 for talker, response in zip(
-                     plan.talkers, responses[: len(plan.talkers)], strict=True)]
+    waveforms = list(map(render_talker, plan.talkers, responses))  # not more than MOUTHS
     length = max(map(len, waveforms), default=max(1, round(plan.seconds * SAMPLING_RATE)))
     if max_seconds is not None:
         length = min(length, round(max_seconds * SAMPLING_RATE))
@@ -445,6 +444,12 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     return sources, mixture
 
 
+def _start_worker() -> None:
+    """Compute with one thread; Ctrl-C, which goes to all processes, is for the main one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
 def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Iterator[tuple]:
     """Yield what ``render_mixture`` returns for every plan, in order, by ``workers`` processes."""
     render = partial(render_mixture, max_seconds=max_seconds)
@@ -453,7 +458,7 @@ def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Ite
         return
     # spawned: neither torch's threads nor a CUDA context survive a fork
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         size = 8 * workers  # no more in memory, however slow the reader is
         try:
             for start in range(0, len(plans), size):

@@ -80,7 +80,7 @@ DEFAULT_DATA_DIR = "multi_speaker_data"
 DEFAULT_CHECKPOINT_DIR = "checkpoints"
 SHIPPED_SEPARATOR = Path(__file__).resolve().parent / "pretrained"
 MAX_FRAMES = 4000  # of one feature file: attention among them takes 0.2 GB a head (measured)
-JSON_BYTES = 1 << 27  # a hundred thousand mixtures take less
+JSON_BYTES = 1 << 29  # a hundred thousand mixtures of long sentences take less
 LONGEST_LINE = 500  # letters of an error message
 MAX_STREAMS = 7  # the loss scores every assignment of streams to talkers: 7! are 5,040
 
@@ -115,7 +115,7 @@ OPTIONS = {
         None, float, 0, 1e30, "weight of that loss part (default: 0.02; features: 0.5)"),
     "mixtures_per_epoch": Option(
         None, int, 1, 1e6, "fresh mixtures (default: twice the data, at least 120)"),
-    "crop_seconds": Option(None, float, 1e-12, 1e6, "lengths of training parts; recordings only"),
+    "crop_seconds": Option(None, float, 0.2, 1e6, "lengths of training parts; recordings only"),
     "workers": Option(0, int, 0, 1024, "processes that load or mix, 0 for this one"),
     "save_every": Option(5, int, 1, 1e6, "epochs between periodic checkpoints"),
     "patience": Option(None, int, 1, 1e6, "stop after this many epochs without a better one"),
@@ -688,8 +688,8 @@ def separator_loss(
 ) -> SeparatorLoss:
     """Score streams under their best assignment to talkers (PIT, arXiv:1607.00325).
 
-    The assignment has the least squared error, plus ``matching_weight`` times the activity part:
-    without that, streams which are alike are told at random which of them is the talker.
+    The assignment has the least squared error, plus about ``matching_weight`` times the activity
+    part: without that, streams which are alike are told at random which of them is the talker.
 
     ``separated [B, S, T, D]`` have ``speaker_probs [B, S]``; ``targets [B, S, T, D]`` are talkers
     where ``speaker_mask [B, S]`` is set, zeros elsewhere; ``mixture [B, T, D]`` is valid where
@@ -709,7 +709,7 @@ def separator_loss(
     there = speaker_mask.float()
     with torch.no_grad():
         odds = speaker_probs.float().clamp(1e-4, 1 - 1e-4).logit()[..., None]
-        cost = pairwise_mse(separated, targets, frame_mask) - matching_weight * there.mean() * odds
+        cost = pairwise_mse(separated, targets, frame_mask) - matching_weight / 2 * odds
         assignment = best_assignment(cost, there)
     estimates = reorder(separated, assignment)
 
@@ -1005,7 +1005,8 @@ class RemixedDataset(Dataset):
     """Fresh mixtures of the training sources, from silence to ``max_speakers`` talkers.
 
     Item ``number`` depends on the seed and the number alone; epoch ``e`` takes those from
-    ``e * length`` on, so that no mixture returns and a resumed run draws the same ones. Of the two
+    ``e * length`` on, so that no mixture returns within a run of one ``length``, and a resumed run
+    draws the same ones. Of the two
     kinds, ``_read_sources`` returns what each talker can say.
     """
 
@@ -1077,8 +1078,6 @@ class RemixedRecordings(RemixedDataset):
 
         rng, count, length = self.draw_length(number)
         plan = plan_mixture(rng, self.speech, count)
-        if self.crop_seconds is None:
-            return plan, 0.0, length
         last_start = max((talker.onset for talker in plan.talkers), default=0.0)
         first_end = min((t.onset + t.seconds for t in plan.talkers), default=plan.seconds)
         length = min(length, plan.seconds)
@@ -1099,9 +1098,8 @@ class RemixedRecordings(RemixedDataset):
         voices = [talker.voice for talker in plan.talkers]
         plan = plan._replace(talkers=tuple(t._replace(voice=()) for t in plan.talkers))
         sources, mixture = render_mixture(plan, self.speech.options.max_seconds)
-        first, end = round(start * SAMPLING_RATE), None
-        if self.crop_seconds:
-            end = first + round(length * SAMPLING_RATE)
+        first = round(start * SAMPLING_RATE)
+        end = first + round(length * SAMPLING_RATE) if self.crop_seconds else None
         waveforms = np.concatenate([mixture[None, first:end], sources[:, first:end]])
         if self.crop_seconds:
             audible = np.abs(waveforms) > 1e-5  # reverberation by FFT leaves 1e-8 in pauses
@@ -1368,13 +1366,8 @@ def sum_over_processes(values: Tensor) -> Tensor:
 def send_shares(tensors: list[Tensor]) -> None:
     """Send tensors to all processes, in place: number ``i`` from process ``i`` modulo theirs."""
     ranks = process_rank()[1]
-    for rank in range(ranks if ranks > 1 else 0):
-        if share := tensors[rank::ranks]:
-            values = torch.cat([tensor.flatten() for tensor in share])
-            dist.broadcast(values, rank)
-            parts = values.split([tensor.numel() for tensor in share])
-            for tensor, part in zip(share, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+    for number, tensor in enumerate(tensors if ranks > 1 else ()):
+        dist.broadcast(tensor, number % ranks)
 
 
 def progress_bar(batches, desc: str):
@@ -1473,11 +1466,8 @@ def locked(folder: Path):
     The system frees the lock of a process that died: none is ever stale. Its workers do not
     inherit it.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
+    import fcntl
+
     path = folder / ".lock"
     with path.open("a+") as file:
         try:
@@ -1487,6 +1477,8 @@ def locked(folder: Path):
             minutes = (time.time() - path.stat().st_mtime) / 60
             raise ValueError(f"{folder} is in use by {file.read(200).strip()} for {minutes:.0f} "
                              "minutes: wait, or choose another folder") from None
+        if not os.fstat(file.fileno()).st_nlink:  # the one before has just removed it
+            raise ValueError(f"{folder} was in use until now: start again")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
@@ -1722,18 +1714,16 @@ def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
     config = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
     config.setdefault("max_speakers", max(train_set.max_speakers, val_set.max_speakers, 1))
     if not train_set.has_recordings:
+        if options.dim is not None:
+            raise ValueError("--dim is not for a separator of this data")
         keys = ("kind", "encoder", "layer", "frame_rate")
         source = {key: train_set.source[key] for key in keys if key in train_set.source}
         config |= {"feature_dim": train_set.feature_dim, "feature_source": source}
     name = f"the new separator (--max_speakers={config['max_speakers']})"
     check_data(name, config, train_set, val_set)
-    try:
-        empty_separator(config)
-        torch.manual_seed(options.seed)
-        return separator_class(config)(**config)
-    except TypeError as error:  # a size that this separator does not have
-        name = str(error).split("'")[1]
-        raise ValueError(f"--{name} is not for a separator of this data") from None
+    empty_separator(config)  # refuses what is too large
+    torch.manual_seed(options.seed)
+    return separator_class(config)(**config)
 
 
 def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
@@ -1874,8 +1864,9 @@ class MuonAdamW(torch.optim.Optimizer):
         (muon, adam), (matrices, others) = self.parts, self.param_groups
         (rank, ranks), weights = process_rank(), self._matrices()
         for part, group in ((muon, matrices | {"params": weights[rank::ranks]}), (adam, others)):
-            part.param_groups, part.state = [group], self.state
-            part.step()
+            if group["params"]:  # of more processes than matrices some have none
+                part.param_groups, part.state = [group], self.state
+                part.step()
         send_shares(weights)
 
     def gather(self) -> None:
@@ -2100,14 +2091,6 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
 # Train: a run from start or checkpoint
 
 
-def rest_of_epoch(checkpoint: dict | None) -> dict:
-    """Return the progress of an interrupted epoch; the first process holds the losses of all."""
-    rest = dict((checkpoint or {}).get("progress", {}))
-    if rest and process_rank()[0]:
-        rest["rows"] = torch.zeros_like(rest["rows"])
-    return rest
-
-
 def start_run(
     options: TrainOptions, train_set, val_set, folder: Path, checkpoint: dict | None = None
 ) -> Run:
@@ -2135,14 +2118,17 @@ def start_run(
     if not len(loader):
         raise ValueError(f"an epoch has {len(mixtures)} mixtures and a step needs "
                          f"{loader.batch_sampler.parts}: fewer processes or --accumulate")
-    rest = rest_of_epoch(checkpoint)
+    rank, ranks = process_rank()
+    rest = dict((checkpoint or {}).get("progress", {}))
+    if rest and rank:  # the first process holds the losses of all
+        rest["rows"] = torch.zeros_like(rest["rows"])
     if rest and rest["step_size"] != loader.batch_sampler.step_size:
         raise ValueError(f"the epoch that was stopped has steps of {rest['step_size']} mixtures, "
                          f"not {loader.batch_sampler.step_size}: keep processes times "
                          "--accumulate times --batch_size")
-    check_disk(folder, parameters, options)
+    if not rank:
+        check_disk(folder, parameters, options)
     remixed = f" (remixed to {len(mixtures)} an epoch)" if mixtures is not train_set else ""
-    ranks = process_rank()[1]
     print(f"device {device}{f', {ranks} processes' * (ranks > 1)}, {options.dtype} ({reason}), "
           f"{parameters:,} parameters, {len(train_set)} training{remixed} and {len(val_set)} "
           f"validation mixtures, {streams} streams")
@@ -2162,8 +2148,8 @@ def run_epoch(run: Run, epoch: int) -> dict | None:
     if train is None:
         return None
     val = evaluate_separator(
-        run.averaged.module, run.val_set, device=run.device, dtype=run.dtype, calibrate=True,
-        weights=run.weights)
+        run.averaged.module, run.val_set, batch_size=min(8, run.options.batch_size),
+        device=run.device, dtype=run.dtype, calibrate=True, weights=run.weights)
     if not math.isfinite(val["total"]):
         raise ValueError(f"the validation loss is not finite in epoch {epoch}; the last "
                          "checkpoint is intact: look at the validation data")
@@ -2287,12 +2273,15 @@ def train_speaker_separator(
         checkpoint = newest_checkpoint(folder)
         options = resumed_options(given, checkpoint, folder)
     check_limits(options._asdict())
+    options = TrainOptions(*(  # NumPy's numbers would make checkpoints that nobody opens
+        value.item() if isinstance(value, np.generic) else value for value in options))
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
     writes = process_rank()[0] == 0
     if writes:
         prepare_folder(folder)
     with locked(folder) if writes else contextlib.nullcontext():
         run = start_run(options, train_set, val_set, folder, checkpoint)
+        checkpoint = None  # as large as all that the run holds
         if len(run.history) >= options.epochs:
             print(f"{len(run.history)} epochs are done already; ask for more with --epochs")
             return run.history
@@ -3102,7 +3091,8 @@ def cmd_train(args) -> None:
     writes = process_rank()[0] == 0
     if writes and args.export:
         prepare_folder(Path(args.export))
-    missing = args.data_dir == DEFAULT_DATA_DIR and not Path(args.data_dir).exists()
+    made = any(Path(args.data_dir).glob("*/metadata.json"))  # not by a generator that was stopped
+    missing = args.data_dir == DEFAULT_DATA_DIR and not made
     if writes and missing and (generator := import_sibling("generate_multi_speaker_dataset")):
         print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
         generator.generate_dataset(generator.build_parser().parse_args([]), "train")

@@ -76,7 +76,8 @@ def measure(folder: Path, checkpoint, seconds: float, seed: int, num_speakers=No
     separate = oracle(tracks, step, seed)
     if checkpoint:
         separate = ssm.window_separator(ssm.load_separator(checkpoint), None, num_speakers)
-    recording = long_recordings.separate_recording(separate, tracks.sum(0), most=num_speakers)
+    recording = long_recordings.separate_recording(
+        separate, tracks.sum(0), num_speakers=num_speakers)
     frames = len(recording.mixture)
     alone = log_mel(torch.from_numpy(tracks))[:, :frames]
     wanted = alone - recording.mixture  # the gains that leave each talker alone

@@ -22,6 +22,7 @@ from overlapped_digits import existing, make_dataset, run  # noqa: E402
 
 import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, write_wav  # noqa: E402
+from mixing import list_noises  # noqa: E402
 
 READ_SPEECH = 12  # LibriSpeech is a sixth of the recordings' hours, and what is used most
 PARTS = 8  # of a step where memory is small: whole it takes up to 27 GB
@@ -59,7 +60,7 @@ def make_noises(args) -> Path:
         shutil.copytree(Path(args.speech) / "noise", part)
         rng, samples = np.random.default_rng(0), 6 * SAMPLING_RATE
         frequencies = np.arange(1, samples // 2 + 2)
-        for number in range(len(list(part.iterdir())) // 2):
+        for number in range(len(list_noises(part)) // 2):
             spectrum = np.fft.rfft(rng.standard_normal(samples))
             noise = np.fft.irfft(spectrum * frequencies ** -rng.uniform(0, 1))
             write_wav(part / f"steady_{number}.wav", 0.1 * noise / np.std(noise))
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--batch_size={args.batch_size // parts}", f"--accumulate={parts}",
             f"--workers={args.workers}", f"--device={args.device}",
             *["--resume"] * any(checkpoints.glob("*.pt")))
-    ssm.export_separator(ssm.load_separator(last), Path(args.output_dir), torch.bfloat16)
+    ssm.export_separator(ssm.load_separator(existing(last)), Path(args.output_dir), torch.bfloat16)
     print(f"exported the weights of epoch {args.epochs} to {args.output_dir}")
 
 

@@ -178,6 +178,7 @@ def test_train_makes_the_default_dataset(tmp_path, monkeypatch, capsys):
     parser.set_defaults(feature_dim=32, seq_len=20, train_samples=2, val_samples=2)
     monkeypatch.setattr(generator, "build_parser", lambda: calls.append(1) or parser)
     argv = ["train", "--epochs=1", *SHORT_FLAGS, *CPU_FLAGS]
+    (tmp_path / "multi_speaker_data").mkdir()  # as a generator leaves it that was stopped
     assert ssm.main(argv) == 0
     assert "making the default dataset" in capsys.readouterr().out
     assert (tmp_path / "checkpoints/best_model.pt").is_file()

@@ -616,6 +616,14 @@ def test_utterances_are_read_when_drawn(recordings, tmp_path):
         next(iter(lined.values()))[0]
 
 
+def test_a_transcript_of_another_encoding_is_named(speech_dir, tmp_path, capsys):
+    folder = shutil.copytree(speech_dir, tmp_path / "speech")
+    beside = next(folder.rglob("*.wav")).with_suffix(".txt")
+    beside.write_bytes("caf\u00e9".encode("latin-1"))
+    assert generator.main([f"--speech_dir={folder}", f"--output_dir={tmp_path / 'data'}"]) == 2
+    assert f"{beside} is not UTF-8" in capsys.readouterr().err
+
+
 def test_recordings_that_are_gone(recordings, tmp_path):
     folder = shutil.copytree(recordings, tmp_path / "own")
     edit_json(folder / "train/utterances.json", lambda rows: rows[0].update(audio="/gone.wav"))

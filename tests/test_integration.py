@@ -786,12 +786,12 @@ def test_whisper_with_and_without_a_mask(kind, integrate, whisper):
     masked, rows = model.generate(**inputs, **options), model.speaker_rows
     assert torch.equal(model.generate(inputs["input_features"], **options), masked)
     assert model.speaker_rows == rows
-    split = model._speaker_integration.split
-    _, inside, _ = split(inputs["input_features"], None)
+    separate = model._speaker_integration.separate
+    _, inside, _ = separate(inputs["input_features"], None)
     assert inside.sum(1).tolist() == pytest.approx(
         [len(r) / RATE * (100 if kind == "spectrogram" else 50) for r in RECORDINGS], abs=2)
     for louder in np.linspace(0, 0.9, 10):  # the floor is the floor whatever it was rounded to
-        _, half, _ = split((inputs["input_features"] + louder).bfloat16(), None)
+        _, half, _ = separate((inputs["input_features"] + louder).bfloat16(), None)
         assert (half.sum(1) - inside.sum(1)).abs().max() <= 1
 
 

@@ -509,7 +509,9 @@ def test_an_interruption_that_a_library_makes_another_error_of(
         raise TypeError("expected str, not BufferedWriter")
 
     monkeypatch.setattr(module, name, stop)
-    (Path("multi_speaker_data")).mkdir()
+    if module is ssm:
+        Path("multi_speaker_data/train").mkdir(parents=True)
+        Path("multi_speaker_data/train/metadata.json").touch()
     assert run(module.main, argv) == 143
     assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -223,6 +223,44 @@ def test_muon_steps_are_orthogonal_and_as_long_as_those_of_adamw():
             torch.testing.assert_close(step, -lr * weight.grad.sign(), rtol=1e-3, atol=1e-5)
 
 
+def test_stacked_muon_steps_as_torch_does():
+    """Matrices of three shapes, wide, tall and square; two steps, so that the momentum counts."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(8, 12), (12, 8), (6, 6), (8, 12)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    optimizers = (ssm.StackedMuon(ours, lr=0.1, weight_decay=0.5),
+                  torch.optim.Muon(theirs, lr=0.1, weight_decay=0.5,
+                                   adjust_lr_fn="match_rms_adamw"))  # fmt: skip
+    for _ in range(2):
+        for weight, same in zip(ours, theirs, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=random)
+            same.grad = weight.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for weight, same in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(weight, same, rtol=0, atol=2e-3)  # the products are in bfloat16
+        assert (weight - 1).abs().max() > 0.05
+
+
+def test_more_processes_than_matrices(monkeypatch):
+    """The last ones have no matrix to step, and step the other weights."""
+    optimizer = ssm.MuonAdamW(tiny_spectrogram_separator(), 1e-2, 0.0)
+    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+        weight.grad = torch.ones_like(weight)
+    before = [group["params"][0].detach().clone() for group in optimizer.param_groups]
+    monkeypatch.setattr(ssm, "process_rank", lambda: (999, 1000))
+    monkeypatch.setattr(ssm, "send_shares", lambda tensors: None)
+    optimizer.step()
+    after = [group["params"][0] for group in optimizer.param_groups]
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
+def test_numpy_numbers_as_options(dataset, tmp_path):
+    """A checkpoint with one in it would not open with a bare torch.load."""
+    train_tiny(dataset, tmp_path, lr=np.float64(1e-3), dropout=np.float64(0))
+    assert torch.load(tmp_path / "best_model.pt")["options"]["lr"] == 1e-3
+
+
 def test_default_learning_rates():
     """Measured on recordings; wider separators of features want smaller steps."""
     options = ssm.TrainOptions()
