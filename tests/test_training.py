@@ -298,7 +298,7 @@ def test_learning_rate_of_a_run(kind, data, tmp_path):
 def test_averaged_weights():
     """By hand: after n steps the average is n / (n + 10) the old one and the rest the new."""
     separator = tiny_separator()
-    averaged = ssm.average_of(separator)
+    averaged = ssm.RunningAverage(separator)
     assert not any(p.requires_grad for p in averaged.parameters())
     expected = [p.detach().clone() for p in separator.parameters()]
     for step in range(30):
