@@ -288,7 +288,7 @@ class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
     features. Sizes that do not fit each other raise ValueError.
     """
 
-    is_spectrogram = False
+    is_spectrogram, first_threshold = False, 1.0
 
     def __init__(
         self, feature_dim: int = 1280, max_speakers: int = 3, num_layers: int = 4,
@@ -522,11 +522,13 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     until the talkers add up to the mixture. The level of the recording, silence around speech and
     the position in the window change nothing.
 
-    A stream counts as a talker from the probability ``threshold`` on; training calibrates it.
-    Sizes that do not fit each other raise ValueError.
+    A stream counts as a talker from the probability ``threshold`` on, the likeliest one from
+    ``first_threshold`` on if that is less; training calibrates ``threshold``. Sizes that do not fit
+    each other raise ValueError.
     """
 
     is_spectrogram = True
+    first_threshold = 0.5  # a recording is rarely silent: its first talker needs no more
     feature_dim = None  # any number of mel bins
     BINS, STACK, KERNEL_SIZE = 80, 4, 15
 
@@ -742,13 +744,18 @@ def check_num_speakers(num_speakers: int | None, streams: int) -> None:
 
 def active_streams(
     speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None,
-    reach_threshold: bool = False,
+    reach_threshold: bool = False, first_threshold: float = 1.0,
 ) -> Tensor:
     """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest.
 
+    The likeliest stream needs ``first_threshold`` if that is less, unless ``threshold`` is 1.
     With ``reach_threshold``, only those of the likeliest that reach the threshold too.
     """
     reached = speaker_probs >= threshold
+    if first_threshold < threshold < 1:
+        likeliest = speaker_probs.argmax(-1, keepdim=True)
+        first = torch.zeros_like(reached).scatter(-1, likeliest, True)
+        reached |= first & (speaker_probs >= first_threshold)
     if num_speakers is None:
         return reached
     check_num_speakers(num_speakers, speaker_probs.shape[-1])
@@ -767,17 +774,22 @@ def choose_talkers(
     gains of 0) replaces it: separation can only harm a talker alone. With ``num_speakers`` given,
     nothing is replaced.
     """
-    active = active_streams(probs, threshold, num_speakers, reach_threshold)
+    active = active_streams(
+        probs, threshold, num_speakers, reach_threshold, separator.first_threshold)
     if separator.is_spectrogram and num_speakers is None:
         single = active & (active.sum(-1, keepdim=True) == 1)
         values = torch.where(single[..., None, None], unchanged[:, None].to(values), values)
     return values, active
 
 
-def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor) -> float:
+def calibrate_threshold(
+    speaker_probs: Tensor, speaker_mask: Tensor, first_threshold: float = 1.0
+) -> float:
     """Return the threshold that gets most talker counts right, [N, S] each; ties go near 0.5."""
     candidates = torch.linspace(0.05, 0.95, 37)
-    counts = (speaker_probs >= candidates[:, None, None]).sum(-1)  # [candidates, N]
+    counts = torch.stack([
+        active_streams(speaker_probs, float(candidate), first_threshold=first_threshold).sum(-1)
+        for candidate in candidates])  # [candidates, N]
     right = (counts == speaker_mask.sum(-1)).float().mean(-1)
     best = candidates[right == right.max()]
     return round(float(best[(best - 0.5).abs().argmin()]), 3)
@@ -850,12 +862,15 @@ def trivial_outputs(mixture: Tensor, speaker_mask: Tensor, log_mel: bool = False
 COUNT_SCORES = ("threshold", "count_accuracy", "majority_count_accuracy", "precision", "recall")
 
 
-def count_scores(probs: Tensor, truth: Tensor, threshold: float, num_speakers=None) -> dict:
+def count_scores(
+    probs: Tensor, truth: Tensor, threshold: float, num_speakers=None, first_threshold: float = 1.0
+) -> dict:
     """Score talker counting and activity from [N, S] probabilities in the order of the talkers.
 
     ``majority_count_accuracy`` is that of always answering the commonest count.
     """
-    active, counts = active_streams(probs, threshold, num_speakers), truth.sum(1)
+    active = active_streams(probs, threshold, num_speakers, first_threshold=first_threshold)
+    counts = truth.sum(1)
     hits = (active & truth).sum().item()
     return {
         "threshold": threshold,
@@ -2379,9 +2394,11 @@ def evaluate_separator(
     truths = truths.bool()
     threshold = separator.threshold if threshold is None else threshold
     if calibrate and len(truths) > 1:
-        threshold = calibrate_threshold(probabilities[::2], truths[::2])
+        threshold = calibrate_threshold(
+            probabilities[::2], truths[::2], separator.first_threshold)
         probabilities, truths = probabilities[1::2], truths[1::2]
-    return scores | count_scores(probabilities, truths, threshold, num_speakers)
+    return scores | count_scores(
+        probabilities, truths, threshold, num_speakers, separator.first_threshold)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3407,7 +3424,8 @@ def add_shared_arguments(name: str, add) -> None:
         add("--checkpoint",
             help="separator (default: the shipped one for audio, else checkpoints/best_model.pt)")
         add("--threshold", type=float,
-            help="least probability of a talker (default: the checkpoint's)")
+            help="least probability of a talker (default: the checkpoint's); in a recording the "
+                 "first needs 0.5 at most")
         add("--num_speakers", type=int, help="how many talkers there are, when known")
     if name in ("evaluate", "integrate", "demo"):
         add("--prompt", help="question to Qwen2-Audio (default: What does the person say?)")
