@@ -753,8 +753,8 @@ def active_streams(
     """
     reached = speaker_probs >= threshold
     if first_threshold < threshold < 1:
-        likeliest = speaker_probs.argmax(-1, keepdim=True)
-        first = torch.zeros_like(reached).scatter(-1, likeliest, True)
+        place = speaker_probs.argmax(-1, keepdim=True)
+        first = torch.zeros_like(reached).scatter(-1, place, True)
         reached |= first & (speaker_probs >= first_threshold)
     if num_speakers is None:
         return reached
@@ -1021,8 +1021,7 @@ class RemixedDataset(Dataset):
 
     Item ``number`` depends on the seed and the number alone; epoch ``e`` takes those from
     ``e * length`` on, so that no mixture returns within a run of one ``length``, and a resumed run
-    draws the same ones. Of the two
-    kinds, ``_read_sources`` returns what each talker can say.
+    draws the same ones. Of the two kinds, ``_read_sources`` returns what each talker can say.
     """
 
     SILENCE = 0.04  # share of mixtures without any talker

@@ -198,6 +198,8 @@ def main(argv: list[str] | None = None) -> int:
                         choices=["float32", "bfloat16"], help="precisions")
     parser.add_argument("--cases", nargs="+", type=int, default=range(len(CASES)),
                         choices=range(len(CASES)), help="numbers of the sizes to measure")
+    parser.add_argument("--times", type=int, default=1,
+                        help="multiply the batches: a GPU needs larger ones")
     parser.add_argument("--repeats", type=int, default=3, help="the least time of so many counts")
     parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
     args = parser.parse_args(argv)
@@ -214,8 +216,10 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{device}, {results['threads']} threads; products of {SIZE} x {SIZE} matrices in "
           f"GFLOP/s: {rates}\n")
     for number in args.cases:
+        kind, batch, *sizes = CASES[number]
         for dtype in dtypes:
-            results["cases"].append(measure(*CASES[number], device, dtype, args.repeats))
+            results["cases"].append(
+                measure(kind, batch * args.times, *sizes, device, dtype, args.repeats))
     print("\n".join(table(results)))
     results["data"] = measure_data(6.0, 8, device, args.repeats)
     print(f"\na batch of 8 mixtures of 6 s: mixing {results['data']['mixing']:.3f} s in one "

@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--output_dir", default="pretrained", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
-    add("--epochs", type=int, default=8, help="times --mixtures_per_epoch mixtures")
+    add("--epochs", type=int, default=10, help="times --mixtures_per_epoch mixtures")
     add("--mixtures_per_epoch", type=int, default=34_000, help="fresh mixtures in an epoch")
     add("--batch_size", type=int, default=128, help="mixtures per step, a multiple of 8")
     add("--workers", type=int, default=0, help="processes that mix; 0: this one")

@@ -74,8 +74,8 @@ def test_throughput(tmp_path, capsys, monkeypatch):
     layer, x = torch.nn.Linear(30, 50), torch.randn(7, 30)
     assert throughput.count_flops(lambda: layer(x)) == 2 * 7 * 30 * 50
     monkeypatch.setattr(throughput, "SIZE", 64)
-    monkeypatch.setattr(throughput, "CASES", (("spectrogram", 2, 40, 100),))
-    argv = ["--device=cpu", "--dtypes=float32", "--cases=0", "--repeats=1",
+    monkeypatch.setattr(throughput, "CASES", (("spectrogram", 1, 40, 100),))
+    argv = ["--device=cpu", "--dtypes=float32", "--cases=0", "--repeats=1", "--times=2",
             f"--json={tmp_path / 'a.json'}"]  # fmt: skip
     assert throughput.main(argv) == 0
     results = json.loads((tmp_path / "a.json").read_text())
