@@ -288,7 +288,7 @@ class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
     features. Sizes that do not fit each other raise ValueError.
     """
 
-    is_spectrogram, first_threshold = False, 1.0
+    is_spectrogram = False
 
     def __init__(
         self, feature_dim: int = 1280, max_speakers: int = 3, num_layers: int = 4,
@@ -522,13 +522,12 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     until the talkers add up to the mixture. The level of the recording, silence around speech and
     the position in the window change nothing.
 
-    A stream counts as a talker from the probability ``threshold`` on, the likeliest one from
-    ``first_threshold`` on if that is less; training calibrates ``threshold``. Sizes that do not fit
+    A stream counts as a talker from the probability ``threshold`` on, the likeliest one from 0.5 on
+    if that is less (``first_threshold``); training calibrates ``threshold``. Sizes that do not fit
     each other raise ValueError.
     """
 
     is_spectrogram = True
-    first_threshold = 0.5  # a recording is rarely silent: its first talker needs no more
     feature_dim = None  # any number of mel bins
     BINS, STACK, KERNEL_SIZE = 80, 4, 15
 
@@ -742,20 +741,24 @@ def check_num_speakers(num_speakers: int | None, streams: int) -> None:
                          "has no more streams")
 
 
+def first_threshold(separator) -> float:
+    """Return what the first talker needs at most: a recording is rarely silent."""
+    return 0.5 if separator.is_spectrogram else 1.0
+
+
 def active_streams(
     speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None,
-    reach_threshold: bool = False, first_threshold: float = 1.0,
+    reach_threshold: bool = False, first: float = 1.0,
 ) -> Tensor:
     """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest.
 
-    The likeliest stream needs ``first_threshold`` if that is less, unless ``threshold`` is 1.
+    The likeliest stream needs a probability of ``first`` if that is less and ``threshold`` below 1.
     With ``reach_threshold``, only those of the likeliest that reach the threshold too.
     """
     reached = speaker_probs >= threshold
-    if first_threshold < threshold < 1:
+    if first < threshold < 1:
         place = speaker_probs.argmax(-1, keepdim=True)
-        first = torch.zeros_like(reached).scatter(-1, place, True)
-        reached |= first & (speaker_probs >= first_threshold)
+        reached |= torch.zeros_like(reached).scatter(-1, place, True) & (speaker_probs >= first)
     if num_speakers is None:
         return reached
     check_num_speakers(num_speakers, speaker_probs.shape[-1])
@@ -775,20 +778,18 @@ def choose_talkers(
     nothing is replaced.
     """
     active = active_streams(
-        probs, threshold, num_speakers, reach_threshold, separator.first_threshold)
+        probs, threshold, num_speakers, reach_threshold, first_threshold(separator))
     if separator.is_spectrogram and num_speakers is None:
         single = active & (active.sum(-1, keepdim=True) == 1)
         values = torch.where(single[..., None, None], unchanged[:, None].to(values), values)
     return values, active
 
 
-def calibrate_threshold(
-    speaker_probs: Tensor, speaker_mask: Tensor, first_threshold: float = 1.0
-) -> float:
+def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor, first: float = 1.0) -> float:
     """Return the threshold that gets most talker counts right, [N, S] each; ties go near 0.5."""
     candidates = torch.linspace(0.05, 0.95, 37)
     counts = torch.stack([
-        active_streams(speaker_probs, float(candidate), first_threshold=first_threshold).sum(-1)
+        active_streams(speaker_probs, float(candidate), first=first).sum(-1)
         for candidate in candidates])  # [candidates, N]
     right = (counts == speaker_mask.sum(-1)).float().mean(-1)
     best = candidates[right == right.max()]
@@ -863,13 +864,13 @@ COUNT_SCORES = ("threshold", "count_accuracy", "majority_count_accuracy", "preci
 
 
 def count_scores(
-    probs: Tensor, truth: Tensor, threshold: float, num_speakers=None, first_threshold: float = 1.0
+    probs: Tensor, truth: Tensor, threshold: float, num_speakers=None, first: float = 1.0
 ) -> dict:
     """Score talker counting and activity from [N, S] probabilities in the order of the talkers.
 
     ``majority_count_accuracy`` is that of always answering the commonest count.
     """
-    active = active_streams(probs, threshold, num_speakers, first_threshold=first_threshold)
+    active = active_streams(probs, threshold, num_speakers, first=first)
     counts = truth.sum(1)
     hits = (active & truth).sum().item()
     return {
@@ -2392,12 +2393,11 @@ def evaluate_separator(
     scores["trivial_mse"] = {name: scores.pop(name) for name in TRIVIAL_OUTPUTS}
     truths = truths.bool()
     threshold = separator.threshold if threshold is None else threshold
+    first = first_threshold(separator)
     if calibrate and len(truths) > 1:
-        threshold = calibrate_threshold(
-            probabilities[::2], truths[::2], separator.first_threshold)
+        threshold = calibrate_threshold(probabilities[::2], truths[::2], first)
         probabilities, truths = probabilities[1::2], truths[1::2]
-    return scores | count_scores(
-        probabilities, truths, threshold, num_speakers, separator.first_threshold)
+    return scores | count_scores(probabilities, truths, threshold, num_speakers, first)
 
 
 # --------------------------------------------------------------------------------------------------

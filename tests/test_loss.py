@@ -303,13 +303,13 @@ def test_the_first_talker_needs_less():
     for threshold, expected in (
             (0.9, [[0, 1, 0], [1, 0, 1], [0, 0, 0]]), (0.3, [[1, 1, 1], [1, 1, 1], [1, 1, 0]]),
             (1.0, [[0, 0, 0]] * 3)):
-        active = ssm.active_streams(probs, threshold, first_threshold=0.5)
+        active = ssm.active_streams(probs, threshold, first=0.5)
         assert active.int().tolist() == expected
     # One threshold for a soft talker alone, a doubtful second one, and two talkers.
     probs = torch.tensor([[0.6, 0.2], [0.9, 0.7], [0.98, 0.9]])
     truth = torch.tensor([[True, False], [True, False], [True, True]])
     assert ssm.calibrate_threshold(probs, truth, 0.5) == pytest.approx(0.725)
-    assert ssm.count_scores(probs, truth, 0.725, first_threshold=0.5)["count_accuracy"] == 1
+    assert ssm.count_scores(probs, truth, 0.725, first=0.5)["count_accuracy"] == 1
     assert ssm.count_scores(probs, truth, 0.725)["count_accuracy"] == pytest.approx(2 / 3)
 
 
