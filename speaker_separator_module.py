@@ -3432,8 +3432,8 @@ def add_shared_arguments(name: str, add) -> None:
             help="length limit of each answer (default: 256; Whisper: 200)")
     default = argparse.SUPPRESS if name == "train" else "auto"
     add("--device", default=default, help="where to compute: auto, cpu, cuda or mps")
-    auto = {"infer": "float32", "integrate": "that of a model's files",
-            "demo": "that of a model's files"}.get(name, "bfloat16 where the device has units for it")
+    own = "that of a model's files"
+    auto = {"infer": "float32", "integrate": own, "demo": own}.get(name, "bfloat16 if it is fast")
     choices = ["auto", "float32"] if name == "infer" else ["auto", "float32", "bfloat16"]
     add("--dtype", default=default, choices=choices, help=f"precision (auto: {auto})")
 
