@@ -746,6 +746,12 @@ def first_threshold(separator) -> float:
     return 0.5 if separator.is_spectrogram else 1.0
 
 
+def likeliest_streams(speaker_probs: Tensor, count: int) -> Tensor:
+    """Say which are the ``count`` likeliest streams, [B, S]."""
+    none = torch.zeros_like(speaker_probs, dtype=torch.bool)
+    return none.scatter(-1, speaker_probs.topk(count, dim=-1).indices, True)
+
+
 def active_streams(
     speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None,
     reach_threshold: bool = False, first: float = 1.0,
@@ -757,13 +763,11 @@ def active_streams(
     """
     reached = speaker_probs >= threshold
     if first < threshold < 1:
-        place = speaker_probs.argmax(-1, keepdim=True)
-        reached |= torch.zeros_like(reached).scatter(-1, place, True) & (speaker_probs >= first)
+        reached |= likeliest_streams(speaker_probs, 1) & (speaker_probs >= first)
     if num_speakers is None:
         return reached
     check_num_speakers(num_speakers, speaker_probs.shape[-1])
-    likeliest = speaker_probs.topk(num_speakers, dim=-1).indices
-    chosen = torch.zeros_like(reached).scatter(-1, likeliest, True)
+    chosen = likeliest_streams(speaker_probs, num_speakers)
     return chosen & reached if reach_threshold else chosen
 
 
@@ -1279,7 +1283,7 @@ def make_loader(
         dataset, **batches, num_workers=workers, persistent_workers=workers > 0,
         worker_init_fn=outlast_signals,
         collate_fn=partial(
-            collate, max_speakers=max_speakers, compact=plans_by_shape(device)),
+            collate, max_speakers=max_speakers, compact=compacts_batches(device)),
         pin_memory=pins_memory(device))
 
 
@@ -1338,8 +1342,8 @@ def pins_memory(device: str) -> bool:
     return device == "cuda"
 
 
-def plans_by_shape(device: str) -> bool:
-    """Return whether new shapes are slow: CUDA plans a step of 0.06 s for 1.3 s (measured)."""
+def compacts_batches(device: str) -> bool:
+    """Return whether small batches of few shapes pay: CUDA plans each new shape for 1.3 s."""
     return device == "cuda"
 
 

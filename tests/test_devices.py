@@ -90,7 +90,7 @@ def test_autocast():
     [("cpu", False, True, False), ("cuda", True, True, True), ("mps", False, False, False)])
 def test_memory_and_optimizer(device, pins, fuses, plans):
     assert ssm.pins_memory(device) is pins
-    assert ssm.plans_by_shape(device) is plans
+    assert ssm.compacts_batches(device) is plans
     assert ssm.fuses_optimizer(device) is fuses
 
 
