@@ -724,6 +724,11 @@ def separator_loss(
     return SeparatorLoss(total, separation, reconstruction, activity, assignment)
 
 
+def matching_weight(weights: LossWeights, log_mel: bool) -> float:
+    """Return that of ``separator_loss``: unlike features, spare log-mel streams are not empty."""
+    return weights.activity if log_mel else 0.0
+
+
 def loss_sizes(batch: dict) -> Tensor:
     """Return how many talkers, frames and mixtures the parts of a batch's loss average: [3]."""
     talkers, frames = batch["speaker_mask"].sum().float(), batch["frame_mask"].sum().float()
@@ -2025,13 +2030,12 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
     mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
     with autocast(device, dtype), attention_kernel(device, dtype):
         separated, probs = separator(mixture, frame_mask)
-    matching = 0.0
-    if "waveforms" in batch:
-        matching = weights.activity  # streams of spectrograms that are no talker need not be empty
+    recorded = "waveforms" in batch
+    if recorded:
         floor = mixture.amax((1, 2))[:, None, None, None] - AUDIBLE_RANGE
         separated, targets = torch.maximum(separated, floor), torch.maximum(targets, floor)
     return separator_loss(separated, probs, targets, batch["speaker_mask"], mixture, frame_mask,
-                          weights.reconstruction, weights.activity, matching)
+                          *weights, matching_weight(weights, recorded))
 
 
 def backward(run: Run, batches: list[dict]) -> Tensor:
@@ -2340,11 +2344,14 @@ def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
     return si_sdr(estimates, targets) - si_sdr(mixture, targets)
 
 
-def score_batch(separated: Tensor, probs: Tensor, batch: dict, log_mel: bool):
+def score_batch(
+    separated: Tensor, probs: Tensor, batch: dict, log_mel: bool, weights: LossWeights
+):
     """Return the sums of all SCORES above what to divide them by, and the assignment."""
     mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
     speaker_mask, there = batch["speaker_mask"], batch["speaker_mask"].float()
-    loss = separator_loss(separated, probs, targets, speaker_mask, mixture, frame_mask)
+    loss = separator_loss(separated, probs, targets, speaker_mask, mixture, frame_mask,
+                          *weights, matching_weight(weights, log_mel))
     errors = [(talker_mse(output[:, None], targets, frame_mask) * there).sum()
               for output in trivial_outputs(mixture, speaker_mask, log_mel).values()]
     several = there * (there.sum(1, keepdim=True) > 1)
@@ -2385,7 +2392,7 @@ def evaluate_separator(
         with autocast(device, dtype):
             separated, probs = separator(batch["mixture"], batch["frame_mask"])
         batch_sums, assignment = score_batch(
-            separated.float(), probs.float(), batch, separator.is_spectrogram)
+            separated.float(), probs.float(), batch, separator.is_spectrogram, weights)
         sums += batch_sums
         own[:, done : done + len(probs)] = torch.stack(
             [reorder(probs.float(), assignment), batch["speaker_mask"].float()])

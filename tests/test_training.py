@@ -404,6 +404,20 @@ def test_improvement_of_audio(scripted):
     assert scores["separation"] == pytest.approx(scores["trivial_mse"]["mixture"], rel=1e-5)
 
 
+def test_the_likeliest_of_streams_alike_is_the_talker(recordings, scripted):
+    """Of a talker alone every stream is the mixture; the one that errs by a trace more is likely.
+
+    By error alone the other one was the talker, and precision and recall were 0.
+    """
+    dataset = scripted[1]
+    single = [i for i in range(len(dataset)) if len(dataset[i]["waveforms"]) == 2][:1]
+    talker = batch_of(dataset, *single)["targets"][0, :1]
+    near = Scripted([(torch.cat([talker, talker + 1e-3]), [0.1, 0.9])], is_spectrogram=True)
+    scores = ssm.evaluate_separator(near, torch.utils.data.Subset(dataset, single))
+    assert (scores["count_accuracy"], scores["precision"], scores["recall"]) == (1, 1, 1)
+    assert scores["activity"] == pytest.approx(-np.log(0.9), rel=1e-4)
+
+
 def test_trivial_outputs_of_recordings(recordings, scripted):
     """Against the feature extractor of Whisper itself, from the wavs."""
     from transformers import WhisperFeatureExtractor
