@@ -520,7 +520,8 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     into its stream. Half as many blocks process the streams, which read each other's mean after
     every block, and put out a gain of at most 0 dB for each bin. ``share_mixture`` raises the gains
     until the talkers add up to the mixture. The level of the recording, silence around speech and
-    the position in the window change nothing.
+    the position in the window change nothing. Outside training two passes, half a stack of frames
+    apart, share the queries; the gains are their average, softened by ``SOFTENING``.
 
     A stream counts as a talker from the probability ``threshold`` on, the likeliest one from 0.5 on
     if that is less (``first_threshold``); training calibrates ``threshold``. Sizes that do not fit
@@ -530,6 +531,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     is_spectrogram = True
     feature_dim = None  # any number of mel bins
     BINS, STACK, KERNEL_SIZE = 80, 4, 15
+    SOFTENING = 0.75  # of gains: for voices that training lacked they go too far (measured)
 
     def __init__(
         self, max_speakers: int = 3, num_layers: int = 4, num_heads: int = 4, ff_dim: int = 768,
@@ -555,33 +557,42 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         self.attention_pool = nn.Linear(dim, 1)
         self.activity_head = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, 1))
 
+    @property
+    def _starts(self) -> tuple[int, ...]:
+        """Frames of silence put before the recording in each pass."""
+        return (0,) if self.training else (0, self.STACK // 2)
+
     def _stack(self, spectrograms: Tensor, frame_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return frames in [-1, 1] on the grid, stacked, and which stacks hold sound."""
+        """Return stacks [B, P, T, bins] of frames on the grid, in [-1, 1], and which hold sound."""
         speaks = sounding_frames(spectrograms, frame_mask)
         frames = spectrograms.masked_fill(~speaks[..., None], -math.inf)
         level = frames.amax((1, 2), keepdim=True).clamp(min=DIGITAL_SILENCE)  # finite in silence
         frames = (frames - level).clamp(min=-LOG_MEL_RANGE) + LOG_MEL_RANGE / 2
-        missing = -frames.shape[1] % self.STACK
-        frames = F.pad(
-            pool_bins(frames, self.BINS), (0, 0, 0, missing), value=-LOG_MEL_RANGE / 2)
-        valid = F.pad(speaks, (0, missing)).unflatten(1, (-1, self.STACK)).any(-1)
-        return frames.unflatten(1, (-1, self.STACK)).flatten(2), valid
+        frames, latest = pool_bins(frames, self.BINS), self._starts[-1]
+        missing = -(frames.shape[1] + latest) % self.STACK
+        pads = [(start, latest - start + missing) for start in self._starts]
+        frames = torch.stack(
+            [F.pad(frames, (0, 0, *pad), value=-LOG_MEL_RANGE / 2) for pad in pads], 1)
+        valid = torch.stack([F.pad(speaks, pad) for pad in pads], 1)
+        return (frames.unflatten(2, (-1, self.STACK)).flatten(3),
+                valid.unflatten(2, (-1, self.STACK)).any(-1))
 
     def _read_mixture(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return context [B, T, dim] of T stacks, queries [B, S, dim] and bias [B, 1, 1, T]."""
+        """Return context [B, P, T, dim] of T stacks, queries [B, S, dim], bias [B, P, 1, 1, T]."""
+        B, P = valid.shape[:2]
         # Attention ignores frames without sound, unless the whole recording has none.
-        ignored = ~valid & valid.any(1, keepdim=True)
-        frames = self.input(frames.to(self.input.weight.dtype))
+        ignored = ~valid & valid.any((1, 2), keepdim=True)
+        frames = self.input(frames.to(self.input.weight.dtype)).flatten(0, 1)
         bias = torch.zeros_like(ignored, dtype=frames.dtype).masked_fill(ignored, -math.inf)
-        bias = bias[:, None, None]
-        queries = self.speaker_queries.to(frames.dtype).expand(len(frames), -1, -1)
+        bias = bias[:, :, None, None]
+        queries = self.speaker_queries.to(frames.dtype).expand(B, -1, -1)
         for block, attention in zip(self.mixture_blocks, self.query_attention, strict=True):
-            frames = block(frames, valid, bias)
-            memory = time_first(frames)
-            read, _ = attention(normalize(queries), memory, memory, key_padding_mask=ignored,
-                                need_weights=False)
+            frames = block(frames, valid.flatten(0, 1), bias.flatten(0, 1))
+            memory = time_first(frames.unflatten(0, (B, P)).flatten(1, 2))  # all passes
+            read, _ = attention(normalize(queries), memory, memory,
+                                key_padding_mask=ignored.flatten(1), need_weights=False)
             queries = queries + read
-        return normalize(frames), normalize(queries), bias
+        return normalize(frames).unflatten(0, (B, P)), normalize(queries), bias
 
     def _activity(self, streams: Tensor, valid: Tensor) -> Tensor:
         """Return probabilities [B, S] from an attention-weighted mean of each stream's frames.
@@ -604,15 +615,22 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         T, D = spectrograms.shape[1:]
         frames, valid = self._stack(spectrograms.float(), frame_mask)
         context, queries, bias = self._read_mixture(frames, valid)
-        streams = context[:, None] * (1 + self.gain(queries))[:, :, None] + queries[:, :, None]
-        valid_rows, bias_rows = (x.repeat_interleave(self.max_speakers, 0) for x in (valid, bias))
+        scale, shift = (x[:, :, None, None] for x in (1 + self.gain(queries), queries))
+        streams = context[:, None] * scale + shift  # [B, S, P, T / STACK, dim]
+        valid_rows, bias_rows = (
+            x.repeat_interleave(self.max_speakers, 0).flatten(0, 1) for x in (valid, bias))
         for block, exchange in zip(self.stream_blocks, self.exchanges, strict=True):
-            rows = block(streams.flatten(0, 1), valid_rows, bias_rows)  # each stream is a row
-            streams = exchange(rows.view_as(streams))  # [B, S, T / STACK, dim]
+            rows = block(streams.flatten(0, 2), valid_rows, bias_rows)  # a pass of a stream each
+            streams = exchange(rows.view_as(streams))
         # an untrained stream is nearly the mixture: sigmoid(3) is 0.95
-        gains = F.logsigmoid(self.output(streams).float() + 3) / LOG_POWER
-        gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(2, 3)[:, :, :T]
-        probabilities = self._activity(streams, valid)
+        gains = F.logsigmoid(self.output(streams).float() + 3)
+        gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(3, 4)
+        gains = torch.stack([gains[:, :, i, start : start + T]
+                             for i, start in enumerate(self._starts)])
+        gains = (gains.logsumexp(0) - math.log(len(gains))) / LOG_POWER  # mean of the passes
+        if not self.training:
+            gains = self.SOFTENING * gains
+        probabilities = self._activity(streams.flatten(2, 3), valid.flatten(1))
         return resample_bins(share_mixture(gains, probabilities), D), probabilities
 
     def forward(self, spectrograms: Tensor, frame_mask: Tensor | None = None):

@@ -395,9 +395,35 @@ def test_the_gain_of_the_recording_passes_through(gain):
     torch.testing.assert_close(louder_probs, probs, rtol=1e-4, atol=1e-5)
 
 
+def test_two_passes_half_a_stack_apart_are_averaged():
+    """A recording that starts half a stack later swaps its two passes, and nothing else."""
+    separator, mixture = vivid_separator(), spectrogram(40)
+    half = ssm.SpectrogramSeparator.STACK // 2
+    later = torch.nn.functional.pad(mixture, (0, 0, half, half), value=mixture.min() - 2)
+    separated, probs = separator(mixture)
+    shifted, shifted_probs = separator(later)
+    torch.testing.assert_close(shifted[:, :, half:-half], separated, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shifted_probs, probs, rtol=1e-4, atol=1e-5)
+    assert (separator.train()(mixture)[0] - separated).abs().max() > 0.05
+
+
+def test_gains_are_softened_outside_training():
+    """One talker per bin: of gains so low that nothing else matters three quarters are left."""
+    separator = vivid_separator(1, dropout=0.0)
+    separator.output[1].weight.data.zero_()
+    separator.output[1].bias.data.fill_(-20)
+    unshared = {}
+    for training in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ssm, "share_mixture", lambda gains, probabilities: gains)
+            unshared[training] = separator.train(training).gains(spectrogram())[0]
+    torch.testing.assert_close(unshared[False], 0.75 * unshared[True])
+    assert unshared[True].unique().numel() == 1
+
+
 def test_streams_lie_between_their_floor_and_the_mixture():
     separator = vivid_separator()
-    separator.output[1].bias.data[::3] = -30  # gains beyond the floor in a third of the bins
+    separator.output[1].weight.data.mul_(3)  # gains reach beyond the floor
     mixture = spectrogram(40)
     separated = separator(mixture)[0]
     assert (separated <= mixture[:, None]).all()
@@ -528,16 +554,21 @@ def noise(*shape, start=0):
     return ((n * 12.9898).sin() * 43758.5453).frac().view(shape).float()
 
 
-@pytest.mark.parametrize(("make", "width", "sums", "expected_probs"), [
-    (tiny_separator, WIDTH, [23.2558, -8.8505, -12.7746, 11.5336, 0, 0],
+@pytest.mark.parametrize(("make", "width", "training", "sums", "expected_probs"), [
+    (tiny_separator, WIDTH, False, [23.2558, -8.8505, -12.7746, 11.5336, 0, 0],
      [0.66675, 0.67558, 0.62899, 0.65369, 0.66555, 0.66555]),
-    (tiny_spectrogram_separator, 80, [88.5857, -102.9889, -73.0610, 64.2691, -19.1359, -17.7680],
+    (tiny_spectrogram_separator, 80, True,
+     [88.5857, -102.9889, -73.0610, 64.2691, -19.1359, -17.7680],
      [0.99868, 0.92863, 0.89814, 0.99726, 0, 0]),
-    (tiny_spectrogram_separator, 128, [149.0302, -119.2255, -55.0224, 126.1230, -40.0941, 20.3765],
-     [0.99895, 0.93631, 0.99740, 0.90060, 0, 0])])  # fmt: skip
-def test_weights_of_earlier_versions_separate_alike(make, width, sums, expected_probs):
+    (tiny_spectrogram_separator, 128, True,
+     [149.0302, -119.2255, -55.0224, 126.1230, -40.0941, 20.3765],
+     [0.99895, 0.93631, 0.99740, 0.90060, 0, 0]),
+    (tiny_spectrogram_separator, 80, False,
+     [88.9437, -103.1406, -73.2403, 64.5323, -19.1359, -17.7680],
+     [0.99852, 0.92464, 0.99679, 0.88991, 0, 0])])  # fmt: skip
+def test_weights_of_earlier_versions_separate_alike(make, width, training, sums, expected_probs):
     """What one version of the code computed; a change would spoil every checkpoint there is."""
-    separator = make(2)
+    separator = make(2, dropout=0.0).train(training)
     with torch.no_grad():
         for name, weight in separator.named_parameters():
             weight.copy_(2 * noise(*weight.shape, start=sum(map(ord, name))))
