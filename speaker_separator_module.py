@@ -581,7 +581,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         """Return context [B, P, T, dim] of T stacks, queries [B, S, dim], bias [B, P, 1, 1, T]."""
         B, P = valid.shape[:2]
         # Attention ignores frames without sound, unless the whole recording has none.
-        ignored = ~valid & valid.any((1, 2), keepdim=True)
+        ignored = ~valid & valid.flatten(1).any(1)[:, None, None]
         frames = self.input(frames.to(self.input.weight.dtype)).flatten(0, 1)
         bias = torch.zeros_like(ignored, dtype=frames.dtype).masked_fill(ignored, -math.inf)
         bias = bias[:, :, None, None]
