@@ -609,6 +609,16 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         probabilities = torch.zeros_like(logits).scatter(1, order, at_least(logits.sigmoid()))
         return probabilities * valid.any(1, keepdim=True)  # nobody talks in silence
 
+    def _merge_passes(self, gains: Tensor, T: int) -> Tensor:
+        """Return logarithmic gains [B, S, T, bins] of those of each pass, [B, S, P, ..., bins].
+
+        In use they are the softened means of the passes' powers; in training there is one pass.
+        """
+        passes = [gains[:, :, i, start : start + T] for i, start in enumerate(self._starts)]
+        if self.training:
+            return passes[0]
+        return self.SOFTENING * (torch.stack(passes).logsumexp(0) - math.log(len(passes)))
+
     def gains(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
         """Return the gains [B, S, T, D], 0 or less in Whisper's units, and probabilities [B, S]."""
         frame_mask = check_features(spectrograms, frame_mask)
@@ -625,11 +635,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         # an untrained stream is nearly the mixture: sigmoid(3) is 0.95
         gains = F.logsigmoid(self.output(streams).float() + 3)
         gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(3, 4)
-        gains = torch.stack([gains[:, :, i, start : start + T]
-                             for i, start in enumerate(self._starts)])
-        gains = (gains.logsumexp(0) - math.log(len(gains))) / LOG_POWER  # mean of the passes
-        if not self.training:
-            gains = self.SOFTENING * gains
+        gains = self._merge_passes(gains, T) / LOG_POWER
         probabilities = self._activity(streams.flatten(2, 3), valid.flatten(1))
         return resample_bins(share_mixture(gains, probabilities), D), probabilities
 
