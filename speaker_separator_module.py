@@ -139,7 +139,9 @@ class LossWeights(NamedTuple):
     activity: float = 0.5
 
 
-SPECTROGRAM_WEIGHTS = LossWeights(0.0, 0.02)  # errors of log-mel spectra are small numbers
+def default_weights(log_mel: bool) -> LossWeights:
+    """Return the weights for log-mel spectra, whose errors are small numbers, or for features."""
+    return LossWeights(0.0, 0.02) if log_mel else LossWeights()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -748,8 +750,8 @@ def separator_loss(
     return SeparatorLoss(total, separation, reconstruction, activity, assignment)
 
 
-def matching_weight(weights: LossWeights, log_mel: bool) -> float:
-    """Return that of ``separator_loss``: unlike features, spare log-mel streams are not empty."""
+def activity_in_matching(weights: LossWeights, log_mel: bool) -> float:
+    """Return a loss's ``matching_weight``: spare streams of features are empty by themselves."""
     return weights.activity if log_mel else 0.0
 
 
@@ -1810,7 +1812,7 @@ def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset
 
 def loss_weights(options: TrainOptions, train_set) -> LossWeights:
     """Return the weights asked for, else those of the data's kind."""
-    default = SPECTROGRAM_WEIGHTS if train_set.has_recordings else LossWeights()
+    default = default_weights(train_set.has_recordings)
     if not train_set.is_sum:
         default = default._replace(reconstruction=0.0)
     asked = {"reconstruction": options.reconstruction_weight, "activity": options.activity_weight}
@@ -2059,7 +2061,7 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
         floor = mixture.amax((1, 2))[:, None, None, None] - AUDIBLE_RANGE
         separated, targets = torch.maximum(separated, floor), torch.maximum(targets, floor)
     return separator_loss(separated, probs, targets, batch["speaker_mask"], mixture, frame_mask,
-                          *weights, matching_weight(weights, recorded))
+                          *weights, activity_in_matching(weights, recorded))
 
 
 def backward(run: Run, batches: list[dict]) -> Tensor:
@@ -2369,13 +2371,15 @@ def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
 
 
 def score_batch(
-    separated: Tensor, probs: Tensor, batch: dict, log_mel: bool, weights: LossWeights
-):
+    separated: Tensor, probs: Tensor, batch: dict, log_mel: bool,
+    weights: LossWeights | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return the sums of all SCORES above what to divide them by, and the assignment."""
+    weights = weights or default_weights(log_mel)
     mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
     speaker_mask, there = batch["speaker_mask"], batch["speaker_mask"].float()
     loss = separator_loss(separated, probs, targets, speaker_mask, mixture, frame_mask,
-                          *weights, matching_weight(weights, log_mel))
+                          *weights, activity_in_matching(weights, log_mel))
     errors = [(talker_mse(output[:, None], targets, frame_mask) * there).sum()
               for output in trivial_outputs(mixture, speaker_mask, log_mel).values()]
     several = there * (there.sum(1, keepdim=True) > 1)
@@ -2405,7 +2409,7 @@ def evaluate_separator(
     """
     separator.eval()
     device = device or separator.speaker_queries.device.type
-    weights = weights or (SPECTROGRAM_WEIGHTS if separator.is_spectrogram else LossWeights())
+    weights = weights or default_weights(separator.is_spectrogram)
     (rank, ranks), S = process_rank(), separator.max_speakers
     sums = torch.zeros(2, len(SCORES), device=device)  # above what to divide them by
     found = torch.zeros(2, len(dataset), S, device=device)  # probabilities above truths
@@ -3173,9 +3177,9 @@ def sample_panels(separator, dataset, device: str, count: int = 3) -> list[dict]
     for index in range(min(count, len(dataset))):
         batch = collate([dataset[index]], separator.max_speakers)
         batch = add_spectrograms(to_device(batch, device))
-        separated, _ = separator(batch["mixture"])
-        cost = pairwise_mse(separated, batch["targets"], batch["frame_mask"])
-        streams = reorder(separated, best_assignment(cost, batch["speaker_mask"]))[0]
+        separated, probs = separator(batch["mixture"])
+        _, assignment = score_batch(separated, probs, batch, separator.is_spectrogram)
+        streams = reorder(separated, assignment)[0]
         row = {f"mixture {dataset.samples[index]['id']}": batch["mixture"][0]}
         for i in range(int(batch["speaker_mask"].sum())):
             row |= {f"speaker {i + 1} alone": batch["targets"][0, i],
