@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,9 @@ def first_line(error: Exception) -> str:
 # Reading
 
 
+_STANDARD_ERROR = threading.Lock()  # of two threads the second would keep it shut
+
+
 @contextmanager
 def _reading(path):
     """Yield soundfile; its errors become ValueErrors that name the file.
@@ -52,16 +56,17 @@ def _reading(path):
     """
     import soundfile
 
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield soundfile
-    except soundfile.SoundFileError as error:  # also where a file breaks off in the middle
-        raise ValueError(f"cannot read audio from {path}: {first_line(error)}") from None
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    with _STANDARD_ERROR:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            yield soundfile
+        except soundfile.SoundFileError as error:  # also where a file breaks off in the middle
+            raise ValueError(f"cannot read audio from {path}: {first_line(error)}") from None
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def _blocks_of_file(path) -> Iterator[np.ndarray]:
@@ -408,7 +413,7 @@ def load_audio_encoder(path_or_id: str, layer: int | None = None, device="cpu") 
     config = load_config(path_or_id)
     extractor = load_pretrained("AutoFeatureExtractor", path_or_id)
     kind, prefix = WhisperEncoder, "encoder"
-    if halves := config.model_type == "qwen2_audio":
+    if is_qwen := config.model_type == "qwen2_audio":
         kind, prefix, config = "Qwen2AudioEncoder", "audio_tower", config.audio_config
     tower, loaded = load_pretrained(
         kind, path_or_id, config=config, dtype=torch.float32,
@@ -420,7 +425,7 @@ def load_audio_encoder(path_or_id: str, layer: int | None = None, device="cpu") 
             raise ValueError(
                 f"layer must be 0 to {len(tower.layers)} for this encoder, not {layer}")
         tower.layers, tower.layer_norm = tower.layers[:layer], nn.Identity()
-        if halves:
+        if is_qwen:
             tower.avg_pooler = nn.Identity()
     tower = tower.to(device).eval().requires_grad_(False)
-    return AudioEncoder(tower, extractor, str(path_or_id), 4 if halves and layer is None else 2)
+    return AudioEncoder(tower, extractor, str(path_or_id), 4 if is_qwen and layer is None else 2)

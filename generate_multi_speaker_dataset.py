@@ -57,7 +57,7 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "min_seconds": (float, 0, 1000, "fewest seconds of each talker; recordings are added"),
     "max_gap": (float, 0, 1000, "longest pause between its recordings in seconds"),
     "max_onset": (float, 0, 1000, "latest start in seconds; of the first talker with --overlap"),
-    "overlap": (float, 0, 1, "share of time with two or more talkers; none: starts decide"),
+    "overlap": (float, 0, 1, "share of time with two or more talkers; else starts are random"),
     "turns": (float, 0, 1, "share of the mixtures whose talkers take turns, without overlap"),
     "level_difference": (float, 0, 1000, "most dB between two talkers"),
     "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),

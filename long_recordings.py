@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ WINDOW_BATCH = 4  # windows separated at once: a GPU is kept busy, and memory st
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30  # limits of a model folder's chat template
 TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
 ABSENT = -LOG_MEL_RANGE  # gain of a talker in windows without it: 80 dB down
+UNSPACED = "\u3000-\u30ff\u3400-\u9fff\uff00-\uffef"  # characters of Chinese and Japanese
 DEFAULT_PROMPT = "What does the person say?"
 QWEN_TOKENS, WHISPER_TOKENS = 256, 200  # longest answers; nobody says 200 tokens in 30 s
 # Whisper's own fallback where its text repeats itself (arXiv:2212.04356): a higher temperature.
@@ -380,10 +382,9 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
     >>> join_texts([(0, "one two three fo"), (1, "three four five")], shared=0.25)
     'one two three four five'
     """
-    by_character = any("\u3040" <= c <= "\u9fff" for _, text in texts for c in text)
     joined, last, room = [], None, 0
     for number, text in texts:
-        words = [c for c in text if not c.isspace()] if by_character else text.split()
+        words = re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text)
         now = math.ceil(1.5 * shared * len(words))
         tail, head = ([word.lower().strip(".,;:!?") for word in side]
                       for side in (joined[-room - 1 :], words[: now + 1]))
@@ -394,7 +395,7 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
                 joined, words = joined[: len(joined) - cut], words[late + size :]
                 break
         joined, last, room = joined + words, number, now
-    return ("" if by_character else " ").join(joined)
+    return re.sub(rf"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])", "", " ".join(joined))
 
 
 # --------------------------------------------------------------------------------------------------

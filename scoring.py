@@ -16,12 +16,9 @@ from audio import mel_bin
 # Words
 
 
-APOSTROPHE = "\u2019"  # a printer's
-
-
 def is_english(text: str) -> bool:
     """Return whether a text has the letters of English alone."""
-    return text.replace(APOSTROPHE, "").isascii()
+    return all(c.isascii() for c in text if c.isalpha())
 
 
 def normalize_words(text: str, english: bool | None = None) -> list[str]:
@@ -38,8 +35,8 @@ def normalize_words(text: str, english: bool | None = None) -> list[str]:
     )
 
     if is_english(text) if english is None else english:
-        text = text.replace(APOSTROPHE, "'")
-        words = re.sub(r"(\d)", r" \1 ", EnglishTextNormalizer({})(text)).split()
+        text = EnglishTextNormalizer({})(text.replace("\u2019", "'"))  # a printer's apostrophe
+        words = re.sub(r"(\d)", r" \1 ", text).split()
         return ["1" if word == "one" else word for word in words]  # the only digit left as a word
     text = BasicTextNormalizer()(text)
     return re.sub(r"([\u3040-\u30ff\u4e00-\u9fff])", r" \1 ", text).split()
@@ -158,6 +155,9 @@ def write_report(
                          "mixtures by talkers"], data),
         "", f"## Validation, best epoch ({best['epoch']})", "", *score_table(best["val"]),
         "", "## Loss by epoch", "",
+        *["Training losses are those of a single pass, without what is more than 50 dB below the "
+          "loudest bin; validation losses are those of the separator in use.", ""]
+        * train_set.has_recordings,
         *markdown_table(["epoch", "lr", "train", "validation", *weights, "talker count right"],
                         losses),
         "", "## Loss composition, last epoch (validation)", "",

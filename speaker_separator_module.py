@@ -138,6 +138,10 @@ class LossWeights(NamedTuple):
     reconstruction: float = 0.5
     activity: float = 0.5
 
+    def total(self, separation, reconstruction, activity):
+        """Return the weighted sum of the parts."""
+        return separation + self.reconstruction * reconstruction + self.activity * activity
+
 
 def default_weights(log_mel: bool) -> LossWeights:
     """Return the weights for log-mel spectra, whose errors are small numbers, or for features."""
@@ -522,8 +526,9 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     into its stream. Half as many blocks process the streams, which read each other's mean after
     every block, and put out a gain of at most 0 dB for each bin. ``share_mixture`` raises the gains
     until the talkers add up to the mixture. The level of the recording, silence around speech and
-    the position in the window change nothing. Outside training two passes, half a stack of frames
-    apart, share the queries; the gains are their average, softened by ``SOFTENING``.
+    shifts in the window by an even number of frames change nothing. Outside training two passes,
+    half a stack of frames apart, share the queries; the gains are their average, softened by
+    ``SOFTENING``.
 
     A stream counts as a talker from the probability ``threshold`` on, the likeliest one from 0.5 on
     if that is less (``first_threshold``); training calibrates ``threshold``. Sizes that do not fit
@@ -612,7 +617,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         return probabilities * valid.any(1, keepdim=True)  # nobody talks in silence
 
     def _merge_passes(self, gains: Tensor, T: int) -> Tensor:
-        """Return logarithmic gains [B, S, T, bins] of those of each pass, [B, S, P, ..., bins].
+        """Merge the logarithmic gains of the passes, [B, S, P, ..., bins], into [B, S, T, bins].
 
         In use they are the softened means of the passes' powers; in training there is one pass.
         """
@@ -746,12 +751,13 @@ def separator_loss(
     # binary_cross_entropy raises on NaN, on a GPU fatally: put in 0.5, and the NaN into the loss.
     probs = reorder(speaker_probs.float(), assignment)
     activity = F.binary_cross_entropy(probs.nan_to_num(0.5), there) + 0 * probs.sum()
-    total = separation + reconstruction_weight * reconstruction + activity_weight * activity
-    return SeparatorLoss(total, separation, reconstruction, activity, assignment)
+    parts = separation, reconstruction, activity
+    total = LossWeights(reconstruction_weight, activity_weight).total(*parts)
+    return SeparatorLoss(total, *parts, assignment)
 
 
 def activity_in_matching(weights: LossWeights, log_mel: bool) -> float:
-    """Return a loss's ``matching_weight``: spare streams of features are empty by themselves."""
+    """Return a loss's ``matching_weight``: 0 for features, whose spare streams are empty."""
     return weights.activity if log_mel else 0.0
 
 
@@ -789,7 +795,7 @@ def active_streams(
 ) -> Tensor:
     """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest.
 
-    The likeliest stream needs a probability of ``first`` if that is less and ``threshold`` below 1.
+    The likeliest stream needs only the lower of ``first`` and ``threshold``, unless that is 1.
     With ``reach_threshold``, only those of the likeliest that reach the threshold too.
     """
     reached = speaker_probs >= threshold
@@ -842,7 +848,7 @@ def window_separator(separator, threshold: float | None, num_speakers: int | Non
     """Return the function that ``long_recordings.separate_recording`` calls on its windows.
 
     A window that is not ``alone`` may lack some of the ``num_speakers`` of the recording. For
-    spectrograms the function returns gains: a talker's floor is known when all windows are.
+    spectrograms the function returns gains, as a talker's floor depends on all windows.
     """
     separator.eval()
     threshold = separator.threshold if threshold is None else threshold
@@ -1759,6 +1765,13 @@ def check_data(name: str, config: dict, *datasets: MultiSpeakerDataset) -> None:
                              f"{data.max_speakers} talkers")
 
 
+def plain_value(value):
+    """Return NumPy's numbers, also those in a list or array, as Python's for the checkpoints."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [plain_value(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
     """Return a separator with random weights: sizes as asked, the rest from the data."""
     config = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
@@ -2043,7 +2056,7 @@ class Run(NamedTuple):
 
 
 def recompute_blocks(separator, device: str, dtype: torch.dtype) -> None:
-    """Let blocks keep their input alone for the backward pass, which computes the rest again."""
+    """Let blocks keep only their input for the backward pass, which computes the rest again."""
     for module in separator.modules():
         if isinstance(module, (Block, nn.TransformerDecoderLayer, nn.TransformerEncoderLayer)):
             module.forward = partial(
@@ -2077,10 +2090,10 @@ def backward(run: Run, batches: list[dict]) -> Tensor:
         waits = ranks > 1 and number < len(batches)
         with run.parallel.no_sync() if waits else contextlib.nullcontext():
             loss = batch_loss(run.parallel, batch, run.weights, run.device, run.dtype)
-            separation, *others = torch.stack(loss[1:4]) * share
-            total = separation + sum(w * part for w, part in zip(run.weights, others, strict=True))
+            parts = torch.stack(loss[1:4]) * share
+            total = run.weights.total(*parts)
             (total * ranks).backward()  # gradients of the processes are averaged
-        row += torch.stack([total, separation, *others]).detach()
+        row += torch.cat([total[None], parts]).detach()
     norm = nn.utils.clip_grad_norm_(run.separator.parameters(), 1.0)
     return torch.cat([row, sizes[:, 2].sum()[None], norm[None]])
 
@@ -2322,14 +2335,13 @@ def train_speaker_separator(
     Raises FileNotFoundError or ValueError for data, checkpoints or devices that cannot be used.
     Ctrl-C and SIGTERM finish the step, write ``interrupted.pt`` and raise KeyboardInterrupt.
     """
-    given, options = options, TrainOptions(**options)
+    given = {name: plain_value(value) for name, value in options.items()}
+    options = TrainOptions(**given)
     folder, checkpoint = Path(checkpoint_dir), None
     if options.resume:
         checkpoint = newest_checkpoint(folder)
         options = resumed_options(given, checkpoint, folder)
     check_limits(options._asdict())
-    options = TrainOptions(*(  # NumPy's numbers would make checkpoints that nobody opens
-        value.item() if isinstance(value, np.generic) else value for value in options))
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
     writes = process_rank()[0] == 0
     if writes:
@@ -2374,7 +2386,7 @@ def score_batch(
     separated: Tensor, probs: Tensor, batch: dict, log_mel: bool,
     weights: LossWeights | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the sums of all SCORES above what to divide them by, and the assignment."""
+    """Return the sums of all SCORES in row 0, their divisors in row 1, and the assignment."""
     weights = weights or default_weights(log_mel)
     mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
     speaker_mask, there = batch["speaker_mask"], batch["speaker_mask"].float()
@@ -2427,8 +2439,7 @@ def evaluate_separator(
         done += len(probs)
     sums, (probabilities, truths) = sum_over_processes(sums), sum_over_processes(found).cpu()
     scores = dict(zip(SCORES, (sums[0] / sums[1].clamp(min=1e-9)).tolist(), strict=True))
-    scores["total"] = (scores["separation"] + weights.reconstruction * scores["reconstruction"]
-                       + weights.activity * scores["activity"])
+    scores["total"] = weights.total(*(scores[part] for part in LOSS_PARTS[1:]))
     scores["trivial_mse"] = {name: scores.pop(name) for name in TRIVIAL_OUTPUTS}
     truths = truths.bool()
     threshold = separator.threshold if threshold is None else threshold
@@ -3070,8 +3081,11 @@ def check_writable(*files: str | None, inputs=()) -> None:
             raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")
 
 
-def resume_results(file: str | None) -> dict[str, dict]:
-    """Return the results in a file of JSON lines by input; remove a half-written last line."""
+def resume_results(file: str | None, key: str) -> dict[str, dict]:
+    """Return the results in a file of JSON lines by input; remove a half-written last line.
+
+    ``key`` is in every line that the command at hand writes; ValueError if a line lacks it.
+    """
     if file is None or not Path(file).is_file():
         return {}
     with reading(file, "is not what --jsonl wrote"):
@@ -3079,6 +3093,8 @@ def resume_results(file: str | None) -> dict[str, dict]:
         done = {row["input"]: row for row in map(json.loads, lines)}
         if not b'{"input": '.startswith(rest[:10]):
             raise ValueError("no line of results at its end")
+        if not all(key in row for row in done.values()):
+            raise ValueError("another command's lines")
     if rest:
         os.truncate(file, Path(file).stat().st_size - len(rest))
     return done
@@ -3300,7 +3316,7 @@ def cmd_infer(args) -> None:
     """Separate a mixture, or each in a folder, into a file per talker."""
     device, source = pick_device(args.device), Path(args.input)
     check_writable(args.jsonl)
-    done = resume_results(args.jsonl)
+    done = resume_results(args.jsonl, "output_dir")
     paths = [path for path in list_inputs(source) if str(path) not in done]
     if not paths:
         print(f"{args.jsonl} has every recording already")
@@ -3339,8 +3355,8 @@ def cmd_integrate(args) -> None:
     device, config = pick_device(args.device), load_config(args.model)
     check_writable(args.json, args.jsonl, inputs=(
         *args.audio, args.checkpoint, SHIPPED_SEPARATOR, args.model))
-    done = resume_results(args.jsonl)
-    answers = {audio: done[audio].get("answers", []) for audio in args.audio if audio in done}
+    done = resume_results(args.jsonl, "answers")
+    answers = {audio: done[audio]["answers"] for audio in args.audio if audio in done}
     pending = [audio for audio in args.audio if audio not in done]
     if not pending:
         print(f"{args.jsonl} has every recording already")
@@ -3462,8 +3478,8 @@ def add_shared_arguments(name: str, add) -> None:
         add("--checkpoint",
             help="separator (default: the shipped one for audio, else checkpoints/best_model.pt)")
         add("--threshold", type=float,
-            help="least probability of a talker (default: the checkpoint's); in a recording the "
-                 "first needs 0.5 at most")
+            help="least probability of a talker (default: the checkpoint's); in recordings the "
+                 "likeliest one needs only 0.5 if this is higher")
         add("--num_speakers", type=int, help="how many talkers there are, when known")
     if name in ("evaluate", "integrate", "demo"):
         add("--prompt", help="question to Qwen2-Audio (default: What does the person say?)")

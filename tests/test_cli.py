@@ -664,6 +664,8 @@ def test_integrate_goes_on_in_a_file_of_lines(
     assert ssm.main([*argv, f"--json={answers}"]) == 0  # what was answered before is in it
     assert json.loads(answers.read_text()) == {row["input"]: row["answers"] for row in rows}
     assert_fails(capsys, [*argv, f"--json={lines}"], "the same file")
+    infer = infer_flags(spectrogram_checkpoint, recordings[0], tmp_path / "out")
+    assert_fails(capsys, [*infer, f"--jsonl={lines}"], "answers.jsonl", "another command")
     lines.write_text("[1]")
     assert_fails(capsys, argv, "answers.jsonl", "--jsonl")
     assert lines.read_text() == "[1]"

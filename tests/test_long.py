@@ -375,6 +375,7 @@ def test_infer_a_long_recording(qwen_folder, long_file, tmp_path, capsys):
         ([(0, "今天天氣很好"), (1, "很好我們出去")], "今天天氣很好我們出去"),
         ([(0, "今天 天氣很好。"), (1, "好。出去")], "今天天氣很好。出去"),
         ([(0, "いい天気"), (2, "天気です")], "いい天気天気です"),
+        ([(0, "one two three"), (1, "three 天氣 很好 four")], "one two three天氣很好four"),
     ],
 )
 def test_join_texts(texts, joined):

@@ -257,8 +257,14 @@ def test_more_processes_than_matrices(monkeypatch):
 
 def test_numpy_numbers_as_options(dataset, tmp_path):
     """A checkpoint with one in it would not open with a bare torch.load."""
-    train_tiny(dataset, tmp_path, lr=np.float64(1e-3), dropout=np.float64(0))
-    assert torch.load(tmp_path / "best_model.pt")["options"]["lr"] == 1e-3
+    train_tiny(dataset, tmp_path, lr=np.float32(0.5), dropout=np.float64(0), epochs=np.int64(1))
+    assert torch.load(tmp_path / "best_model.pt")["options"]["lr"] == 0.5
+
+
+def test_numpy_lengths_as_options(recordings, tmp_path):
+    train_tiny(
+        recordings, tmp_path, **SPECTROGRAM_SIZES, crop_seconds=tuple(np.linspace(0.5, 1, 2)))
+    assert torch.load(tmp_path / "best_model.pt")["options"]["crop_seconds"] == [0.5, 1.0]
 
 
 def test_default_learning_rates():
@@ -610,6 +616,7 @@ def test_checkpoint_of_recordings(recordings, tmp_path):
     assert sizes == SPECTROGRAM_SIZES
     report = (tmp_path / "training_report.md").read_text()
     assert "| dim | 16 |" in report and "| activity_weight |" in report
+    assert "50 dB" in report  # what training and validation losses leave out differs
 
 
 def test_best_model_has_the_lowest_validation_loss(trained, dataset, best):

@@ -39,6 +39,7 @@ from scoring import cp_word_errors, normalize_words, word_scores, word_table
         ("Qwen 很好", ["qwen", "很", "好"]),
         ("いい天気です", list("いい天気です")),
         ("Où est-il ?", ["où", "est", "il"]),
+        ("“It’s twenty” — really", ["it", "is", "2", "0", "really"]),
     ],
 )
 def test_normalize_words(text, words):
