@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from audio import mel_bin
+from audio import DIGITAL_SILENCE, LOG_MEL_RANGE, mel_bin
 
 # --------------------------------------------------------------------------------------------------
 # Words
@@ -154,6 +154,7 @@ def write_report(
         *markdown_table(["split", "mixtures", "talkers", "mean per mixture",
                          "mixtures by talkers"], data),
         "", f"## Validation, best epoch ({best['epoch']})", "", *score_table(best["val"]),
+        "", "Counts are of every other mixture: the threshold was chosen on the rest.",
         "", "## Loss by epoch", "",
         *["Training losses are those of a single pass, without what is more than 50 dB below the "
           "loudest bin; validation losses are those of the separator in use.", ""]
@@ -241,6 +242,7 @@ def plot_streams(path, rows: list[dict], frame_rate: float | None, log_mel: bool
         first = next(iter(arrays.values()))
         if log_mel:
             scale, top = DECIBELS, first.amax()
+            top += LOG_MEL_RANGE * (top <= DIGITAL_SILENCE)  # silence is dark
             arrays = {title: decibels(values, top) for title, values in arrays.items()}
         else:
             limit = max(float(np.quantile(first.abs().numpy(), 0.99)), 1e-6)

@@ -2524,18 +2524,23 @@ def infer_recording(path: Path, separator, encoder, threshold, num_speakers) -> 
 def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, log_mel: bool):
     """Write the talkers' files, separation.json and separation.png in place of earlier ones."""
     source, panels, files = Path(about["input"]).resolve(), {"mixture": mixture}, {}
+    loudest = max((float(w.abs().max()) for *_, w in talkers if w is not None), default=0.0)
     about = about | {"num_frames": len(mixture), "num_speakers": len(talkers), "speakers": []}
     for number, (facts, values, audio) in enumerate(talkers, start=1):
         row = {"file": f"speaker_{number}.npy"}
         files[row["file"]] = values.numpy()
         if audio is not None:
             row["audio"] = f"speaker_{number}.wav"
-            files[row["audio"]] = audio.numpy()
+            files[row["audio"]] = audio.numpy() / max(loudest, 1.0)  # all by the same factor
         about["speakers"].append(row | facts)
         panels[f"speaker {number}, probability {facts['probability']:.2f}"] = values
     if source in [(folder / name).resolve() for name in files]:
         raise ValueError(f"{source} is the input and would be overwritten: choose another "
                          "--output_dir")
+    ours = (folder / "separation.json").is_file()  # files of another origin stay
+    if foreign := [name for name in files if (folder / name).exists() and not ours]:
+        raise ValueError(f"{folder / foreign[0]} is not of an earlier separation and would be "
+                         "overwritten: choose another --output_dir")
     staging = folder / ".separation"  # earlier results stay until these are whole
     try:
         staging.mkdir(parents=True, exist_ok=True)
@@ -2546,7 +2551,6 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
         if scoring := import_sibling("scoring"):
             picture = staging / "separation.png"
             scoring.plot_streams(picture, [panels], about["frame_rate"], log_mel)
-        ours = (folder / "separation.json").is_file()  # files of another origin stay
         for old in folder.glob("speaker_*.*") if ours else ():
             number = old.stem.removeprefix("speaker_")
             if old.suffix in (".npy", ".wav") and number.isdigit() and old.resolve() != source:
@@ -3021,7 +3025,7 @@ def texts_of_recordings(dataset: MultiSpeakerDataset) -> list[list[str]]:
                    for sample in samples)
     if not recorded or not any(map(any, texts)):
         raise ValueError(f"{dataset.folder} has no recordings with transcripts to count words of: "
-                         "make it with --speech_dir")
+                         "make it with a --speech_dir that has both")
     return texts
 
 
@@ -3304,9 +3308,9 @@ def infer_file(args, path: Path, folder: Path, separator, checkpoint: str, encod
     about = {"input": str(path), "checkpoint": checkpoint, **about}
     write_separation(folder, about, mixture, talkers, separator.is_spectrogram)
     probabilities = about.get("probabilities") or [facts["probability"] for facts, *_ in talkers]
-    print(f"{len(talkers)} talker{'s' * (len(talkers) != 1)} "
-          f"({'stream ' * is_features}probabilities "
-          f"{', '.join(f'{p:.2f}' for p in probabilities)}) -> {folder} "
+    listed = ", ".join(f"{p:.2f}" for p in probabilities)
+    listed = f" ({'stream ' * is_features}probabilities {listed})" * bool(probabilities)
+    print(f"{len(talkers)} talker{'s' * (len(talkers) != 1)}{listed} -> {folder} "
           f"(separator {checkpoint})")
     append_line(args.jsonl, {"input": str(path), "output_dir": str(folder),
                              "num_speakers": len(talkers), "probabilities": probabilities})

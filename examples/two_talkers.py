@@ -51,12 +51,16 @@ def picture(path: Path, panels: list[tuple[str, object, str]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 2.4 * len(panels)), layout="constrained")
+    column = figure.subplots(len(panels))
     top = max(float(values.amax()) for _, values, _ in panels)
-    for axes, (title, values, text) in zip(figure.subplots(len(panels)), panels, strict=True):
-        draw_features(axes, decibels(values, top), FRAME_RATE, DECIBELS, True)
+    for axes, (title, values, text) in zip(column, panels, strict=True):
+        image = draw_features(axes, decibels(values, top), FRAME_RATE, DECIBELS, True)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_ylabel("kHz", fontsize=8)
         axes.set_xlabel("\n".join(["seconds", *textwrap.wrap(text, 100)]), fontsize=9)
+    bar = figure.colorbar(image, ax=list(column), pad=0.01, aspect=60)
+    bar.set_label("dB, 0 at the peak", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     figure.savefig(path, dpi=120)
 
 
@@ -79,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         ssm.prepare_folder(args.output_dir)
+        names = ("mixture.wav", "speaker_1.wav", "speaker_2.wav", "two_talkers.png")
+        ssm.check_writable(
+            *(str(args.output_dir / name) for name in names), inputs=(args.one, args.other))
         mixture = mix(args.one, args.other)
         write_wav(args.output_dir / "mixture.wav", mixture)
         separator = ssm.load_separator(args.checkpoint)
@@ -88,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     print(f"without separator: {alone}")
     panels = [("Two people talk at once, and the model writes:", spectrogram, alone)]
     for number, (text, (_, values, audio)) in enumerate(zip(per_talker, talkers, strict=True), 1):

@@ -494,6 +494,34 @@ def test_infer_leaves_its_own_input(kind, best, spectrogram_checkpoint, mixture_
     assert not own.exists()  # of an earlier run with two talkers
 
 
+def test_infer_spares_files_of_another_origin(
+    spectrogram_checkpoint, recording, tmp_path, capsys
+):
+    """Recordings may be named as results are: without a separation.json they are none."""
+    out = tmp_path / "out"
+    out.mkdir()
+    first, last = out / "speaker_1.wav", out / "speaker_9.wav"
+    shutil.copy(recording, first)
+    shutil.copy(recording, last)
+    untouched = Untouched(first, last)
+    argv = infer_flags(spectrogram_checkpoint, recording, out, "--num_speakers=2")
+    assert_fails(capsys, argv, first, "--output_dir")
+    untouched.check()
+    first.unlink()
+    assert ssm.main(argv) == 0
+    assert last.read_bytes() == recording.read_bytes()
+
+
+def test_talkers_of_a_loud_recording_keep_their_levels(tmp_path):
+    """Beyond full scale all are turned down by the same factor."""
+    talkers = [({"probability": 1.0}, torch.zeros(4, 80), torch.full((640,), level))
+               for level in (2.0, 0.5)]
+    about = {"input": "loud.wav", "frame_rate": 100}
+    ssm.write_separation(tmp_path, about, torch.zeros(4, 80), talkers, log_mel=True)
+    levels = [audio.read_audio(tmp_path / f"speaker_{n}.wav").max() for n in (1, 2)]
+    assert levels == pytest.approx([1.0, 0.25], abs=1e-4)
+
+
 def test_default_checkpoints(best, spectrogram_checkpoint, mixture_file, recording, recordings,
                              dataset, tmp_path, monkeypatch, capsys):  # fmt: skip
     """Features go to what was trained last, audio to the separator that comes with the source."""

@@ -122,6 +122,7 @@ def test_two_talkers_from_any_two_recordings(qwen_folder, spectrogram_checkpoint
         assert len(audio.read_audio(tmp_path / "out" / name)) == len(mixture)
     assert (tmp_path / "out/two_talkers.png").stat().st_size > 10_000
     assert_fails(capsys, ["gone.wav", *argv[1:]], "gone.wav", main=two_talkers.main)
+    assert_fails(capsys, ["out/mixture.wav", *argv[1:]], "overwritten", main=two_talkers.main)
 
 
 def test_overlapped_speech_takes_one_corpus(

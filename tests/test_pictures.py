@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import scoring
+from audio import DIGITAL_SILENCE
 
 pytestmark = pytest.mark.pictures
 
@@ -41,6 +42,12 @@ def test_curves(totals, drawn, tmp_path):
         assert axes.get_legend().get_bbox_to_anchor().y1 < axes.bbox.y0  # below, over no curve
         assert lines[max(name for name in lines if "val" in name)].get_marker() == "o"
     assert drawn[0].axes[2].lines[0].get_ydata()[0] == 25  # percent
+
+
+def test_silence_is_dark(drawn, tmp_path):
+    silence = torch.full((4, 80), DIGITAL_SILENCE)
+    scoring.plot_streams(tmp_path / "silence.png", [{"mixture": silence}], 100, log_mel=True)
+    assert drawn[0].axes[0].images[0].get_array().max() == -80
 
 
 def test_spectrograms(drawn, tmp_path):
