@@ -756,9 +756,16 @@ def separator_loss(
     return SeparatorLoss(total, *parts, assignment)
 
 
-def activity_in_matching(weights: LossWeights, log_mel: bool) -> float:
-    """Return a loss's ``matching_weight``: 0 for features, whose spare streams are empty."""
-    return weights.activity if log_mel else 0.0
+def loss_of_streams(
+    separated: Tensor, probs: Tensor, batch: dict, weights: LossWeights, log_mel: bool
+) -> SeparatorLoss:
+    """Return the loss of a batch's streams, matched by activity too if they are ``log_mel``.
+
+    Spare streams of features are empty, and known by that; those of log-mel spectra are not.
+    """
+    return separator_loss(
+        separated, probs, batch["targets"], batch["speaker_mask"], batch["mixture"],
+        batch["frame_mask"], *weights, matching_weight=weights.activity if log_mel else 0.0)
 
 
 def loss_sizes(batch: dict) -> Tensor:
@@ -2066,15 +2073,13 @@ def recompute_blocks(separator, device: str, dtype: torch.dtype) -> None:
 
 def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype) -> SeparatorLoss:
     """Return the loss of one batch that is on the device; in spectrograms of what is audible."""
-    mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
     with autocast(device, dtype), attention_kernel(device, dtype):
-        separated, probs = separator(mixture, frame_mask)
-    recorded = "waveforms" in batch
-    if recorded:
-        floor = mixture.amax((1, 2))[:, None, None, None] - AUDIBLE_RANGE
-        separated, targets = torch.maximum(separated, floor), torch.maximum(targets, floor)
-    return separator_loss(separated, probs, targets, batch["speaker_mask"], mixture, frame_mask,
-                          *weights, activity_in_matching(weights, recorded))
+        separated, probs = separator(batch["mixture"], batch["frame_mask"])
+    if recorded := "waveforms" in batch:
+        floor = batch["mixture"].amax((1, 2))[:, None, None, None] - AUDIBLE_RANGE
+        separated = torch.maximum(separated, floor)
+        batch = batch | {"targets": torch.maximum(batch["targets"], floor)}
+    return loss_of_streams(separated, probs, batch, weights, recorded)
 
 
 def backward(run: Run, batches: list[dict]) -> Tensor:
@@ -2383,17 +2388,14 @@ def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
 
 
 def score_batch(
-    separated: Tensor, probs: Tensor, batch: dict, log_mel: bool,
-    weights: LossWeights | None = None,
+    separated: Tensor, probs: Tensor, batch: dict, weights: LossWeights, log_mel: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of all SCORES in row 0, their divisors in row 1, and the assignment."""
-    weights = weights or default_weights(log_mel)
-    mixture, targets, frame_mask = batch["mixture"], batch["targets"], batch["frame_mask"]
-    speaker_mask, there = batch["speaker_mask"], batch["speaker_mask"].float()
-    loss = separator_loss(separated, probs, targets, speaker_mask, mixture, frame_mask,
-                          *weights, activity_in_matching(weights, log_mel))
-    errors = [(talker_mse(output[:, None], targets, frame_mask) * there).sum()
-              for output in trivial_outputs(mixture, speaker_mask, log_mel).values()]
+    there = batch["speaker_mask"].float()
+    loss = loss_of_streams(separated, probs, batch, weights, log_mel)
+    trivial = trivial_outputs(batch["mixture"], batch["speaker_mask"], log_mel)
+    errors = [(talker_mse(output[:, None], batch["targets"], batch["frame_mask"]) * there).sum()
+              for output in trivial.values()]
     several = there * (there.sum(1, keepdim=True) > 1)
     improvement = si_sdr_improvement(reorder(separated, loss.assignment), batch) * several
     sizes = loss_sizes(batch)
@@ -2432,7 +2434,7 @@ def evaluate_separator(
         with autocast(device, dtype):
             separated, probs = separator(batch["mixture"], batch["frame_mask"])
         batch_sums, assignment = score_batch(
-            separated.float(), probs.float(), batch, separator.is_spectrogram, weights)
+            separated.float(), probs.float(), batch, weights, separator.is_spectrogram)
         sums += batch_sums
         own[:, done : done + len(probs)] = torch.stack(
             [reorder(probs.float(), assignment), batch["speaker_mask"].float()])
@@ -2501,7 +2503,10 @@ def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict
 
 
 def infer_recording(path: Path, separator, encoder, threshold, num_speakers) -> tuple:
-    """Separate an audio file as ``infer_features`` a .npy; hidden features need ``encoder``."""
+    """Separate an audio file as ``infer_features`` a .npy; hidden features need ``encoder``.
+
+    Audio beyond full scale is turned down, that of all talkers by the same factor.
+    """
     from audio import apply_gains, read_audio
     from long_recordings import separate_recording
 
@@ -2517,6 +2522,9 @@ def infer_recording(path: Path, separator, encoder, threshold, num_speakers) -> 
             audio = apply_gains(samples, talker.values[None])[0]
         facts = {"probability": round(talker.probability, 4), "windows": talker.windows}
         talkers.append((facts, values, audio))
+    loudest = max((float(w.abs().max()) for *_, w in talkers if w is not None), default=0.0)
+    for *_, audio in talkers if loudest > 1 else ():
+        audio /= loudest
     about = {"frame_rate": recording.frame_rate, "num_windows": recording.num_windows}
     return about, recording.mixture, talkers
 
@@ -2524,14 +2532,13 @@ def infer_recording(path: Path, separator, encoder, threshold, num_speakers) -> 
 def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, log_mel: bool):
     """Write the talkers' files, separation.json and separation.png in place of earlier ones."""
     source, panels, files = Path(about["input"]).resolve(), {"mixture": mixture}, {}
-    loudest = max((float(w.abs().max()) for *_, w in talkers if w is not None), default=0.0)
     about = about | {"num_frames": len(mixture), "num_speakers": len(talkers), "speakers": []}
     for number, (facts, values, audio) in enumerate(talkers, start=1):
         row = {"file": f"speaker_{number}.npy"}
         files[row["file"]] = values.numpy()
         if audio is not None:
             row["audio"] = f"speaker_{number}.wav"
-            files[row["audio"]] = audio.numpy() / max(loudest, 1.0)  # all by the same factor
+            files[row["audio"]] = audio.numpy()
         about["speakers"].append(row | facts)
         panels[f"speaker {number}, probability {facts['probability']:.2f}"] = values
     if source in [(folder / name).resolve() for name in files]:
@@ -3193,13 +3200,13 @@ def cmd_train(args) -> None:
 @torch.inference_mode()
 def sample_panels(separator, dataset, device: str, count: int = 3) -> list[dict]:
     """Return mixture, talkers and the streams assigned to them for the first few mixtures."""
-    rows = []
+    log_mel, rows = separator.is_spectrogram, []
     for index in range(min(count, len(dataset))):
         batch = collate([dataset[index]], separator.max_speakers)
         batch = add_spectrograms(to_device(batch, device))
         separated, probs = separator(batch["mixture"])
-        _, assignment = score_batch(separated, probs, batch, separator.is_spectrogram)
-        streams = reorder(separated, assignment)[0]
+        loss = loss_of_streams(separated, probs, batch, default_weights(log_mel), log_mel)
+        streams = reorder(separated, loss.assignment)[0]
         row = {f"mixture {dataset.samples[index]['id']}": batch["mixture"][0]}
         for i in range(int(batch["speaker_mask"].sum())):
             row |= {f"speaker {i + 1} alone": batch["targets"][0, i],

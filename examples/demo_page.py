@@ -37,7 +37,7 @@ def talkers_of(recording: str, separate: Callable, ask: Callable | None, count: 
     texts = {row["speaker"]: row["text"] for row in answers}
     rows = []
     for number, (_, _, audio) in enumerate(talkers, start=1):
-        samples = (32767 * audio.clamp(-1, 1)).short().numpy()  # gradio would make all equally loud
+        samples = (32767 * audio).short().numpy()  # gradio would make all equally loud
         rows.append((f"speaker {number}", samples, texts.get(number, "") if ask else None))
     return look_at(mixture, talkers), rows
 
