@@ -41,7 +41,7 @@ def make_data(folder: Path, kind: str) -> Path:
     return folder / kind
 
 
-def train(folder: Path, kind: str, mixtures: int) -> None:
+def train(folder: Path, kind: str, mixtures: int, dtype: str) -> None:
     """Train two epochs as a process of torchrun; the first one prints the second's seconds."""
     core = int(os.environ["LOCAL_RANK"]) % os.cpu_count()
     if hasattr(os, "sched_setaffinity"):  # Linux
@@ -49,7 +49,7 @@ def train(folder: Path, kind: str, mixtures: int) -> None:
     with ssm.join_processes("cpu"):
         options = ssm.TrainOptions(
             batch_size=BATCH // ssm.process_rank()[1], mixtures_per_epoch=mixtures, device="cpu",
-            crop_seconds=PARTS[kind])
+            dtype=dtype, crop_seconds=PARTS[kind])
         train_set, val_set = (ssm.MultiSpeakerDataset(folder, split) for split in ("train", "val"))
         run = ssm.start_run(options, train_set, val_set, folder)
         ssm.train_epoch(run, 1)
@@ -58,11 +58,11 @@ def train(folder: Path, kind: str, mixtures: int) -> None:
         print(f"seconds {time.perf_counter() - start}", flush=True)
 
 
-def seconds_of(processes: int, data: Path, kind: str, mixtures: int) -> float:
+def seconds_of(processes: int, data: Path, kind: str, args) -> float:
     """Return what one epoch takes so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               f"--nproc_per_node={processes}", __file__, f"--mixtures={mixtures}",
-               f"--worker={kind}={data}"]
+               f"--nproc_per_node={processes}", __file__, f"--mixtures={args.mixtures}",
+               f"--dtype={args.dtype}", f"--worker={kind}={data}"]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
                           stdout=subprocess.PIPE, check=True)
     return float(done.stdout.split()[-1])
@@ -73,18 +73,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--mixtures", type=int, default=8 * BATCH, help="of an epoch")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="precision of matrix products, auto: as train chooses")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         kind, _, data = args.worker.partition("=")
-        train(Path(data), kind, args.mixtures)
+        train(Path(data), kind, args.mixtures, args.dtype)
         return 0
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in PARTS:
             data = make_data(Path(folder), kind)
-            one, two = (seconds_of(n, data, kind, args.mixtures) * BATCH / args.mixtures
-                        for n in (1, 2))
+            one, two = (seconds_of(n, data, kind, args) * BATCH / args.mixtures for n in (1, 2))
             rows.append([kind, f"{one:.2f} s", f"{two:.2f} s", f"{one / two:.2f}"])
     print("\n".join(markdown_table(
         ["separator", "step of 8 in one process", "of 4 in each of two", "ratio"], rows)))
