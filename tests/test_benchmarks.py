@@ -97,9 +97,10 @@ def test_a_process_of_the_benchmark(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(processes.PARTS, "spectrograms", (0.5, 0.5))
     monkeypatch.setenv("LOCAL_RANK", "0")
     data = processes.make_data(tmp_path, "spectrograms")
-    assert processes.main(["--mixtures=4", f"--worker=spectrograms={data}"]) == 0
+    assert processes.main(["--mixtures=4", "--dtype=float32", f"--worker=spectrograms={data}"]) == 0
     printed = capsys.readouterr().out
     assert pinned == [(0, {0})] and "(remixed to 4 an epoch)" in printed
+    assert "float32 (as asked)" in printed
     assert float(printed.split("seconds ")[-1]) > 0
 
 
