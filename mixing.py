@@ -407,9 +407,9 @@ def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
     for begin, samples in pieces:
         waveform[begin : begin + len(samples)] += samples
     if response is not None:
-        from scipy.signal import fftconvolve
+        from scipy.signal import oaconvolve
 
-        waveform = fftconvolve(waveform, response[0])[response[1] :].astype(np.float32)
+        waveform = oaconvolve(waveform, response[0])[response[1] :]
     spoken = np.concatenate([waveform[begin : begin + len(samples)] for begin, samples in pieces])
     return _at_level(waveform, _rms(spoken), SPEECH_RMS, talker.gain_db)
 
