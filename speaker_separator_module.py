@@ -1772,13 +1772,6 @@ def check_data(name: str, config: dict, *datasets: MultiSpeakerDataset) -> None:
                              f"{data.max_speakers} talkers")
 
 
-def plain_value(value):
-    """Return NumPy's numbers, also those in a list or array, as Python's for the checkpoints."""
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [plain_value(v) for v in value]
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
     """Return a separator with random weights: sizes as asked, the rest from the data."""
     config = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
@@ -2340,7 +2333,8 @@ def train_speaker_separator(
     Raises FileNotFoundError or ValueError for data, checkpoints or devices that cannot be used.
     Ctrl-C and SIGTERM finish the step, write ``interrupted.pt`` and raise KeyboardInterrupt.
     """
-    given = {name: plain_value(value) for name, value in options.items()}
+    # NumPy's numbers become Python's: a checkpoint with one would not open.
+    given = {name: np.asarray(value).tolist() for name, value in options.items()}
     options = TrainOptions(**given)
     folder, checkpoint = Path(checkpoint_dir), None
     if options.resume:
