@@ -616,16 +616,6 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         probabilities = torch.zeros_like(logits).scatter(1, order, at_least(logits.sigmoid()))
         return probabilities * valid.any(1, keepdim=True)  # nobody talks in silence
 
-    def _merge_passes(self, gains: Tensor, T: int) -> Tensor:
-        """Merge the logarithmic gains of the passes, [B, S, P, ..., bins], into [B, S, T, bins].
-
-        In use they are the softened means of the passes' powers; in training there is one pass.
-        """
-        passes = [gains[:, :, i, start : start + T] for i, start in enumerate(self._starts)]
-        if self.training:
-            return passes[0]
-        return self.SOFTENING * (torch.stack(passes).logsumexp(0) - math.log(len(passes)))
-
     def gains(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
         """Return the gains [B, S, T, D], 0 or less in Whisper's units, and probabilities [B, S]."""
         frame_mask = check_features(spectrograms, frame_mask)
@@ -641,8 +631,10 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
             streams = exchange(rows.view_as(streams))
         # an untrained stream is nearly the mixture: sigmoid(3) is 0.95
         gains = F.logsigmoid(self.output(streams).float() + 3)
-        gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(3, 4)
-        gains = self._merge_passes(gains, T) / LOG_POWER
+        gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(3, 4)  # [B, S, P, ..., bins]
+        passes = [gains[:, :, i, start : start + T] for i, start in enumerate(self._starts)]
+        gains = torch.stack(passes).logsumexp(0) - math.log(len(passes))  # means of powers
+        gains = gains * (1 if self.training else self.SOFTENING) / LOG_POWER
         probabilities = self._activity(streams.flatten(2, 3), valid.flatten(1))
         return resample_bins(share_mixture(gains, probabilities), D), probabilities
 
