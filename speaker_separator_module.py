@@ -448,11 +448,9 @@ def resample_bins(spectra: Tensor, bins: int) -> Tensor:
     D = spectra.shape[-1]
     if bins == D:
         return spectra
-    place = torch.arange(1, bins + 1, device=spectra.device) * ((D + 1) / (bins + 1)) - 1
-    place = place.clamp(0, D - 1)
-    below = place.floor().long()
-    above = (below + 1).clamp(max=D - 1)
-    return torch.lerp(spectra[..., below], spectra[..., above], (place - below).to(spectra.dtype))
+    ends = F.pad(spectra.reshape(1, -1, D), (1, 1), mode="replicate")  # both ends of the scale
+    found = F.interpolate(ends, bins + 2, mode="linear", align_corners=True)[..., 1:-1]
+    return found.reshape(*spectra.shape[:-1], bins)
 
 
 LOG_POWER = 4 * math.log(10)  # natural logarithm of the power in one of Whisper's units
