@@ -3503,7 +3503,7 @@ COMMANDS = {  # function, its options and an example
 # Command line: parsers and main
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Help within 80 columns: short value names, defaults where there are any, whole examples."""
 
     def _get_default_metavar_for_optional(self, action):
@@ -3512,9 +3512,6 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         return super()._get_help_string(action) if action.default else action.help
-
-    def _fill_text(self, text, width, indent):
-        return text
 
 
 class Parser(argparse.ArgumentParser):
