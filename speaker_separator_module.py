@@ -2584,8 +2584,7 @@ def run_blocks(tower: nn.Module, hidden: Tensor, blocks, frame_mask: Tensor | No
         attention_mask = create_bidirectional_mask(  # in the form that the model's attention takes
             config=tower.config, inputs_embeds=hidden, attention_mask=frame_mask)
     for block in blocks:
-        output = block(hidden, attention_mask)
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = block(hidden, attention_mask)
     return hidden
 
 
