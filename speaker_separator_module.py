@@ -631,10 +631,11 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         gains = F.logsigmoid(self.output(streams).float() + 3)
         gains = gains.unflatten(-1, (self.STACK, self.BINS)).flatten(3, 4)  # [B, S, P, ..., bins]
         passes = [gains[:, :, i, start : start + T] for i, start in enumerate(self._starts)]
-        gains = torch.stack(passes).logsumexp(0) - math.log(len(passes))  # means of powers
-        gains = gains * (1 if self.training else self.SOFTENING) / LOG_POWER
+        gains = passes[0]  # the only one in training
+        if not self.training:  # in use the softened means of their powers
+            gains = self.SOFTENING * (torch.stack(passes).logsumexp(0) - math.log(len(passes)))
         probabilities = self._activity(streams.flatten(2, 3), valid.flatten(1))
-        return resample_bins(share_mixture(gains, probabilities), D), probabilities
+        return resample_bins(share_mixture(gains / LOG_POWER, probabilities), D), probabilities
 
     def forward(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
         """Separate mixtures [B, T, D] into streams [B, S, T, D] and probabilities [B, S].
