@@ -448,7 +448,7 @@ def resample_bins(spectra: Tensor, bins: int) -> Tensor:
     D = spectra.shape[-1]
     if bins == D:
         return spectra
-    ends = F.pad(spectra.reshape(1, -1, D), (1, 1), mode="replicate")  # both ends of the scale
+    ends = F.pad(spectra.reshape(-1, 1, D), (1, 1), mode="replicate")  # both ends of the scale
     found = F.interpolate(ends, bins + 2, mode="linear", align_corners=True)[..., 1:-1]
     return found.reshape(*spectra.shape[:-1], bins)
 
