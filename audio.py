@@ -61,7 +61,7 @@ def _reading(path):
         os.dup2(nowhere, 2)
         try:
             yield soundfile
-        except soundfile.SoundFileError as error:  # also where a file breaks off in the middle
+        except (soundfile.SoundFileError, TypeError) as error:  # broken off, without a header
             raise ValueError(f"cannot read audio from {path}: {first_line(error)}") from None
         finally:
             os.dup2(kept, 2)
@@ -87,6 +87,13 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
                              "missing")
 
 
+def check_rate(name, rate: int) -> None:
+    """Fail unless a sampling rate is one that audio can have."""
+    if not RATES[0] <= rate <= RATES[1]:
+        raise ValueError(f"{name} has a sampling rate of {rate} Hz, not {RATES[0]:,} to "
+                         f"{RATES[1]:,}")
+
+
 def audio_info(path):
     """Return the header (``frames``, ``samplerate``) of a file, as soundfile gives it.
 
@@ -99,9 +106,7 @@ def audio_info(path):
         info = soundfile.info(str(path))
     if not info.frames:
         raise ValueError(f"{path} has no samples")
-    if not RATES[0] <= info.samplerate <= RATES[1]:
-        raise ValueError(f"{path} has a sampling rate of {info.samplerate} Hz, not {RATES[0]:,} to "
-                         f"{RATES[1]:,}")
+    check_rate(path, info.samplerate)
     if info.frames > 100 * Path(path).stat().st_size:  # implausible: reading raises if some miss
         for _ in _blocks_of_file(path):
             pass
@@ -125,9 +130,10 @@ def audio_blocks(audio, sampling_rate: int | None = None) -> Iterator[np.ndarray
     import soxr
 
     name, blocks, length = "the audio", _blocks_in_memory, 0
-    rate = sampling_rate or SAMPLING_RATE
+    rate = SAMPLING_RATE if sampling_rate is None else sampling_rate
     if isinstance(audio, (str, os.PathLike)):
         name, rate, blocks = audio, audio_info(audio).samplerate, _blocks_of_file
+    check_rate(name, rate)
     stream = soxr.ResampleStream(rate, SAMPLING_RATE, 1) if rate != SAMPLING_RATE else None
     for block in blocks(audio):
         if not (np.abs(block) <= LOUDEST).all():

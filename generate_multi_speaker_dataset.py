@@ -189,17 +189,22 @@ def _read_text(path: Path) -> str:
 
 
 def _read_speaker_folders(path: Path) -> list[Utterance]:
-    transcripts = {}
+    transcripts, chapters = {}, set()
     for listing in path.rglob("*.trans.txt"):
         for line in _read_text(listing).splitlines():
             name, _, text = line.partition(" ")
             transcripts[listing.parent / name] = text
-    utterances = []
+        chapters.add(listing.parent)
+    datasets, utterances = {about.parent for about in path.rglob("dataset.json")}, []
     for audio in mixing.list_recordings(path, "*/**/*"):
+        if not datasets.isdisjoint(audio.parents):  # mixtures that this script made
+            continue
+        parts = audio.relative_to(path).parts  # [subset,] speaker, chapter, file in LibriSpeech
+        speaker = parts[-3] if audio.parent in chapters and len(parts) > 3 else parts[0]
         text, beside = transcripts.get(audio.with_suffix(""), ""), audio.with_suffix(".txt")
         if not text and beside.is_file():
             text = _read_text(beside).strip()
-        utterances.append(Utterance(audio, audio.relative_to(path).parts[0], text))
+        utterances.append(Utterance(audio, speaker, text))
     return utterances
 
 

@@ -44,6 +44,8 @@ TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
 ABSENT = -LOG_MEL_RANGE  # gain of a talker in windows without it: 80 dB down
 UNSPACED = "\u3000-\u30ff\u3400-\u9fff\uff00-\uffef"  # characters of Chinese and Japanese
 DEFAULT_PROMPT = "What does the person say?"
+MORE_THAN_TEXT = ("num_return_sequences", "return_dict_in_generate", "return_segments",
+                  "return_token_timestamps")  # of generate
 QWEN_TOKENS, WHISPER_TOKENS = 256, 200  # longest answers; nobody says 200 tokens in 30 s
 # Whisper's own fallback where its text repeats itself (arXiv:2212.04356): a higher temperature.
 TEMPERATURE_FALLBACK = {"temperature": (0.0, 0.4, 0.8), "compression_ratio_threshold": 1.35}
@@ -513,6 +515,9 @@ def answer_per_talker(
         raise ValueError("there is no separator in this model: integrate_speaker_separator first")
     if not integration.is_qwen and (prompt is not None or mode == "joint"):
         raise ValueError("Whisper writes down what is said and takes no prompt and no joint mode")
+    for name in MORE_THAN_TEXT:
+        if (value := options.get(name)) and (value is True or value > 1):
+            raise ValueError(f"{name} is for generate: there is one text for each talker here")
     if integration.separator.is_spectrogram and not integration.is_qwen:
         # The talkers' whole spectrograms go to Whisper's own generate, past the integration's.
         recording = separate_recording(

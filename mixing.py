@@ -94,8 +94,9 @@ def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utteranc
 
 
 def list_recordings(folder: Path, pattern: str) -> list[Path]:
-    """Return the recordings in a folder that match a pattern, sorted."""
-    return sorted(p for p in folder.glob(pattern) if p.suffix.lower() in AUDIO_SUFFIXES)
+    """Return the recordings in a folder that match a pattern, sorted; hidden files are none."""
+    return sorted(p for p in folder.glob(pattern)
+                  if p.suffix.lower() in AUDIO_SUFFIXES and not p.name.startswith("."))
 
 
 def list_noises(noise_dir: str | None) -> list[str]:

@@ -1339,6 +1339,9 @@ def pick_device(name: str = "auto") -> str:
     return name
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """Return the precision of matrix products and the reason for it.
 
@@ -1347,7 +1350,9 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     CPUs bfloat16 is emulated, and MPS gains nothing.
     """
     if name != "auto":
-        return {"bfloat16": torch.bfloat16}.get(name, torch.float32), "as asked"
+        if name not in DTYPES:
+            raise ValueError(f"unknown dtype {name!r}; choose from auto, {', '.join(DTYPES)}")
+        return DTYPES[name], "as asked"
     if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8:
         return torch.bfloat16, "the GPU has bfloat16 units"
     if device == "cpu" and torch.cpu._is_amx_tile_supported():
@@ -2287,6 +2292,16 @@ def save_epoch(run: Run, folder: Path, best: int, stop: bool) -> None:
         (folder / INTERRUPTED).unlink(missing_ok=True)  # this one is further on
 
 
+def best_epoch(history: list[dict]) -> int:
+    """Return the epoch with the least validation loss; 0 before the first."""
+    return min(history, key=lambda row: row["val"]["total"], default={"epoch": 0})["epoch"]
+
+
+def patience_is_over(history: list[dict], patience: int | None) -> bool:
+    """Return whether the last ``patience`` epochs brought no better one."""
+    return patience is not None and len(history) - best_epoch(history) >= patience
+
+
 def run_epochs(run: Run, folder: Path) -> None:
     """Train until the last epoch, or until a signal, or no better epoch, stops it."""
     history, options, writes = run.history, run.options, process_rank()[0] == 0
@@ -2302,8 +2317,7 @@ def run_epochs(run: Run, folder: Path) -> None:
             if row is None:
                 stop_run(run, folder)
             history.append(row)
-            best = min(history, key=lambda row: row["val"]["total"])["epoch"]
-            stop = options.patience is not None and epoch - best >= options.patience
+            best, stop = best_epoch(history), patience_is_over(history, options.patience)
             if writes:
                 save_epoch(run, folder, best, stop)
             print(format_epoch(row, options.epochs), flush=True)
@@ -2339,8 +2353,12 @@ def train_speaker_separator(
     with locked(folder) if writes else contextlib.nullcontext():
         run = start_run(options, train_set, val_set, folder, checkpoint)
         checkpoint = None  # as large as all that the run holds
-        if len(run.history) >= options.epochs:
-            print(f"{len(run.history)} epochs are done already; ask for more with --epochs")
+        is_over = patience_is_over(run.history, options.patience)
+        if is_over or len(run.history) >= options.epochs:
+            print(f"{len(run.history)} epochs are done already; ask for more with "
+                  f"--{'patience' if is_over else 'epochs'}")
+            if writes:  # what a kill after the last checkpoint left out
+                write_results(run, folder, train_set)
             return run.history
         # After every check, so that a refused command leaves an earlier run where it is.
         if writes and not options.resume and (previous := move_earlier_run(folder)):
@@ -3032,8 +3050,11 @@ def evaluate_words(
     are no recordings or transcripts.
     """
     from audio import read_audio
+    from long_recordings import integration_of
     from scoring import cp_word_errors
 
+    if integration_of(model) is not None:
+        raise ValueError("there is a separator in this model: remove_speaker_separator first")
     said, samples = texts_of_recordings(dataset), dataset.samples
     files = [dataset.files(sample, recordings=True) for sample in samples]
     mixtures = [read_audio(paths[0]) for paths in files]

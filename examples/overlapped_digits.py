@@ -96,7 +96,7 @@ def make_noises(folder: Path, seed: int) -> None:
 def train(args, data: Path) -> Path:
     """Train, or go on training; return the best checkpoint."""
     folder = args.work_dir / "checkpoints"
-    if not (folder / "training_report.md").is_file():
+    if not (folder / f"checkpoint_epoch_{args.epochs}.pt").is_file():
         resume = ["--resume"] if any(folder.glob("*.pt")) else []
         run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={folder}",
             f"--epochs={args.epochs}", f"--mixtures_per_epoch={args.mixtures_per_epoch}",

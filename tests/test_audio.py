@@ -52,6 +52,18 @@ def test_the_rate_of_a_file_is_its_own(tmp_path):
     assert len(audio.read_audio(tmp_path / "a.wav", sampling_rate=44100)) == RATE // 2
 
 
+@pytest.mark.parametrize("rate", [0, 16])  # kHz for Hz
+def test_no_such_rate(rate):
+    with pytest.raises(ValueError, match=f"the audio has a sampling rate of {rate} Hz"):
+        audio.read_audio([0.5, -0.5], rate)
+
+
+def test_samples_without_a_header(tmp_path):
+    (tmp_path / "a.raw").write_bytes(bytes(4000))
+    with pytest.raises(ValueError, match="cannot read audio from .*a.raw"):
+        audio.audio_info(tmp_path / "a.raw")
+
+
 def test_half_precision_tensor_that_asks_for_gradients():
     wave = torch.tensor([0.5, -0.5], dtype=torch.bfloat16, requires_grad=True)
     assert audio.read_audio(wave).tolist() == [0.5, -0.5]

@@ -955,6 +955,18 @@ def test_librispeech_layout(tmp_path, ten_speakers):
     assert [(u.speaker, u.text) for u in read] == [
         (s, f"SAID {take} BY {s}") for s in ("19", "26") for take in range(2)]
     assert [u.audio.name for u in read[:2]] == ["19-198-0.flac", "19-198-1.flac"]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "speech").rename(tmp_path / "corpus/dev-clean")  # all subsets at once
+    assert {u.speaker for u in generator.read_speech(tmp_path / "corpus")} == {"19", "26"}
+
+
+def test_neither_datasets_nor_hidden_files_are_speech(tmp_path, ten_speakers):
+    """A dataset in the folder that it was made of, and what macOS leaves beside a file."""
+    wav(tmp_path / "a/take.wav", sine(0.2, 200))
+    wav(tmp_path / "a/._take.wav", sine(0.2, 200))
+    wav(tmp_path / "multi_speaker_data/val/mixed/val_0.wav", sine(0.2, 300))
+    (tmp_path / "multi_speaker_data/dataset.json").write_text("{}")
+    assert [u.audio for u in generator.read_speech(tmp_path)] == [tmp_path / "a/take.wav"]
 
 
 def write_parquet(folder, recordings, **columns):

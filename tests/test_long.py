@@ -622,6 +622,16 @@ def integrate_flags(model, checkpoint, *audio, more=()):
             "--threshold=0", *map(str, more), "--audio", *map(str, audio)]  # fmt: skip
 
 
+@pytest.mark.parametrize("option", [
+    {"num_return_sequences": 2, "num_beams": 2}, {"return_dict_in_generate": True},
+    {"return_segments": True}, {"return_token_timestamps": True}])  # fmt: skip
+def test_one_text_for_each_talker(option, integrated, processor):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} is for generate"):
+        answer_per_talker(integrated, processor, LONG, **option)
+    assert answer_per_talker(
+        integrated, processor, LONG, num_return_sequences=1, max_new_tokens=1)
+
+
 @either
 def test_the_command_with_whisper(checkpoint, whisper_path, long_file, tmp_path, capsys):
     """A line per talker and recording, in the precision of the model's file."""

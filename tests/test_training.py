@@ -171,7 +171,7 @@ def test_single_talkers_alone_can_be_trained_on(tmp_path):
 
 
 def test_patience(dataset, tmp_path, monkeypatch, capsys):
-    evaluate, totals = ssm.evaluate_separator, iter([2.0, 1.0, 1.5, 1.2, 0.1])
+    evaluate, totals = ssm.evaluate_separator, iter([2.0, 1.0, 1.5, 1.2, 1.1])
 
     def worse(*args, **kwargs):
         return evaluate(*args, **kwargs) | {"total": next(totals)}
@@ -182,6 +182,17 @@ def test_patience(dataset, tmp_path, monkeypatch, capsys):
     assert torch.load(tmp_path / "best_model.pt")["epoch"] == 2
     assert (tmp_path / "checkpoint_epoch_4.pt").is_file()
     assert "best was 2" in capsys.readouterr().out
+    (tmp_path / "training_report.md").unlink()
+    assert len(train_tiny(dataset, tmp_path, epochs=20, resume=True)) == 4  # stays stopped
+    assert "more with --patience" in capsys.readouterr().out
+    assert (tmp_path / "training_report.md").is_file()
+    assert len(train_tiny(dataset, tmp_path, epochs=20, patience=3, resume=True)) == 5
+
+
+@pytest.mark.parametrize("dtype", ["bf16", torch.bfloat16])
+def test_unknown_dtype(dtype, dataset, tmp_path):
+    with pytest.raises(ValueError, match="unknown dtype .*auto, float32, bfloat16"):
+        train_tiny(dataset, tmp_path, epochs=1, dtype=dtype)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -150,6 +150,8 @@ def test_evaluate_words_against_the_slow_way(
     alone = [[answer(s["wav_file"])[0] for s in sample["speakers"]] for sample in data.samples]
     ssm.integrate_speaker_separator(model, 3, separator)
     streams = [answer(sample["mixed_wav"]) for sample in data.samples]
+    with pytest.raises(ValueError, match="remove_speaker_separator first"):  # no baseline with it
+        ssm.evaluate_words(separator, data, model, processor, **options)
     for i, row in enumerate(rows):
         assert (row["mixture"], row["words"]) == cp_word_errors(texts[i], plain[i])
         assert row["oracle"] == cp_word_errors(texts[i], alone[i])[0]
