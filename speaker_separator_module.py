@@ -3607,6 +3607,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             tell_stop(args, str(error) or "stopped")
             return leave(getattr(error, "status", 130))
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            error = MemoryError("out of memory: shorter recordings, a smaller --batch_size (train "
+                                "also has --recompute) or --device=cpu need less of it")
         if not isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryError)):
             raise
         if fails_first():

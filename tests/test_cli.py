@@ -68,6 +68,22 @@ def test_help(command, capsys, monkeypatch):
     assert max(map(len, text.splitlines())) < 80
 
 
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("CUDA out of memory"), None])
+def test_out_of_memory(fault, spectrogram_checkpoint, tmp_path, monkeypatch, capsys):
+    """That of a GPU by its error, that of a CPU by asking for 2**50 bytes."""
+    def separate(*_):
+        if fault:
+            raise fault
+        torch.empty(1 << 48)
+
+    monkeypatch.setattr(ssm, "separate", separate)
+    monkeypatch.setattr(ssm, "infer_recording", separate)
+    path = write_wav(tmp_path / "a.wav", sine(0.5, 200))
+    argv = ["infer", f"--input={path}", f"--checkpoint={spectrogram_checkpoint}",
+            f"--output_dir={tmp_path / 'out'}", "--device=cpu"]  # fmt: skip
+    assert_fails(capsys, argv, "out of memory", "--device=cpu")
+
+
 def test_overall_help_lists_the_commands(capsys):
     assert run(ssm.main, ["--help"]) == 0
     text = capsys.readouterr().out
