@@ -45,7 +45,7 @@ def first_line(error: Exception) -> str:
 # Reading
 
 
-_STANDARD_ERROR = threading.Lock()  # of two threads the second would keep it shut
+_STANDARD_ERROR = threading.Lock()  # a second thread would keep, and restore, the one that is shut
 
 
 @contextmanager

@@ -64,7 +64,7 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "formants": (float, 0.5, 2, "factor that scales a talker's formants, training split only"),
     "equalizer": (float, 0, 30, "dB of a random equalizer per talker, training split only"),
     "snr_db": (float, -100, 100, "dB from the noise up to all talkers together"),
-    "reverb": (float, 0, 1, "share of the mixtures in a simulated room; all without a number"),
+    "reverb": (float, 0, 1, "share of mixtures in a simulated room; a bare --reverb means all"),
     "max_seconds": (float, 0.001, 1e6, "length that no mixture exceeds")}
 BOUNDS = {name: (low, high) for name, (_, low, high, _) in MIXING.items()}
 PAIRS = ("join", "overlap", "speed", "formants", "snr_db")  # drawn between two values

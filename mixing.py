@@ -238,7 +238,7 @@ def _place(rng, talkers: list, target: float, max_seconds: float) -> tuple[list[
     onsets -= onsets.min(axis=1, keepdims=True)
     ends = onsets + seconds
     miss = np.abs(overlap_ratio(onsets, ends) - target)
-    rounding = 1e-6  # the last step must never be out of reach
+    rounding = 1e-6  # the most overlap is as long as the longest talker, and allowed
     miss[ends.max(axis=1) > max(max_seconds, seconds[longest]) + rounding] = np.inf
     best = int(np.argmin(miss))
     return onsets[best].tolist(), float(miss[best])

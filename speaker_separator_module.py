@@ -1116,7 +1116,7 @@ class RemixedRecordings(RemixedDataset):
         It needs no plan, so that batches are sorted by length at little cost.
         """
         rng, count = self.draw_count(number)
-        share = rng.random()  # always drawn: whole mixtures and parts are of the same ones
+        share = rng.random()  # drawn even if unused: parts are of the same mixtures
         if self.crop_seconds is None:
             return rng, count, math.inf
         least, most = self.crop_seconds
@@ -1250,7 +1250,7 @@ def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> 
     from audio import HOP_LENGTH, N_FFT, floor_log_mel, log_mel_of, stft
 
     T = max(1, batch["waveforms"].shape[-1] // HOP_LENGTH)
-    # Zeros after the longest recording too: the last frame of each is the same in every batch.
+    # Pad the longest recording too, so that no last frame depends on the rest of the batch.
     spectra = stft(F.pad(batch["waveforms"].float(), (0, N_FFT)))
     if "voices" in batch:
         spectra = change_talkers(spectra, batch)
@@ -1346,7 +1346,7 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """Return the precision of matrix products and the reason for it.
 
     "auto" is bfloat16 where the device has units for its products: CUDA from Ampere on, CPUs with
-    AMX (6 to 10 times the float32 rate, measured) and with AVX512_BF16 (2.3 times). Elsewhere on
+    AMX (6 to 10 times the float32 rate, measured) and with AVX512_BF16 (2.1 times). Elsewhere on
     CPUs bfloat16 is emulated, and MPS gains nothing.
     """
     if name != "auto":
@@ -1473,10 +1473,10 @@ def fails_first() -> bool:
 
 
 def leave(status: int) -> int:
-    """Return an exit status after a fault; one of several processes ends here.
+    """Return an exit status after a fault; exit at once if there are several processes.
 
-    At the interpreter's exit the threads that wait for the other processes would abort it. The
-    first one keeps the count of failures, so it waits 2 s for the others to ask for it.
+    A normal exit would be aborted by threads that still wait for the others. The first process
+    keeps the count of failures, so it waits 2 s for the others to read it.
     """
     if process_rank()[1] > 1:
         sys.stderr.flush()
@@ -2072,7 +2072,7 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
 
 
 def backward(run: Run, batches: list[dict]) -> Tensor:
-    """Set the gradients of batches as if they and those of all processes were one.
+    """Compute the gradients of one step, as of one batch that holds those of all processes.
 
     Returns a row [6]: this process's share of LOSS_PARTS, its mixtures, and the gradient's norm.
     """

@@ -584,8 +584,9 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"{kind} {number}: {fault}\n    {str(commands)[:300]}", flush=True)
         if worker.process is not None:
             worker.process.kill()
+    kinds = f" {dict(failures)}" if failures else ""
     print(f"{counts.total()} inputs ({', '.join(f'{k} {n}' for k, n in counts.items())}), seed "
-          f"{args.seed}: {failures.total()} failures {dict(failures) or ''}, at most {most:.0f} MB "
+          f"{args.seed}: {failures.total()} failures{kinds}, at most {most:.0f} MB "
           f"above an idle worker, {time.perf_counter() - started:.0f} s")
     return min(failures.total(), 100)
 

@@ -1,4 +1,4 @@
-"""Train the shipped spectrogram separator from nothing: manifest, dataset, training, export.
+"""Train a separator like the shipped one from nothing: manifest, dataset, training, export.
 
     python examples/pretrain.py --speech SPEECH --fsdd FSDD
 
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--speech", required=True, help="folder with manifest.jsonl and noise/")
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
-    add("--output_dir", default="pretrained", help="where the weights go")
+    add("--output_dir", default="my_separator", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
     add("--epochs", type=int, default=10, help="times --mixtures_per_epoch mixtures")
     add("--mixtures_per_epoch", type=int, default=54_000, help="fresh mixtures in an epoch")
