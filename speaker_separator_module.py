@@ -3461,7 +3461,7 @@ def add_evaluate_arguments(add) -> None:
 def add_infer_arguments(add) -> None:
     """Add the options of ``infer``."""
     add("--input",      required=True, help="features [T, D] as .npy, audio, or a folder of either")
-    add("--jsonl",      metavar="FILE", help="add a line for each input; skip those that have one")
+    add("--jsonl",      metavar="FILE", help="add a line for each input; skip paths that have one")
     add("--encoder",    help="model that makes the features (default: the checkpoint's)")
     add("--layer",      type=int,
         help="encoder block to separate after (default: the checkpoint's)")
@@ -3478,7 +3478,7 @@ def add_integrate_arguments(add) -> None:
         help="encoder block to separate after (default: the checkpoint's)")
     add("--json",           metavar="FILE", help="also write the answers, by window too")
     add("--jsonl",          metavar="FILE",
-        help="add a line for each recording; skip those that have one")
+        help="add a line for each recording; skip paths that have one")
 
 
 def add_demo_arguments(add) -> None:
