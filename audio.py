@@ -133,7 +133,8 @@ def audio_blocks(audio, sampling_rate: int | None = None) -> Iterator[np.ndarray
     rate = SAMPLING_RATE if sampling_rate is None else sampling_rate
     if isinstance(audio, (str, os.PathLike)):
         name, rate, blocks = audio, audio_info(audio).samplerate, _blocks_of_file
-    check_rate(name, rate)
+    else:
+        check_rate(name, rate)
     stream = soxr.ResampleStream(rate, SAMPLING_RATE, 1) if rate != SAMPLING_RATE else None
     for block in blocks(audio):
         if not (np.abs(block) <= LOUDEST).all():

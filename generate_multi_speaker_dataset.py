@@ -195,9 +195,11 @@ def _read_speaker_folders(path: Path) -> list[Utterance]:
             name, _, text = line.partition(" ")
             transcripts[listing.parent / name] = text
         chapters.add(listing.parent)
-    datasets, utterances = {about.parent for about in path.rglob("dataset.json")}, []
+    datasets = {about.parent for about in path.rglob("dataset.json")  # that this script made
+                if (about.parent / "train/metadata.json").is_file()}
+    utterances = []
     for audio in mixing.list_recordings(path, "*/**/*"):
-        if not datasets.isdisjoint(audio.parents):  # mixtures that this script made
+        if not datasets.isdisjoint(audio.parents):  # its mixtures are nobody's speech
             continue
         parts = audio.relative_to(path).parts  # [subset,] speaker, chapter, file in LibriSpeech
         speaker = parts[-3] if audio.parent in chapters and len(parts) > 3 else parts[0]

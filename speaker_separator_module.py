@@ -2357,14 +2357,12 @@ def train_speaker_separator(
         if is_over or len(run.history) >= options.epochs:
             print(f"{len(run.history)} epochs are done already; ask for more with "
                   f"--{'patience' if is_over else 'epochs'}")
-            if writes:  # what a kill after the last checkpoint left out
-                write_results(run, folder, train_set)
-            return run.history
-        # After every check, so that a refused command leaves an earlier run where it is.
-        if writes and not options.resume and (previous := move_earlier_run(folder)):
-            print(f"moved the earlier run in {folder} to {previous}")
-        run_epochs(run, folder)
-        if writes:
+        else:
+            # After every check, so that a refused command leaves an earlier run where it is.
+            if writes and not options.resume and (previous := move_earlier_run(folder)):
+                print(f"moved the earlier run in {folder} to {previous}")
+            run_epochs(run, folder)
+        if writes:  # also where a kill after the last checkpoint left them out
             write_results(run, folder, train_set)
     return run.history
 

@@ -24,14 +24,13 @@ import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, write_wav  # noqa: E402
 from mixing import list_noises  # noqa: E402
 
-READ_SPEECH = 12  # times LibriSpeech is listed: a sixth of the hours, and what is used most
-DIGITS = 3  # times digits are listed
+TIMES = {"librispeech": 12, "fsdd": 3}  # how often recordings for training are listed
 PARTS = 8  # of a step where memory is small: whole it takes up to 27 GB
 SIZES = ["--dim=240", "--num_heads=4", "--ff_dim=640"]  # 5.9 million weights, 12 MB in bfloat16
 
 
 def write_manifest(args) -> Path:
-    """Write a manifest of speech and digits: LibriSpeech ``READ_SPEECH`` times, digits ``DIGITS``.
+    """Write a manifest of speech and digits, those of corpora in ``TIMES`` as often as it says.
 
     Digits are for training alone: their few speakers would make validation look easy.
     """
@@ -47,8 +46,7 @@ def write_manifest(args) -> Path:
                 training = row.get("split") == "train"
                 if listing == digits and not training:
                     continue
-                is_read = row.get("corpus") == "librispeech" and training
-                times = DIGITS if listing == digits else READ_SPEECH if is_read else 1
+                times = TIMES.get(row.get("corpus"), 1) if training else 1
                 lines.write((json.dumps(row) + "\n") * times)
     return manifest
 

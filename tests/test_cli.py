@@ -76,7 +76,6 @@ def test_out_of_memory(fault, spectrogram_checkpoint, tmp_path, monkeypatch, cap
             raise fault
         torch.empty(1 << 48)
 
-    monkeypatch.setattr(ssm, "separate", separate)
     monkeypatch.setattr(ssm, "infer_recording", separate)
     path = write_wav(tmp_path / "a.wav", sine(0.5, 200))
     argv = ["infer", f"--input={path}", f"--checkpoint={spectrogram_checkpoint}",

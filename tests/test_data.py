@@ -965,7 +965,10 @@ def test_neither_datasets_nor_hidden_files_are_speech(tmp_path, ten_speakers):
     wav(tmp_path / "a/take.wav", sine(0.2, 200))
     wav(tmp_path / "a/._take.wav", sine(0.2, 200))
     wav(tmp_path / "multi_speaker_data/val/mixed/val_0.wav", sine(0.2, 300))
-    (tmp_path / "multi_speaker_data/dataset.json").write_text("{}")
+    for name in ("multi_speaker_data/dataset.json", "multi_speaker_data/train/metadata.json",
+                 "a/dataset.json"):  # the last one is somebody else's
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
     assert [u.audio for u in generator.read_speech(tmp_path)] == [tmp_path / "a/take.wav"]
 
 
