@@ -1081,7 +1081,11 @@ class RemixedDataset(Dataset):
         rng = np.random.default_rng([self.seed, number])
         if rng.random() < self.SILENCE:
             return rng, 0
-        return rng, int(rng.integers(1, self.max_speakers, endpoint=True))
+        return rng, self._draw_talkers(rng)
+
+    def _draw_talkers(self, rng: np.random.Generator) -> int:
+        """Draw how many talk: every number from 1 on is equally likely."""
+        return int(rng.integers(1, self.max_speakers, endpoint=True))
 
 
 class RemixedFeatures(RemixedDataset):
@@ -1109,6 +1113,11 @@ class RemixedRecordings(RemixedDataset):
 
         self.speech = load_source(self.base.data_dir, self.base.split)
         return self.speech.by_speaker
+
+    def _draw_talkers(self, rng: np.random.Generator) -> int:
+        """Draw a number with probability proportional to it: hard mixtures are seen more often."""
+        numbers = np.arange(1, self.max_speakers + 1)
+        return int(rng.choice(numbers, p=numbers / numbers.sum()))
 
     def draw_length(self, number: int) -> tuple[np.random.Generator, int, float]:
         """Return generator, number of talkers and the length in seconds of the part to take.

@@ -493,7 +493,7 @@ def slices(whole, part):
     return np.flatnonzero((windows == part).all(axis=1)).tolist()
 
 
-def test_remixed_recordings_are_sums_of_every_number_of_talkers_alike(recordings):
+def test_remixed_recordings_are_sums_of_talkers_and_more_often_of_many(recordings):
     mixtures, counts = remix_recordings(recordings, seed=3), []
     for number in range(150):
         plan, *_ = mixtures.plan(number)
@@ -506,7 +506,7 @@ def test_remixed_recordings_are_sums_of_every_number_of_talkers_alike(recordings
             torch.testing.assert_close(sum(talkers, torch.zeros_like(mixture)), mixture)
             assert mixtures.seconds(number) == pytest.approx(len(mixture) / RATE, abs=1e-4)
     shares = [counts.count(n) / len(counts) for n in (0, 1, 2)]
-    assert shares == pytest.approx([0.04, 0.48, 0.48], abs=0.09)
+    assert shares == pytest.approx([0.04, 0.32, 0.64], abs=0.09)
 
 
 @pytest.mark.parametrize("streams", [4, 7])
@@ -677,7 +677,7 @@ def test_talkers_get_the_voices_that_are_planned(recordings, tmp_path):
     changes = {"formants": (0.85, 1.18), "equalizer": 6.0}
     edit_json(folder / "dataset.json", lambda about: about["mixing"].update(changes))
     voiced = remix_recordings(folder, seed=3)
-    numbers = [n for n in range(12) if len(plain.plan(n)[0].talkers) == 1][:4] + [
+    numbers = [n for n in range(40) if len(plain.plan(n)[0].talkers) == 1][:4] + [
         n for n in range(40) if not plain.plan(n)[0].talkers][:1]
     before, items = ([data[n] for n in numbers] for data in (plain, voiced))
     for a, b, number in zip(before, items, numbers, strict=True):
