@@ -1061,7 +1061,8 @@ class RemixedDataset(Dataset):
 
     Item ``number`` depends on the seed and the number alone; epoch ``e`` takes those from
     ``e * length`` on, so that no mixture returns within a run of one ``length``, and a resumed run
-    draws the same ones. Of the two kinds, ``_read_sources`` returns what each talker can say.
+    draws the same ones. Each of the two kinds says what its talkers can say (``_read_sources``) and
+    how many of them talk (``_draw_talkers``).
     """
 
     SILENCE = 0.04  # share of mixtures without any talker
