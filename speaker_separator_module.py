@@ -1084,16 +1084,16 @@ class RemixedDataset(Dataset):
             return rng, 0
         return rng, self._draw_talkers(rng)
 
-    def _draw_talkers(self, rng: np.random.Generator) -> int:
-        """Draw how many talk: every number from 1 on is equally likely."""
-        return int(rng.integers(1, self.max_speakers, endpoint=True))
-
 
 class RemixedFeatures(RemixedDataset):
     """Sums of source features of different talkers, each rolled to start at a random frame."""
 
     def _read_sources(self) -> dict[str, list[Path]]:
         return self.base.files_by_talker()
+
+    def _draw_talkers(self, rng: np.random.Generator) -> int:
+        """Draw how many talk: every number from 1 on is equally likely."""
+        return int(rng.integers(1, self.max_speakers, endpoint=True))
 
     def __getitem__(self, number: int) -> dict:
         rng, count = self.draw_count(number)
