@@ -278,8 +278,9 @@ def read_speech(path: Path) -> list[Utterance]:
     """List the utterances of a folder per speaker, or of a JSON-lines manifest.
 
     A manifest's lines have ``audio`` (relative to the manifest), ``speaker``, ``text``, if the
-    split is given, ``split``, and for ``--same_corpus`` the ``corpus``. In a folder, transcripts
-    are read from ``NAME.txt`` beside a recording or from LibriSpeech's ``*.trans.txt``.
+    split is given, ``split``, and for ``--same_corpus`` and ``--as_recorded`` the ``corpus``. In a
+    folder, transcripts are read from ``NAME.txt`` beside a recording or from LibriSpeech's
+    ``*.trans.txt``.
     """
     manifest = path / "manifest.jsonl" if path.is_dir() else path
     if manifest.is_file():
@@ -332,8 +333,10 @@ def split_speech(utterances: list[Utterance], split_by: str, seed: int) -> dict[
 
 
 def mixing_options(values: dict) -> MixingOptions:
-    """Return options from JSON or the command line, whose pairs are lists."""
-    return MixingOptions(**{k: tuple(v) if k in PAIRS and v else v for k, v in values.items()})
+    """Return options from JSON or the command line, where several values are a list."""
+    several = (*PAIRS, "as_recorded")
+    return MixingOptions(**{
+        k: tuple(v) if k in several and v is not None else v for k, v in values.items()})
 
 
 def pick_device(name: str) -> str:
@@ -637,6 +640,8 @@ def build_parser() -> argparse.ArgumentParser:
            help="where the encoder runs")
     add = parser.add_argument_group("mixing recorded talkers").add_argument
     add("--noise_dir", type=os.path.abspath, help="recordings of noise to add to the mixture alone")
+    add("--as_recorded", nargs="+", default=defaults.as_recorded, metavar="CORPUS",
+        help="corpora whose talkers keep their speed and voice: those to be met again")
     for name, (kind, _, _, text) in MIXING.items():
         more = {"nargs": 2, "metavar": ("MIN", "MAX")} if name in PAIRS else {}
         if name == "reverb":
@@ -657,7 +662,7 @@ def check_arguments(args) -> None:
     if args.layer is not None and not args.encoder:
         raise ValueError("--layer needs --encoder")
     default = build_parser().parse_args([])
-    recorded = (*MIXING, "noise_dir", "encoder", "split_by", "workers", "device")
+    recorded = (*MIXING, "noise_dir", "as_recorded", "encoder", "split_by", "workers", "device")
     for name in ("seq_len", "feature_dim") if args.speech_dir else recorded:
         if getattr(args, name) != getattr(default, name):
             raise ValueError(f"--{name} is for simulated talkers alone" if args.speech_dir else

@@ -65,6 +65,7 @@ class MixingOptions(NamedTuple):
     max_seconds: float | None = None
     same_corpus: float = 0.0
     turns: float = 0.0
+    as_recorded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,8 @@ def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedT
     """Draw utterances in a row with pauses; the last ones go while they exceed max_seconds."""
     count, longest = int(rng.integers(*options.join, endpoint=True)), options.max_seconds or np.inf
     speed = float(rng.uniform(*options.speed))
+    if pool[0].corpus in options.as_recorded:
+        speed = 1.0
     onset, gap = float(rng.uniform(0, options.max_onset)), 0.0
     picks, starts, end = [], [], 0.0
     while len(picks) < count or end < options.min_seconds:
@@ -193,7 +196,8 @@ def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedT
 
 def _with_voice(rng, options: MixingOptions, talker: PlannedTalker) -> PlannedTalker:
     """Draw how a talker's voice is changed, if it is."""
-    if not options.equalizer and options.formants == (1.0, 1.0):
+    unchanged = not options.equalizer and options.formants == (1.0, 1.0)
+    if unchanged or talker.utterances[0].corpus in options.as_recorded:
         return talker
     curve = rng.normal(0, options.equalizer / EQUALIZER).tolist()
     return talker._replace(voice=(float(rng.uniform(*options.formants)), *curve))

@@ -116,7 +116,7 @@ def test_plan_is_a_function_of_the_seed(by_speaker):
 def test_defaults():
     """A dataset made without options stays the same."""
     assert MixingOptions() == (2, 3, (1, 1), 0.0, 0.15, 0.4, 3.0, None, (1.0, 1.0), (1.0, 1.0), 0.0,
-                               None, (10.0, 20.0), 0.0, None, 0.0, 0.0)  # fmt: skip
+                               None, (10.0, 20.0), 0.0, None, 0.0, 0.0, ())  # fmt: skip
 
 
 def test_talkers_of_one_corpus(by_speaker):
@@ -135,6 +135,17 @@ def test_talkers_of_one_corpus(by_speaker):
     for share, count in one_corpus.items():
         alone = large / len(by_speaker) + (1 - large / len(by_speaker)) * apart
         assert count / 200 == pytest.approx(share * alone + (1 - share) * apart, abs=0.1)
+
+
+def test_talkers_as_recorded(by_speaker):
+    groups = {name: [u._replace(corpus="changed" if number % 2 else "kept") for u in group]
+              for number, (name, group) in enumerate(by_speaker.items())}
+    drawn = plans(groups, 20, as_recorded=("kept",), speed=(1.1, 1.2), formants=(0.8, 0.9))
+    talkers = [talker for plan in drawn for talker in plan.talkers]
+    kept = [t for t in talkers if t.utterances[0].corpus == "kept"]
+    changed = [t for t in talkers if t.utterances[0].corpus == "changed"]
+    assert {(t.speed, t.voice) for t in kept} == {(1.0, ())}
+    assert all(1.1 <= t.speed <= 1.2 and 0.8 <= t.voice[0] <= 0.9 for t in changed) and changed
 
 
 def test_voices_are_drawn_after_everything_else(by_speaker):
@@ -518,7 +529,7 @@ def test_long_recordings_are_not_kept(tmp_path):
 
 EVERYTHING = ("--join", 1, 3, "--overlap", 0.2, 0.8, "--speed", 0.9, 1.1, "--reverb", 0.8,
               "--snr_db", 0, 10, "--formants", 0.9, 1.1, "--equalizer", 3, "--same_corpus", 0.5,
-              "--turns", 0.2)
+              "--turns", 0.2, "--as_recorded", "kept", "other")
 
 
 @pytest.fixture(scope="module")
@@ -581,7 +592,7 @@ def test_load_source(everything, noise_dir):
     assert train.options == val.options == MixingOptions(
         max_speakers=2, join=(1, 3), overlap=(0.2, 0.8), speed=(0.9, 1.1), reverb=0.8,
         noise_dir=str(noise_dir), snr_db=(0, 10), formants=(0.9, 1.1), equalizer=3.0,
-        same_corpus=0.5, turns=0.2)
+        same_corpus=0.5, turns=0.2, as_recorded=("kept", "other"))
     assert (train.split, val.split) == ("train", "val")
     assert len(train.noises) == 2
     assert train.by_speaker.keys() == val.by_speaker.keys()

@@ -546,6 +546,7 @@ def test_damaged_manifest(line, tmp_path, capsys):
     lambda about: about["mixing"].update(speed="fast"),
     lambda about: about["mixing"].update(join=[1]),
     lambda about: about["mixing"].update(noise_dir=5),
+    lambda about: about["mixing"].update(as_recorded=5),
 ])  # fmt: skip
 def test_mixing_options_of_a_dataset_are_bounded(change, recordings, tmp_path, capsys):
     data = shutil.copytree(recordings, tmp_path / "data")
