@@ -225,8 +225,8 @@ def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 def _place(rng, talkers: list, target: float, max_seconds: float) -> tuple[list[float], float]:
     """Return onsets in seconds whose ratio is nearest to the target, and how far it is off.
 
-    Onsets move in a straight line from taking turns (no overlap) to the others in a row beside the
-    longest talker (the most overlap).
+    Onsets are interpolated between two placements: one talker after another (no overlap), and all
+    others in a row during the longest talker (the most overlap).
     """
     seconds, count = np.array([t.seconds for t in talkers]), len(talkers)
     order, longest = rng.permutation(count), int(np.argmax(seconds))
@@ -334,7 +334,7 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
 
 @lru_cache(maxsize=CACHED_RECORDINGS)
 def _decoded(path) -> tuple[np.ndarray, np.float32]:
-    """Decode a recording once and keep it in 16 bits, half the memory of float32, and their unit.
+    """Decode a recording once; keep 16-bit integers, half of float32, and the value of one step.
 
     The loudest sample is the largest integer, so that no level is too low or too high.
     """

@@ -111,8 +111,7 @@ def word_table(scores: list[dict]) -> list[str]:
 
 def score_table(scores: dict) -> list[str]:
     """Return the table that stands in the report and that ``evaluate`` prints."""
-    improvements = {"zeros": "-", "mixture": "0.0", "mixture / count": "0.0"}
-    rows = [[name, f"{value:.3f}", improvements[name], "-"]
+    rows = [[name, f"{value:.3f}", "-" if name == "zeros" else "0.0", "-"]
             for name, value in scores["trivial_mse"].items()]
     commonest = f"{scores['majority_count_accuracy']:.1%}"
     rows.append(["always the commonest count", "-", "-", commonest])
@@ -154,7 +153,7 @@ def write_report(
         *markdown_table(["split", "mixtures", "talkers", "mean per mixture",
                          "mixtures by talkers"], data),
         "", f"## Validation, best epoch ({best['epoch']})", "", *score_table(best["val"]),
-        "", "Counts are of every other mixture: the threshold was chosen on the rest.",
+        "", "Talkers are counted in every other mixture; the threshold was chosen on the rest.",
         "", "## Loss by epoch", "",
         *["Training losses are those of a single pass, without what is more than 50 dB below the "
           "loudest bin; validation losses are those of the separator in use.", ""]

@@ -121,9 +121,8 @@ OPTIONS = {
     "patience": Option(None, int, 1, 1e6, "stop after this many epochs without a better one"),
     "seed": Option(42, int, 0, 1 << 62, "seed of weights, order, mixtures and dropout"),
 }
-OTHERS = {  # not numbers
+DEFAULTS = {name: option.default for name, option in OPTIONS.items()} | {
     "remix": True, "recompute": False, "resume": False, "device": "auto", "dtype": "auto"}
-DEFAULTS = {name: option.default for name, option in OPTIONS.items()} | OTHERS
 TrainOptions = namedtuple("TrainOptions", DEFAULTS, defaults=DEFAULTS.values())
 LIMITS = {name: (option.kind, option.low, option.high) for name, option in OPTIONS.items()}
 LIMITS |= {"feature_dim": (int, 1, 1 << 16), "threshold": (float, 0, 1), "port": (int, 1, 65535),
@@ -153,7 +152,7 @@ def default_weights(log_mel: bool) -> LossWeights:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, of a worker process the last."""
+    """Return the first line of an error's message; the last if a DataLoader worker raised it."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
     return lines[-1 if " in DataLoader worker" in lines[0] else 0][:LONGEST_LINE]
 
@@ -162,7 +161,7 @@ def first_line(error: Exception) -> str:
 def reading(path, complaint: str):
     """Turn whatever a library raises about a file into a ValueError that names it.
 
-    Damaged files make libraries raise dozens of kinds; only their calls stand inside.
+    Libraries raise dozens of kinds of errors on damaged files: put only their calls inside.
     """
     try:
         yield
@@ -205,6 +204,12 @@ def read_json(path: Path, kind: type = object):
     return content
 
 
+def write_json(file, content: dict) -> None:
+    """Write a file of JSON, if one is named."""
+    if file is not None:
+        Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def import_sibling(name: str):
     """Import a sibling file, or return None where this script stands alone."""
     import importlib
@@ -236,9 +241,9 @@ def normalize(values: Tensor) -> Tensor:
 
 
 def time_first(frames: Tensor) -> Tensor:
-    """Lay out frames [B, T, D] in memory by time, as ``nn.MultiheadAttention`` turns them.
+    """Store frames [B, T, D] time first, the layout that ``nn.MultiheadAttention`` transposes to.
 
-    Without that PyTorch copies the weights for every frame where there are no gradients: with
+    Otherwise, where there are no gradients, PyTorch copies the weights for every frame: with
     bfloat16 on a CPU a separator of features took 6 times as long (measured).
     """
     return frames.transpose(0, 1).contiguous().transpose(0, 1)
@@ -386,7 +391,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, frames: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, frames: Tensor, bias: Tensor) -> Tensor:
         """Update ``frames [B, T, D]``; ``bias [B, 1, 1, T]`` is -inf at frames not to read."""
         qkv = self.qkv(self.norm(frames)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, D / heads]
@@ -405,7 +410,7 @@ class Block(nn.Module):
             nn.LayerNorm(dim), nn.Linear(dim, ff_dim), nn.GELU(), nn.Linear(ff_dim, dim),
             nn.Dropout(dropout))
 
-    def forward(self, frames: Tensor, valid: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, frames: Tensor, valid: Tensor, bias: Tensor) -> Tensor:
         """Update ``frames [B, T, D]``; ``Convolution`` and ``Attention`` explain the rest."""
         frames = self.attention(self.convolution(frames, valid), bias)
         return frames + self.feed_forward(frames)
@@ -711,8 +716,8 @@ def separator_loss(
 ) -> SeparatorLoss:
     """Score streams under their best assignment to talkers (PIT, arXiv:1607.00325).
 
-    The assignment has the least squared error, plus about ``matching_weight`` times the activity
-    part: without that, streams which are alike are told at random which of them is the talker.
+    The assignment has the least squared error plus about ``matching_weight`` times the activity
+    part. Without that part it would be random which of several identical streams is the talker.
 
     ``separated [B, S, T, D]`` have ``speaker_probs [B, S]``; ``targets [B, S, T, D]`` are talkers
     where ``speaker_mask [B, S]`` is set, zeros elsewhere; ``mixture [B, T, D]`` is valid where
@@ -777,7 +782,7 @@ def check_num_speakers(num_speakers: int | None, streams: int) -> None:
 
 
 def first_threshold(separator) -> float:
-    """Return what the first talker needs at most: a recording is rarely silent."""
+    """Return the highest threshold of the likeliest stream: recordings are rarely silent."""
     return 0.5 if separator.is_spectrogram else 1.0
 
 
@@ -793,8 +798,8 @@ def active_streams(
 ) -> Tensor:
     """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest.
 
-    The likeliest stream needs only the lower of ``first`` and ``threshold``, unless that is 1.
-    With ``reach_threshold``, only those of the likeliest that reach the threshold too.
+    The likeliest stream is one from ``min(first, threshold)`` on, unless the threshold is 1. With
+    ``reach_threshold``, the ``num_speakers`` likeliest must also reach the threshold.
     """
     reached = speaker_probs >= threshold
     if first < threshold < 1:
@@ -807,15 +812,20 @@ def active_streams(
 
 
 def choose_talkers(
-    separator, values: Tensor, unchanged: Tensor, probs: Tensor, threshold: float,
+    separator, values: Tensor, unchanged: Tensor, probs: Tensor, threshold: float | None,
     num_speakers: int | None, reach_threshold: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return streams or gains [B, S, T, D], and which are talkers [B, S] (``active_streams``).
 
     If exactly one stream of a spectrogram is a talker, ``unchanged [B, T, D]`` (the mixture, or
     gains of 0) replaces it: separation can only harm a talker alone. With ``num_speakers`` given,
-    nothing is replaced.
+    nothing is replaced. ``threshold`` is the separator's own by default. ValueError if what the
+    separator put out is not finite.
     """
+    if not (values.isfinite().all() and probs.isfinite().all()):
+        raise ValueError("the separator's output is not finite: its weights are damaged, or the "
+                         "input is far too loud")
+    threshold = separator.threshold if threshold is None else threshold
     active = active_streams(
         probs, threshold, num_speakers, reach_threshold, first_threshold(separator))
     if separator.is_spectrogram and num_speakers is None:
@@ -835,13 +845,6 @@ def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor, first: floa
     return round(float(best[(best - 0.5).abs().argmin()]), 3)
 
 
-def check_output(values: Tensor, probs: Tensor) -> None:
-    """Fail unless what a separator put out is finite."""
-    if not (values.isfinite().all() and probs.isfinite().all()):
-        raise ValueError("the separator's output is not finite: its weights are damaged, or the "
-                         "input is far too loud")
-
-
 def window_separator(separator, threshold: float | None, num_speakers: int | None):
     """Return the function that ``long_recordings.separate_recording`` calls on its windows.
 
@@ -849,14 +852,12 @@ def window_separator(separator, threshold: float | None, num_speakers: int | Non
     spectrograms the function returns gains, as a talker's floor depends on all windows.
     """
     separator.eval()
-    threshold = separator.threshold if threshold is None else threshold
     weight = separator.speaker_queries  # for device and precision
     method = separator.gains if separator.is_spectrogram else separator
 
     @torch.inference_mode()
     def separate_windows(features: Tensor, alone: bool):
         values, probs = method(features.to(weight.device, weight.dtype))
-        check_output(values, probs)
         values, active = choose_talkers(
             separator, values, torch.zeros_like(values[:, 0]), probs, threshold, num_speakers,
             reach_threshold=not alone)
@@ -897,9 +898,6 @@ def trivial_outputs(mixture: Tensor, speaker_mask: Tensor, log_mel: bool = False
         floor = mixture.amax((1, 2), keepdim=True) - LOG_MEL_RANGE
         zeros, shared = floor.expand_as(mixture), mixture - count.log10() / 2
     return dict(zip(TRIVIAL_OUTPUTS, (zeros, mixture, shared), strict=True))
-
-
-COUNT_SCORES = ("threshold", "count_accuracy", "majority_count_accuracy", "precision", "recall")
 
 
 def count_scores(
@@ -1060,9 +1058,9 @@ class RemixedDataset(Dataset):
     """Fresh mixtures of the training sources, from silence to ``max_speakers`` talkers.
 
     Item ``number`` depends on the seed and the number alone; epoch ``e`` takes those from
-    ``e * length`` on, so that no mixture returns within a run of one ``length``, and a resumed run
-    draws the same ones. Each of the two kinds says what its talkers can say (``_read_sources``) and
-    how many of them talk (``_draw_talkers``).
+    ``e * length`` on. So no mixture returns within a run whose ``length`` stays the same, and a
+    resumed run draws the same ones. Each of the two kinds says what its talkers can say
+    (``_read_sources``) and how many of them talk (``_draw_talkers``).
     """
 
     SILENCE = 0.04  # share of mixtures without any talker
@@ -1126,7 +1124,7 @@ class RemixedRecordings(RemixedDataset):
         It needs no plan, so that batches are sorted by length at little cost.
         """
         rng, count = self.draw_count(number)
-        share = rng.random()  # drawn even if unused: parts are of the same mixtures
+        share = rng.random()  # always drawn: parts are of the mixtures that are drawn whole
         if self.crop_seconds is None:
             return rng, count, math.inf
         least, most = self.crop_seconds
@@ -1236,8 +1234,8 @@ def by_mixture(values: Tensor, batch: dict) -> Tensor:
 def change_talkers(spectra: Tensor, batch: dict) -> Tensor:
     """Give the talkers of a batch their ``voices``, each as loud as before.
 
-    ``spectra [R, frequencies, frames]`` are those of the batch's ``rows``; a mixture changes by as
-    much as its talkers do together.
+    ``spectra [R, frequencies, frames]`` are those of the batch's ``rows``; each mixture gets the
+    sum of its talkers' changes.
     """
     from audio import change_voices
 
@@ -1662,12 +1660,9 @@ def check_tensors(tensors: dict, shapes: dict) -> None:
 
 def build_separator(config: dict, state: dict, origin):
     """Rebuild a separator from its configuration and weights; errors name ``origin``."""
-    try:
+    with reading(origin, "does not fit this version of the separator"):
         separator = empty_separator(config)
         check_tensors(state, {name: w.shape for name, w in separator.state_dict().items()})
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{origin} does not fit this version of the separator: "
-                         f"{first_line(error)}") from None
     separator.to_empty(device="cpu").load_state_dict(state)
     return separator
 
@@ -1677,12 +1672,9 @@ def _load_exported(path_or_id: str):
     from safetensors.torch import load_file
     from transformers.utils import cached_file
 
-    try:
+    with reading(path_or_id, "cannot be loaded as a separator"):
         files = [cached_file(path_or_id, name) for name in ("config.json", "model.safetensors")]
         config, state = read_json(Path(files[0]), dict), load_file(files[1])
-    except Exception as error:  # the hub and safetensors raise dozens of kinds, over many lines
-        raise ValueError(
-            f"cannot load a separator from {path_or_id}: {first_line(error)}") from None
     return build_separator(config, state, path_or_id)
 
 
@@ -2012,7 +2004,8 @@ def check_history(history: list, epochs: int) -> None:
     for number, row in enumerate(history, start=1):
         train, val = row["train"], row["val"]
         values = [row["lr"], row["seconds"], *(train[part] for part in LOSS_PARTS),
-                  *(val[name] for name in (*LOSS_PARTS, "si_sdr_improvement", *COUNT_SCORES)),
+                  *(val[name] for name in (*LOSS_PARTS, "si_sdr_improvement", "threshold",
+                                           "count_accuracy", "majority_count_accuracy")),
                   *(val["trivial_mse"][name] for name in TRIVIAL_OUTPUTS)]
         if row["epoch"] != number or not all(is_number(v, -1e30, 1e30) for v in values):
             raise ValueError(f"epoch {number} of its history is damaged")
@@ -2318,7 +2311,7 @@ def run_epochs(run: Run, folder: Path) -> None:
 
     def note(number: int, _):
         run.signals.append(number)
-        if len(run.signals) > 2:  # somebody insists
+        if len(run.signals) > 2:  # the third one stops at once
             raise Stopped(number)
 
     with handling_signals(note):
@@ -2488,8 +2481,6 @@ def separate(
         raise ValueError(f"features must be [T, D], not {list(features.shape)}")
     weight = separator.speaker_queries
     separated, probs = separator.eval()(features.to(weight.device, weight.dtype)[None])
-    threshold = separator.threshold if threshold is None else threshold
-    check_output(separated, probs)
     separated, active = choose_talkers(
         separator, separated, features[None], probs, threshold, num_speakers)
     return Separation(separated[0].float(), probs[0], active[0])
@@ -2565,7 +2556,7 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
         for name, values in files.items():
             write = np.save if name.endswith(".npy") else import_sibling("audio").write_wav
             write(staging / name, values)
-        (staging / "separation.json").write_text(json.dumps(about, indent=2) + "\n")
+        write_json(staging / "separation.json", about)
         if scoring := import_sibling("scoring"):
             picture = staging / "separation.png"
             scoring.plot_streams(picture, [panels], about["frame_rate"], log_mel)
@@ -2666,19 +2657,12 @@ def check_call(integration: Integration, ids, features, mode: str, option) -> No
     if frames > integration.mel_frames:
         raise ValueError(f"the recording has {frames} mel frames and the model reads "
                          f"{integration.mel_frames} at a time: answer_per_talker reads longer ones")
-    if ids is None:
-        check_whisper_call(integration, mode, option)
-    else:
+    if ids is not None:
         check_prompts(integration.model, ids, features, mode, option)
-
-
-def check_whisper_call(integration: Integration, mode: str, option) -> None:
-    """Fail if Whisper cannot do what a call asks for."""
+        return
     if mode == "joint":
         raise ValueError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
-    if integration.separator.is_spectrogram:
-        return
-    for name in READ_AGAIN:
+    for name in () if integration.separator.is_spectrogram else READ_AGAIN:
         value = option(name)
         if value and not (name == "temperature" and isinstance(value, (int, float))):
             raise ValueError(f"{name} makes Whisper read the recording again, which a separator of "
@@ -2761,7 +2745,7 @@ class Integration:
 
     def __init__(self, model, separator, layer: int | None, threshold: float | None):
         self.model, self.separator, self.layer = model, separator, layer
-        self.threshold = separator.threshold if threshold is None else threshold
+        self.threshold = threshold
         config = getattr(model, "config", None)
         self.is_qwen = hasattr(config, "audio_config")
         encoder = getattr(config, "audio_config", config)
@@ -3037,7 +3021,7 @@ def transcribe(model, processor, recordings: list, **options) -> list[list[str]]
 def texts_of_recordings(dataset: MultiSpeakerDataset) -> list[list[str]]:
     """Return what each talker of each mixture says; ValueError without recordings or texts."""
     samples = dataset.samples
-    texts = [[str(s.get("text") or "") for s in sample["speakers"]] for sample in samples]
+    texts = [[s.get("text") or "" for s in sample["speakers"]] for sample in samples]
     recorded = all("mixed_wav" in sample and all("wav_file" in s for s in sample["speakers"])
                    for sample in samples)
     if not recorded or not any(map(any, texts)):
@@ -3124,12 +3108,6 @@ def resume_results(file: str | None, key: str) -> dict[str, dict]:
     return done
 
 
-def write_json(file: str | None, content: dict) -> None:
-    """Write a file of JSON, if one is named."""
-    if file is not None:
-        Path(file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def append_line(file: str | None, row: dict) -> None:
     """Append a line of JSON to a file, if there is one."""
     if file is not None:
@@ -3161,6 +3139,11 @@ def open_separator(args, spectrograms: bool, device: str):
     return separator, checkpoint
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether PyTorch ran out of a device's memory, or of the machine's."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def running(model: str):
     """Turn errors that a model's files cause into a ValueError that names the model.
@@ -3177,7 +3160,8 @@ def running(model: str):
         raise
     except Exception as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if Path(frame.f_code.co_filename).resolve().parent == Path(__file__).resolve().parent:
+        ours = Path(frame.f_code.co_filename).resolve().parent == Path(__file__).resolve().parent
+        if ours or is_out_of_memory(error):
             raise
         raise ValueError(f"{model} cannot be used: {type(error).__name__}, {first_line(error)}"
                          ) from None
@@ -3471,8 +3455,6 @@ def add_infer_arguments(add) -> None:
     add("--input",      required=True, help="features [T, D] as .npy, audio, or a folder of either")
     add("--jsonl",      metavar="FILE", help="add a line for each input; skip paths that have one")
     add("--encoder",    help="model that makes the features (default: the checkpoint's)")
-    add("--layer",      type=int,
-        help="encoder block to separate after (default: the checkpoint's)")
     add("--output_dir", default="separated", help="where speaker_1.npy ... go")
 
 
@@ -3482,8 +3464,6 @@ def add_integrate_arguments(add) -> None:
     add("--audio",          required=True, nargs="+", action="extend", help="recordings")
     add("--mode",           default="separate", choices=["separate", "joint"],
         help="an answer per talker, or one about all of them in one prompt")
-    add("--layer",          type=int,
-        help="encoder block to separate after (default: the checkpoint's)")
     add("--json",           metavar="FILE", help="also write the answers, by window too")
     add("--jsonl",          metavar="FILE",
         help="add a line for each recording; skip paths that have one")
@@ -3502,9 +3482,11 @@ def add_shared_arguments(name: str, add) -> None:
         add("--checkpoint",
             help="separator (default: the shipped one for audio, else checkpoints/best_model.pt)")
         add("--threshold", type=float,
-            help="least probability of a talker (default: the checkpoint's); in recordings the "
-                 "likeliest one needs only 0.5 if this is higher")
+            help="lowest probability of a talker (default: the checkpoint's); in recordings the "
+                 "likeliest stream is one from 0.5 on even if this is higher")
         add("--num_speakers", type=int, help="how many talkers there are, when known")
+    if name in ("infer", "integrate"):
+        add("--layer", type=int, help="encoder block to separate after (default: the checkpoint's)")
     if name in ("evaluate", "integrate", "demo"):
         add("--prompt", help="question to Qwen2-Audio (default: What does the person say?)")
         add("--max_new_tokens", type=int,
@@ -3615,7 +3597,7 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):
             tell_stop(args, str(error) or "stopped")
             return leave(getattr(error, "status", 130))
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             error = MemoryError("out of memory: shorter recordings, a smaller --batch_size (train "
                                 "also has --recompute) or --device=cpu need less of it")
         if not isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryError)):

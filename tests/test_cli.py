@@ -744,6 +744,14 @@ def test_integrate_count(flag, rows, qwen_folder, qwen_checkpoint, tmp_path, cap
     assert ("no talker found" in printed) is (rows == 0)
 
 
+def test_integrate_out_of_memory(qwen_folder, qwen_checkpoint, recording, monkeypatch, capsys):
+    """Errors from outside this project's files are a model's fault, but not this one."""
+    monkeypatch.setattr(
+        "long_recordings.answer_per_talker", lambda *_, **__: torch.empty(1 << 48).numpy())
+    argv = ["integrate", f"--model={qwen_folder}", f"--audio={recording}", *CPU_FLAGS]
+    assert_fails(capsys, [*argv, f"--checkpoint={qwen_checkpoint}"], "out of memory")
+
+
 def test_integrate_prints_no_warnings_of_others(qwen_folder, qwen_checkpoint, recording, tmp_path):
     """Transformers warns of max_length beside max_new_tokens, which no flag of ours can mend."""
     model = shutil.copytree(qwen_folder, tmp_path / "model")
