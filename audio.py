@@ -26,6 +26,9 @@ N_FFT, HOP_LENGTH = 400, 160  # samples: 25 ms every 10 ms
 FRAME_RATE = SAMPLING_RATE // HOP_LENGTH  # spectrogram frames per second
 READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
 RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; samples whose squares float32 can add up
+SIZED = {b"RIFF": "little", b"RIFX": "big", b"FORM": "big"}  # WAV and AIFF: byte order of the size
+SIZES = (1024, 0x7FFF0000)  # bytes that a header may be off, and sizes that stand for a stream
+OGG_PAGE = 1 << 16  # bytes that hold the last page's header
 LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotary base
 LARGEST = {"chunk_length": 300, "feature_size": 1000, "num_beams": 100, "num_return_sequences": 100}
 FIXED = {"n_fft": N_FFT, "hop_length": HOP_LENGTH, "sampling_rate": SAMPLING_RATE}
@@ -61,7 +64,8 @@ def _reading(path):
         os.dup2(nowhere, 2)
         try:
             yield soundfile
-        except (soundfile.SoundFileError, TypeError) as error:  # broken off, without a header
+        except (soundfile.SoundFileError, TypeError, UnicodeError) as error:
+            # TypeError: no header; UnicodeError: a name that is not UTF-8
             raise ValueError(f"cannot read audio from {path}: {first_line(error)}") from None
         finally:
             os.dup2(kept, 2)
@@ -87,6 +91,22 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
                              "missing")
 
 
+def _breaks_off(path) -> bool:
+    """Say whether a file is shorter than its header says, or lacks the last page of Ogg.
+
+    libsndfile reads what is there of such a WAV, AIFF or Ogg file as if that were all.
+    """
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        kind, declared = file.read(4), file.read(4)
+        if kind == b"OggS":
+            file.seek(max(0, size - OGG_PAGE))
+            page = file.read().rpartition(kind)[2]
+            return len(page) < 2 or not page[1] & 4  # the flag of the last one
+    slack, stream = SIZES
+    return kind in SIZED and size + slack < int.from_bytes(declared, SIZED[kind]) < stream
+
+
 def check_rate(name, rate: int) -> None:
     """Fail unless a sampling rate is one that audio can have."""
     if not RATES[0] <= rate <= RATES[1]:
@@ -107,6 +127,8 @@ def audio_info(path):
     if not info.frames:
         raise ValueError(f"{path} has no samples")
     check_rate(path, info.samplerate)
+    if _breaks_off(path):
+        raise ValueError(f"cannot read audio from {path}: it breaks off")
     if info.frames > 100 * Path(path).stat().st_size:  # implausible: reading raises if some miss
         for _ in _blocks_of_file(path):
             pass
@@ -116,10 +138,14 @@ def audio_info(path):
 def _blocks_in_memory(audio) -> Iterator[np.ndarray]:
     """Yield samples block by block; 16-bit integers are scaled to full scale 1."""
     if isinstance(audio, Tensor):
-        audio = audio.detach().to("cpu", None if audio.dtype == torch.int16 else torch.float32)
+        audio = audio.detach().cpu()
+        audio = audio.float() if audio.is_floating_point() else audio
     samples = np.asarray(audio)
     if samples.ndim != 1:
         raise ValueError(f"audio in memory must be mono [samples], not {list(samples.shape)}")
+    if samples.dtype.kind in "iu" and samples.dtype != np.int16:
+        raise ValueError(f"integers in memory must be int16, not {samples.dtype}: divide others by "
+                         "their full scale")
     full_scale = 32768 if samples.dtype == np.int16 else 1
     for start in range(0, len(samples), READ_BLOCK):
         yield samples[start : start + READ_BLOCK].astype(np.float32) / full_scale
@@ -139,12 +165,15 @@ def audio_blocks(audio, sampling_rate: int | None = None) -> Iterator[np.ndarray
     for block in blocks(audio):
         if not (np.abs(block) <= LOUDEST).all():
             raise ValueError(f"{name} holds NaN or infinite samples, or some beyond {LOUDEST:g}")
+        block = stream.resample_chunk(block) if stream else block
         length += len(block)
-        yield stream.resample_chunk(block) if stream else block
+        yield block
+    if stream:
+        block = stream.resample_chunk(np.zeros(0, np.float32), last=True)
+        length += len(block)
+        yield block
     if not length:
         raise ValueError(f"{name} has no samples")
-    if stream:
-        yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
 def read_audio(audio, sampling_rate: int | None = None) -> np.ndarray:

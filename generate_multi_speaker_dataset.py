@@ -27,6 +27,8 @@ if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C wo
 import argparse
 import contextlib
 import json
+import math
+import re
 import shutil
 from array import array
 from collections import Counter
@@ -165,15 +167,18 @@ def simulated_dataset(args, sizes: dict[str, int]) -> tuple[Iterator[dict], dict
 def _read_manifest(manifest: Path) -> list[Utterance]:
     utterances, number = [], 1
     try:
-        with open(manifest, encoding="utf-8") as lines:
+        with open(manifest, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     row = json.loads(line)
                     audio, speaker = manifest.parent / row["audio"], sys.intern(str(row["speaker"]))
+                    if row["speaker"] in (None, ""):
+                        raise ValueError("speaker is empty")
                     if not os.path.isfile(audio):
                         raise FileNotFoundError(
                             f"{manifest}, line {number}: no such audio file: {audio}")
-                    text, *names = (str(row.get(key) or "") for key in ("text", "split", "corpus"))
+                    text, *names = ("" if row.get(key) is None else str(row[key])
+                                    for key in ("text", "split", "corpus"))
                     utterances.append(Utterance(audio, speaker, text, *map(sys.intern, names)))
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(
@@ -183,7 +188,7 @@ def _read_manifest(manifest: Path) -> list[Utterance]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error})") from None
 
@@ -197,9 +202,11 @@ def _read_speaker_folders(path: Path) -> list[Utterance]:
         chapters.add(listing.parent)
     datasets = {about.parent for about in path.rglob("dataset.json")  # that this script made
                 if (about.parent / "train/metadata.json").is_file()}
+    separations = {about.parent for about in path.rglob("separation.json")}  # that infer made
     utterances = []
     for audio in mixing.list_recordings(path, "*/**/*"):
-        if not datasets.isdisjoint(audio.parents):  # its mixtures are nobody's speech
+        separated = audio.parent in separations and audio.name.startswith("speaker_")
+        if separated or not datasets.isdisjoint(audio.parents):  # mixtures are nobody's speech
             continue
         parts = audio.relative_to(path).parts  # [subset,] speaker, chapter, file in LibriSpeech
         speaker = parts[-3] if audio.parent in chapters and len(parts) > 3 else parts[0]
@@ -300,12 +307,17 @@ def _split_of_manifest(utterances: list[Utterance]) -> dict[str, list[Utterance]
     if odd:
         raise ValueError("the manifest's split must be train or val for every line or for none, "
                          f"and {odd.audio} has {odd.split or 'none'!r}")
+    return splits
+
+
+def check_apart(splits: dict[str, list[Utterance]]) -> None:
+    """Raise ValueError if a recording is in both splits."""
     names = {u.audio.name for u in splits["val"]}  # to resolve all would be slow
     train, val = ({u.audio.resolve() for u in group if u.audio.name in names}
                   for group in splits.values())
     if train & val:
-        raise ValueError(f"the manifest has {min(train & val)} in both splits")
-    return splits
+        raise ValueError(f"{min(train & val)} is in both splits: list it for one speaker, with one "
+                         "text and split")
 
 
 def split_speech(utterances: list[Utterance], split_by: str, seed: int) -> dict[str, list]:
@@ -581,6 +593,7 @@ def generate_dataset(args, command_line: str) -> None:
         if is_hub_dataset(args.speech_dir) or any(speech.glob("*.parquet")):
             speech = fetch_speech(args.speech_dir, output_dir / "fetched_speech")
         splits = split_speech(read_speech(speech), args.split_by, args.seed)
+        check_apart(splits)
     mixtures, about = (speech_dataset(args, sizes, splits) if splits else
                        simulated_dataset(args, sizes))
     about |= {"seed": args.seed, "command_line": command_line}
@@ -615,7 +628,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Make mixtures of talkers with each talker alone.",
         epilog="example: python generate_multi_speaker_dataset.py --train_samples=100",
-        formatter_class=Help)
+        formatter_class=Help, allow_abbrev=False)
     parser.error = lambda message: parser.exit(
         2, f"error: {' '.join(message.split())[:500]} (see {parser.prog} --help)\n")
     add, defaults = parser.add_argument, MixingOptions()
@@ -659,6 +672,8 @@ def check_arguments(args) -> None:
         "feature_dim": (NUM_BANDS, 1e5), **BOUNDS})
     if args.seq_len * args.feature_dim > MOST_VALUES:
         raise ValueError(f"--seq_len times --feature_dim can be {MOST_VALUES:,} at most")
+    if args.min_seconds > (args.max_seconds or math.inf):
+        raise ValueError("--min_seconds is more than --max_seconds")
     if args.layer is not None and not args.encoder:
         raise ValueError("--layer needs --encoder")
     default = build_parser().parse_args([])
@@ -683,8 +698,9 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(ValueError):  # outside the main thread there are no signals
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if odd := [text for text in arguments if text.endswith("=--")]:  # argparse stumbles
-            parser.error(f"{odd[0][:-3]} needs a value")
+        # Empty values, as of unset variables of a shell; argparse stumbles over --name=--.
+        if odd := [text for text in arguments if re.fullmatch("(--[^=]+=(--)?)?", text)]:
+            parser.error(f"{odd[0].partition('=')[0] or 'an option'} needs a value")
         args = parser.parse_args(arguments)
         check_arguments(args)
         generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))

@@ -96,8 +96,10 @@ def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utteranc
 
 def list_recordings(folder: Path, pattern: str) -> list[Path]:
     """Return the recordings in a folder that match a pattern, sorted; hidden files are none."""
-    return sorted(p for p in folder.glob(pattern)
-                  if p.suffix.lower() in AUDIO_SUFFIXES and not p.name.startswith("."))
+    return sorted(
+        path for path in folder.glob(pattern)
+        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def list_noises(noise_dir: str | None) -> list[str]:
@@ -195,10 +197,11 @@ def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedT
 
 
 def _with_voice(rng, options: MixingOptions, talker: PlannedTalker) -> PlannedTalker:
-    """Draw how a talker's voice is changed, if it is."""
-    unchanged = not options.equalizer and options.formants == (1.0, 1.0)
-    if unchanged or talker.utterances[0].corpus in options.as_recorded:
+    """Draw how a talker's voice is changed, if any is."""
+    if not options.equalizer and options.formants == (1.0, 1.0):
         return talker
+    if talker.utterances[0].corpus in options.as_recorded:
+        return talker._replace(voice=(1.0, *np.zeros(len(EQUALIZER)).tolist()))
     curve = rng.normal(0, options.equalizer / EQUALIZER).tolist()
     return talker._replace(voice=(float(rng.uniform(*options.formants)), *curve))
 

@@ -1672,7 +1672,8 @@ def _load_exported(path_or_id: str):
     from safetensors.torch import load_file
     from transformers.utils import cached_file
 
-    with reading(path_or_id, "cannot be loaded as a separator"):
+    here = "" if Path(path_or_id).exists() else "is no file or folder here, and "
+    with reading(path_or_id, f"{here}cannot be loaded as a separator"):
         files = [cached_file(path_or_id, name) for name in ("config.json", "model.safetensors")]
         config, state = read_json(Path(files[0]), dict), load_file(files[1])
     return build_separator(config, state, path_or_id)
@@ -2547,7 +2548,8 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
         raise ValueError(f"{source} is the input and would be overwritten: choose another "
                          "--output_dir")
     ours = (folder / "separation.json").is_file()  # files of another origin stay
-    if foreign := [name for name in files if (folder / name).exists() and not ours]:
+    names = [*files, "separation.png"]
+    if foreign := [name for name in names if (folder / name).exists() and not ours]:
         raise ValueError(f"{folder / foreign[0]} is not of an earlier separation and would be "
                          "overwritten: choose another --output_dir")
     staging = folder / ".separation"  # earlier results stay until these are whole
@@ -3018,16 +3020,15 @@ def transcribe(model, processor, recordings: list, **options) -> list[list[str]]
     return answers
 
 
-def texts_of_recordings(dataset: MultiSpeakerDataset) -> list[list[str]]:
-    """Return what each talker of each mixture says; ValueError without recordings or texts."""
-    samples = dataset.samples
-    texts = [[s.get("text") or "" for s in sample["speakers"]] for sample in samples]
+def transcribed_samples(dataset: MultiSpeakerDataset) -> list[dict]:
+    """Return the mixtures of recordings all of whose talkers have a text; ValueError if none."""
     recorded = all("mixed_wav" in sample and all("wav_file" in s for s in sample["speakers"])
-                   for sample in samples)
-    if not recorded or not any(map(any, texts)):
+                   for sample in dataset.samples)
+    samples = [s for s in dataset.samples if all(speaker.get("text") for speaker in s["speakers"])]
+    if not recorded or not any(sample["speakers"] for sample in samples):
         raise ValueError(f"{dataset.folder} has no recordings with transcripts to count words of: "
                          "make it with a --speech_dir that has both")
-    return texts
+    return samples
 
 
 def evaluate_words(
@@ -3036,8 +3037,9 @@ def evaluate_words(
 ) -> list[dict]:
     """Count word errors for the mixtures of a dataset of recordings, with and without separator.
 
-    Returns one dict per mixture: ``talkers, overlap, words, found`` (talkers) and the word errors
-    of ``mixture`` (the model as it is), ``separated`` and ``oracle`` (each talker alone).
+    Returns one dict per mixture whose talkers all have a transcript: ``talkers, overlap, words,
+    found`` (talkers) and the word errors of ``mixture`` (the model as it is), ``separated`` and
+    ``oracle`` (each talker alone).
     ``options`` (``prompt`` and those of ``generate``) go to the model. Raises ValueError if there
     are no recordings or transcripts.
     """
@@ -3047,7 +3049,10 @@ def evaluate_words(
 
     if integration_of(model) is not None:
         raise ValueError("there is a separator in this model: remove_speaker_separator first")
-    said, samples = texts_of_recordings(dataset), dataset.samples
+    samples = transcribed_samples(dataset)
+    if left_out := len(dataset) - len(samples):
+        print(f"words are counted without {left_out} mixtures that lack a talker's transcript")
+    said = [[speaker["text"] for speaker in sample["speakers"]] for sample in samples]
     files = [dataset.files(sample, recordings=True) for sample in samples]
     mixtures = [read_audio(paths[0]) for paths in files]
     if cut := sum(len(mixture) > processor.feature_extractor.n_samples for mixture in mixtures):
@@ -3097,14 +3102,21 @@ def resume_results(file: str | None, key: str) -> dict[str, dict]:
     if file is None or not Path(file).is_file():
         return {}
     with reading(file, "is not what --jsonl wrote"):
-        *lines, rest = Path(file).read_bytes().split(b"\n")
+        content = Path(file).read_bytes()
+        with contextlib.suppress(ValueError):  # a whole line that only lacks its end
+            json.loads(content.rpartition(b"\n")[2])
+            content += b"\n"
+        *lines, rest = content.split(b"\n")
         done = {row["input"]: row for row in map(json.loads, lines)}
         if not b'{"input": '.startswith(rest[:10]):
             raise ValueError("no line of results at its end")
         if not all(key in row for row in done.values()):
             raise ValueError("another command's lines")
     if rest:
-        os.truncate(file, Path(file).stat().st_size - len(rest))
+        os.truncate(file, len(content) - len(rest))
+    elif len(content) > Path(file).stat().st_size:
+        with open(file, "ab") as end:
+            end.write(b"\n")
     return done
 
 
@@ -3218,6 +3230,8 @@ def cmd_evaluate(args) -> None:
 
     device = pick_device(args.device)
     check_questions(args)
+    if args.picture and Path(args.picture).suffix.lower() != ".png":
+        raise ValueError(f"--picture writes .png, not {args.picture}")
     data, default = Path(args.data_dir), Path(DEFAULT_CHECKPOINT_DIR) / "best_model.pt"
     check_writable(args.json, args.picture, inputs=(
         data / args.split, data / "dataset.json", args.checkpoint or default, SHIPPED_SEPARATOR,
@@ -3229,7 +3243,7 @@ def cmd_evaluate(args) -> None:
     if args.model:
         from audio import load_config, load_model
 
-        texts_of_recordings(dataset)
+        transcribed_samples(dataset)
         check_prompt(args.prompt, load_config(args.model))
     scores = evaluate_separator(
         separator, dataset, batch_size=args.batch_size, device=device,
@@ -3294,9 +3308,9 @@ def list_inputs(path: Path) -> list[Path]:
     """Return the recordings in a folder, or the .npy files if it has none; a file as it is."""
     if not path.is_dir():
         return [path]
-    from mixing import list_recordings
-
-    if paths := list_recordings(path, "*") or sorted(path.glob("*.npy")):
+    mixing = import_sibling("mixing")
+    recordings = mixing.list_recordings(path, "*") if mixing else []
+    if paths := recordings or sorted(path.glob("*.npy")):
         return paths
     raise ValueError(f"no such audio file: {path} is a folder without recordings or .npy files; "
                      "name one file, or another folder")
@@ -3529,10 +3543,10 @@ class Parser(argparse.ArgumentParser):
     """Parser of one command; what it refuses it names in one line."""
 
     def parse_args(self, args=None, namespace=None):
-        """Parse as argparse does, which stumbles over ``--name=--``."""
+        """Parse as argparse does; refuse empty values, as of unset variables of a shell."""
         for text in sys.argv[1:] if args is None else args:
-            if text.endswith("=--"):
-                self.error(f"{text[:-3]} needs a value")
+            if re.fullmatch("(--[^=]+=(--)?)?", text):  # argparse stumbles over --name=--
+                self.error(f"{text.partition('=')[0] or 'an option'} needs a value")
         return super().parse_args(args, namespace)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -3555,12 +3569,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of every subcommand."""
     example = "example:\n  python speaker_separator_module.py {} \\\n      {}"
     parser = Parser(description="Train and use a speaker separator inside a frozen speech model.",
-                    epilog=example.format("train", COMMANDS["train"][2]), formatter_class=Help)
+                    epilog=example.format("train", COMMANDS["train"][2]), formatter_class=Help,
+                    allow_abbrev=False)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (run, add_arguments, flags) in COMMANDS.items():
         command = subparsers.add_parser(
             name, help=run.__doc__, description=run.__doc__, epilog=example.format(name, flags),
-            formatter_class=Help)
+            formatter_class=Help, allow_abbrev=False)
         add_arguments(command.add_argument)
         add_shared_arguments(name, command.add_argument)
     return parser

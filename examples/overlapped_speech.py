@@ -24,7 +24,8 @@ from scoring import markdown_table, word_table  # noqa: E402
 def select_corpus(args) -> Path:
     """Write the manifest's lines of one corpus, with absolute paths; return the new manifest."""
     source = existing(Path(args.speech) / "manifest.jsonl")
-    rows = map(json.loads, source.read_text(encoding="utf-8").splitlines())
+    with open(source, encoding="utf-8-sig") as lines:
+        rows = [json.loads(line) for line in lines if line.strip()]
     rows = [row | {"audio": str((source.parent / row["audio"]).resolve())} for row in rows
             if (row.get("corpus") or "").startswith(args.corpus)]
     manifest = args.work_dir / f"{args.corpus}.jsonl"

@@ -40,7 +40,9 @@ def write_manifest(args) -> Path:
         sys.exit(2)
     with open(manifest, "w", encoding="utf-8") as lines:
         for listing in (speech, digits):
-            for line in listing.read_text(encoding="utf-8").splitlines():
+            for line in listing.read_text(encoding="utf-8-sig").split("\n"):
+                if not line.strip():
+                    continue
                 row = json.loads(line)
                 row["audio"] = str((listing.parent / row["audio"]).resolve())
                 training = row.get("split") == "train"

@@ -52,6 +52,41 @@ def test_the_rate_of_a_file_is_its_own(tmp_path):
     assert len(audio.read_audio(tmp_path / "a.wav", sampling_rate=44100)) == RATE // 2
 
 
+@pytest.mark.parametrize("kind", ["wav", "aiff", "ogg", "opus", "flac", "mp3"])
+def test_half_a_file(kind, tmp_path):
+    """libsndfile takes the first three for shorter recordings."""
+    path = tmp_path / f"a.{kind}"
+    form = {"format": "OGG", "subtype": "OPUS"} if kind == "opus" else {}
+    soundfile.write(path, np.random.default_rng(0).normal(0, 0.1, 8 * RATE), RATE, **form)
+    assert len(audio.read_audio(path)) == pytest.approx(8 * RATE, abs=3000)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"cannot read audio from .*a\.{kind}"):
+        audio.read_audio(path)
+
+
+@pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_wav_of_a_stream(size, tmp_path):
+    """What a pipe writes does not know its size."""
+    soundfile.write(tmp_path / "a.wav", sine(1, 200), RATE)
+    data = bytearray((tmp_path / "a.wav").read_bytes())
+    data[4:8] = size.to_bytes(4, "little")
+    (tmp_path / "a.wav").write_bytes(data)
+    assert len(audio.read_audio(tmp_path / "a.wav")) == RATE
+
+
+@pytest.mark.parametrize("samples", [
+    [0, 1000, -1000], torch.tensor([0, 1000], dtype=torch.int32), np.array([0, 255], np.uint8)])
+def test_integers_of_unknown_scale(samples):
+    with pytest.raises(ValueError, match="integers in memory must be int16"):
+        audio.read_audio(samples)
+
+
+def test_less_than_a_sample(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.zeros(1), 48000)
+    with pytest.raises(ValueError, match=r"a\.wav has no samples"):
+        audio.read_audio(tmp_path / "a.wav")
+
+
 @pytest.mark.parametrize("rate", [0, 16])  # kHz for Hz
 def test_no_such_rate(rate):
     with pytest.raises(ValueError, match=f"the audio has a sampling rate of {rate} Hz"):

@@ -123,9 +123,18 @@ def test_mistyped(argv, capsys):
 
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--data-dir=x", "flags have underscores: --data_dir"), ("--llm=x", "arguments: --llm=x")])
-def test_unknown_flag(flag, words, capsys):
-    assert_fails(capsys, ["evaluate", flag], words, "evaluate --help")
+    [("--data-dir=x", "flags have underscores: --data_dir"), ("--llm=x", "arguments: --llm=x"),
+     ("--js=x", "arguments: --js=x"), ("--json=", "--json needs a value"),
+     ("", "an option needs a value"), ("--picture=a.pdf", "--picture writes .png")])
+def test_flags_that_are_refused(flag, words, capsys):
+    assert_fails(capsys, ["evaluate", flag], words)
+
+
+@pytest.mark.parametrize("argv", [["--speech_dir", ""], ["--noise_dir="], ["--train=1"]])
+def test_generator_takes_no_empty_or_shortened_options(argv, tmp_path, capsys):
+    assert run(generator.main, argv) == 2
+    assert "error: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -207,8 +216,14 @@ def test_train_makes_no_dataset_elsewhere(tmp_path, capsys):
     assert not (tmp_path / "mistyped").exists()
 
 
-def test_train_alone_makes_no_dataset(monkeypatch, tmp_path, capsys):
+def test_the_module_alone(best, dataset, monkeypatch, tmp_path, capsys):
+    """It infers from a folder of features, and makes no dataset."""
     monkeypatch.setattr(ssm, "import_sibling", lambda name: None)
+    argv = infer_flags(best, dataset / "val/mixed", tmp_path / "out")
+    assert ssm.main(argv) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        p.name for p in (dataset / "val/mixed").iterdir()}
+    shutil.rmtree(tmp_path / "out")
     argv = ["train", "--epochs=1", *SHORT_FLAGS, *CPU_FLAGS]
     assert_fails(capsys, argv, "no dataset at multi_speaker_data", "generate_multi_speaker_dataset")
     assert not list(tmp_path.iterdir())
@@ -522,7 +537,9 @@ def test_infer_spares_files_of_another_origin(
     argv = infer_flags(spectrogram_checkpoint, recording, out, "--num_speakers=2")
     assert_fails(capsys, argv, first, "--output_dir")
     untouched.check()
-    first.unlink()
+    picture = first.rename(out / "separation.png")
+    assert_fails(capsys, argv, picture, "--output_dir")
+    picture.unlink()
     assert ssm.main(argv) == 0
     assert last.read_bytes() == recording.read_bytes()
 
@@ -703,6 +720,7 @@ def test_integrate_goes_on_in_a_file_of_lines(
     assert ssm.main(argv) == 0
     assert lines.read_text() == whole
     assert "150.wav" not in capsys.readouterr().out
+    lines.write_text(whole[:-1])  # as an editor leaves it
     assert ssm.main(argv) == 0 and lines.read_text() == whole
     answers = tmp_path / "answers.json"
     assert ssm.main([*argv, f"--json={answers}"]) == 0  # what was answered before is in it

@@ -458,7 +458,7 @@ DAMAGED_RECORDINGS = {
                                           lambda s: s[1].pop("mixed_wav") and s),
                       "misses an entry: 'mixed_wav'"),
     "not audio": (with_wav(lambda b: b"wave"), "cannot read audio from"),
-    "broken off": (with_wav(lambda b: b[: len(b) // 2]), "val_00001 differ in length"),
+    "broken off": (with_wav(lambda b: b[: len(b) // 2]), "breaks off"),
     "no samples": (with_samples(lambda w: w[:0]), "no samples"),
     "lengths differ": (with_samples(lambda w: w[:-1]), "val_00001 differ in length"),
     "NaN": (with_samples(lambda w: np.r_[w[:-1], np.nan]), "NaN"),
@@ -943,6 +943,30 @@ def test_recording_in_both_splits_of_a_manifest_is_refused(manifest, tmp_path, c
     assert_fails(capsys, argv, twice["audio"], "in both splits", main=generator.main)
 
 
+@pytest.mark.parametrize("split_by", ["speaker", "utterance"])
+def test_recording_in_both_splits_by_chance_is_refused(split_by, manifest, tmp_path, capsys):
+    """One recording is listed for every speaker, with another text each."""
+    rows = [json.loads(line) for line in manifest.read_text().splitlines() if line]
+    rows = [row | {"split": None} for row in rows]
+    rows += [row | {"audio": rows[0]["audio"], "text": str(i)} for i, row in enumerate(rows)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = [f"--speech_dir={tmp_path / 'list.jsonl'}", f"--output_dir={tmp_path / 'data'}",
+            f"--split_by={split_by}"]  # fmt: skip
+    assert_fails(capsys, argv, rows[0]["audio"], "in both splits", main=generator.main)
+
+
+def test_values_of_a_manifest(manifest, tmp_path, capsys):
+    """As Windows writes it, with labels that are numbers."""
+    row = json.loads(manifest.read_text().splitlines()[0])
+    rows = [row | {"text": text} for text in (0, 1, None, "two")]
+    path = tmp_path / "list.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8-sig")
+    assert [u.text for u in generator.read_speech(path)] == ["0", "1", "", "two"]
+    path.write_text(json.dumps(row | {"speaker": None}))
+    assert_fails(capsys, [f"--speech_dir={path}"], "line 1", "speaker is empty",
+                 main=generator.main)
+
+
 def test_librispeech_layout(tmp_path, ten_speakers):
     """Speaker, chapter, FLAC files and one list of transcripts per chapter."""
     for speaker in ("19", "26"):
@@ -961,15 +985,20 @@ def test_librispeech_layout(tmp_path, ten_speakers):
 
 
 def test_neither_datasets_nor_hidden_files_are_speech(tmp_path, ten_speakers):
-    """A dataset in the folder that it was made of, and what macOS leaves beside a file."""
+    """A dataset in the folder that it was made of, what macOS leaves beside a file, and streams."""
     wav(tmp_path / "a/take.wav", sine(0.2, 200))
+    (tmp_path / "a/take.txt").write_text("said", encoding="utf-8-sig")
     wav(tmp_path / "a/._take.wav", sine(0.2, 200))
+    wav(tmp_path / ".ipynb_checkpoints/a/take.wav", sine(0.2, 200))
+    wav(tmp_path / "a/separated/take.wav/speaker_1.wav", sine(0.2, 200))
+    (tmp_path / "a/separated/take.wav/separation.json").write_text("{}")
     wav(tmp_path / "multi_speaker_data/val/mixed/val_0.wav", sine(0.2, 300))
     for name in ("multi_speaker_data/dataset.json", "multi_speaker_data/train/metadata.json",
                  "a/dataset.json"):  # the last one is somebody else's
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    assert [u.audio for u in generator.read_speech(tmp_path)] == [tmp_path / "a/take.wav"]
+    assert [(u.audio, u.text) for u in generator.read_speech(tmp_path)] == [
+        (tmp_path / "a/take.wav", "said")]
 
 
 def write_parquet(folder, recordings, **columns):

@@ -77,7 +77,7 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
         rows.append({"audio": path.name, "speaker": f"reader{speaker}", "text": "words",
                      "split": "val" if speaker > 2 else "train"})  # fmt: skip
     listing = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "speech/manifest.jsonl").write_text(listing)
+    (tmp_path / "speech/manifest.jsonl").write_text(listing + "\n")  # a blank line
     write_wav(tmp_path / "speech/noise/hum.wav", sine(1, 50))
     argv = [f"--speech={tmp_path / 'speech'}", f"--fsdd={fsdd}", "--epochs=2",
             "--mixtures_per_epoch=8", f"--output_dir={tmp_path / 'weights'}"]
@@ -90,6 +90,7 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
     drawn = {split: load_source(tmp_path / "pretraining/data", split) for split in ("train", "val")}
     corpora = {split: set(source.speakers[1]) for split, source in drawn.items()}
     assert "fsdd" in corpora["train"] and "fsdd" not in corpora["val"]  # few digits speak alike
+    assert drawn["train"].options.as_recorded == ("fsdd",)
     pretrain.main(argv)
     printed = capsys.readouterr().out
     assert printed.count(".py train ") == 1 and printed.count("exported") == 2  # trained once

@@ -144,7 +144,8 @@ def test_talkers_as_recorded(by_speaker):
     talkers = [talker for plan in drawn for talker in plan.talkers]
     kept = [t for t in talkers if t.utterances[0].corpus == "kept"]
     changed = [t for t in talkers if t.utterances[0].corpus == "changed"]
-    assert {(t.speed, t.voice) for t in kept} == {(1.0, ())}
+    assert {(t.speed, t.voice[0], *set(t.voice[1:])) for t in kept} == {(1.0, 1.0, 0.0)}
+    assert len({len(talker.voice) for talker in talkers}) == 1  # one tensor holds them all
     assert all(1.1 <= t.speed <= 1.2 and 0.8 <= t.voice[0] <= 0.9 for t in changed) and changed
 
 
@@ -656,6 +657,7 @@ def test_load_source_says_what_is_gone(everything, dataset, tmp_path):
         (["--noise_dir", "."], "holds no recordings"),
         (["--max_speakers", "6"], "the train split has 5 speakers"),
         (["--max_speakers", "8"], "--max_speakers must be 1 to 7"),
+        (["--min_seconds", "5", "--max_seconds", "2"], "--min_seconds is more than"),
     ],
 )
 def test_bad_arguments(flags, words, speech_dir, tmp_path, capsys):

@@ -165,6 +165,17 @@ def test_evaluate_words_against_the_slow_way(
     assert all(row["found"] == 0 and row["separated"] == row["words"] for row in nobody)
 
 
+def test_words_only_of_mixtures_with_all_transcripts(recordings, whisper_path, capsys):
+    data = ssm.MultiSpeakerDataset(recordings, "val")
+    data.samples[1]["speakers"][0]["text"] = ""
+    model, processor = load_model(str(whisper_path), dtype=torch.float32)
+    rows = ssm.evaluate_words(
+        separator_of("spectrogram"), data, model, processor, max_new_tokens=1)
+    assert [row["id"] for row in rows] == [
+        sample["id"] for i, sample in enumerate(data.samples) if i != 1]
+    assert "without 1 mixtures that lack" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("wav_file", [None, "../../speaker.wav"])
 def test_words_of_damaged_metadata(wav_file, encoded, qwen_folder, tmp_path, capsys):
     """The features beside the recordings are whole."""
