@@ -798,7 +798,7 @@ def active_streams(
 ) -> Tensor:
     """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest.
 
-    The likeliest stream is one from ``min(first, threshold)`` on, unless the threshold is 1. With
+    The likeliest stream counts from ``min(first, threshold)`` on, unless the threshold is 1. With
     ``reach_threshold``, the ``num_speakers`` likeliest must also reach the threshold.
     """
     reached = speaker_probs >= threshold
@@ -3497,7 +3497,7 @@ def add_shared_arguments(name: str, add) -> None:
             help="separator (default: the shipped one for audio, else checkpoints/best_model.pt)")
         add("--threshold", type=float,
             help="lowest probability of a talker (default: the checkpoint's); in recordings the "
-                 "likeliest stream is one from 0.5 on even if this is higher")
+                 "likeliest stream counts from 0.5 on, even if this is higher")
         add("--num_speakers", type=int, help="how many talkers there are, when known")
     if name in ("infer", "integrate"):
         add("--layer", type=int, help="encoder block to separate after (default: the checkpoint's)")
