@@ -27,7 +27,7 @@ FRAME_RATE = SAMPLING_RATE // HOP_LENGTH  # spectrogram frames per second
 READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
 RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; samples whose squares float32 can add up
 SIZED = {b"RIFF": "little", b"RIFX": "big", b"FORM": "big"}  # WAV and AIFF: byte order of the size
-SIZES = (1024, 0x7FFF0000)  # bytes that a header may be off, and sizes that stand for a stream
+HEADER_SLACK, STREAM_SIZE = 1024, 0x7FFF0000  # bytes it may be off; from there on it is unknown
 OGG_PAGE = 1 << 16  # bytes that hold the last page's header
 LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotary base
 LARGEST = {"chunk_length": 300, "feature_size": 1000, "num_beams": 100, "num_return_sequences": 100}
@@ -103,8 +103,8 @@ def _breaks_off(path) -> bool:
             file.seek(max(0, size - OGG_PAGE))
             page = file.read().rpartition(kind)[2]
             return len(page) < 2 or not page[1] & 4  # the flag of the last one
-    slack, stream = SIZES
-    return kind in SIZED and size + slack < int.from_bytes(declared, SIZED[kind]) < stream
+    declared = int.from_bytes(declared, SIZED.get(kind, "little"))
+    return kind in SIZED and size + HEADER_SLACK < declared < STREAM_SIZE
 
 
 def check_rate(name, rate: int) -> None:
