@@ -202,10 +202,10 @@ def _read_speaker_folders(path: Path) -> list[Utterance]:
         chapters.add(listing.parent)
     datasets = {about.parent for about in path.rglob("dataset.json")  # that this script made
                 if (about.parent / "train/metadata.json").is_file()}
-    separations = {about.parent for about in path.rglob("separation.json")}  # that infer made
     utterances = []
     for audio in mixing.list_recordings(path, "*/**/*"):
-        separated = audio.parent in separations and audio.name.startswith("speaker_")
+        separated = audio.name.startswith("speaker_") and (  # by infer
+            audio.parent / "separation.json").is_file()
         if separated or not datasets.isdisjoint(audio.parents):  # mixtures are nobody's speech
             continue
         parts = audio.relative_to(path).parts  # [subset,] speaker, chapter, file in LibriSpeech

@@ -201,7 +201,7 @@ def _with_voice(rng, options: MixingOptions, talker: PlannedTalker) -> PlannedTa
     if not options.equalizer and options.formants == (1.0, 1.0):
         return talker
     if talker.utterances[0].corpus in options.as_recorded:
-        return talker._replace(voice=(1.0, *np.zeros(len(EQUALIZER)).tolist()))
+        return talker._replace(voice=(1.0, *[0.0] * len(EQUALIZER)))
     curve = rng.normal(0, options.equalizer / EQUALIZER).tolist()
     return talker._replace(voice=(float(rng.uniform(*options.formants)), *curve))
 

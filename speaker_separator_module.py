@@ -900,6 +900,9 @@ def trivial_outputs(mixture: Tensor, speaker_mask: Tensor, log_mel: bool = False
     return dict(zip(TRIVIAL_OUTPUTS, (zeros, mixture, shared), strict=True))
 
 
+COUNT_SCORES = ("threshold", "count_accuracy", "majority_count_accuracy", "precision", "recall")
+
+
 def count_scores(
     probs: Tensor, truth: Tensor, threshold: float, num_speakers=None, first: float = 1.0
 ) -> dict:
@@ -2005,8 +2008,7 @@ def check_history(history: list, epochs: int) -> None:
     for number, row in enumerate(history, start=1):
         train, val = row["train"], row["val"]
         values = [row["lr"], row["seconds"], *(train[part] for part in LOSS_PARTS),
-                  *(val[name] for name in (*LOSS_PARTS, "si_sdr_improvement", "threshold",
-                                           "count_accuracy", "majority_count_accuracy")),
+                  *(val[name] for name in (*LOSS_PARTS, "si_sdr_improvement", *COUNT_SCORES)),
                   *(val["trivial_mse"][name] for name in TRIVIAL_OUTPUTS)]
         if row["epoch"] != number or not all(is_number(v, -1e30, 1e30) for v in values):
             raise ValueError(f"epoch {number} of its history is damaged")

@@ -8,6 +8,7 @@ command of this project, printed as it would be typed. Run again, it goes on whe
 """
 
 import argparse
+import io
 import json
 import shutil
 import sys
@@ -40,9 +41,7 @@ def write_manifest(args) -> Path:
         sys.exit(2)
     with open(manifest, "w", encoding="utf-8") as lines:
         for listing in (speech, digits):
-            for line in listing.read_text(encoding="utf-8-sig").split("\n"):
-                if not line.strip():
-                    continue
+            for line in filter(str.strip, io.StringIO(listing.read_text(encoding="utf-8-sig"))):
                 row = json.loads(line)
                 row["audio"] = str((listing.parent / row["audio"]).resolve())
                 training = row.get("split") == "train"

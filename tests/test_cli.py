@@ -124,9 +124,16 @@ def test_mistyped(argv, capsys):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [("--data-dir=x", "flags have underscores: --data_dir"), ("--llm=x", "arguments: --llm=x"),
-     ("--js=x", "arguments: --js=x"), ("--json=", "--json needs a value"),
-     ("", "an option needs a value"), ("--picture=a.pdf", "--picture writes .png")])
-def test_flags_that_are_refused(flag, words, capsys):
+     ("--js=x", "arguments: --js=x")])
+def test_unknown_flag(flag, words, capsys):
+    assert_fails(capsys, ["evaluate", flag], words, "evaluate --help")
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--json=", "--json needs a value"), ("", "an option needs a value"),
+     ("--picture=a.pdf", "--picture writes .png")])
+def test_values_that_are_refused(flag, words, capsys):
     assert_fails(capsys, ["evaluate", flag], words)
 
 
