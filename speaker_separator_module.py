@@ -1774,6 +1774,12 @@ def check_data(name: str, config: dict, *datasets: MultiSpeakerDataset) -> None:
                              f"{data.max_speakers} talkers")
 
 
+def feature_source(data: MultiSpeakerDataset) -> dict:
+    """Return what a separator of features keeps about the data that it was trained on."""
+    keys = ("kind", "encoder", "layer", "frame_rate")
+    return {key: data.source[key] for key in keys if key in data.source}
+
+
 def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
     """Return a separator with random weights: sizes as asked, the rest from the data."""
     config = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
@@ -1781,14 +1787,30 @@ def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
     if not train_set.has_recordings:
         if options.dim is not None:
             raise ValueError("--dim is not for a separator of this data")
-        keys = ("kind", "encoder", "layer", "frame_rate")
-        source = {key: train_set.source[key] for key in keys if key in train_set.source}
-        config |= {"feature_dim": train_set.feature_dim, "feature_source": source}
+        config |= {"feature_dim": train_set.feature_dim,
+                   "feature_source": feature_source(train_set)}
     name = f"the new separator (--max_speakers={config['max_speakers']})"
     check_data(name, config, train_set, val_set)
     empty_separator(config)  # refuses what is too large
     torch.manual_seed(options.seed)
     return separator_class(config)(**config)
+
+
+def started_separator(init_from, options: TrainOptions, train_set, val_set) -> nn.Module:
+    """Return the separator ``init_from`` for training on other data; its sizes are its own."""
+    separator = load_separator(init_from)
+    config, name = dict(separator.config), f"the separator {init_from}"
+    check_data(name, config, train_set, val_set)
+    for size in SIZES:
+        asked = getattr(options, size)
+        if size != "dropout" and asked not in (None, config.get(size)):
+            raise ValueError(f"--{size}={asked} contradicts {name}, which has {config.get(size)}: "
+                             "leave the flag out")
+    if options.dropout is not None:
+        config["dropout"] = options.dropout
+    if not train_set.has_recordings:
+        config["feature_source"] = feature_source(train_set)
+    return build_separator(config | {"threshold": 0.5}, separator.state_dict(), init_from)
 
 
 def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
@@ -2160,7 +2182,8 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
 
 
 def start_run(
-    options: TrainOptions, train_set, val_set, folder: Path, checkpoint: dict | None = None
+    options: TrainOptions, train_set, val_set, folder: Path, checkpoint: dict | None = None,
+    init_from=None,
 ) -> Run:
     """Build or restore separator and optimizer, and print what will be trained."""
     device = pick_device(options.device)
@@ -2168,6 +2191,8 @@ def start_run(
         config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
         separator = build_separator(config, checkpoint["model_state_dict"], folder)
         check_data(f"the checkpoint in {folder}", config, train_set, val_set)
+    elif init_from is not None:
+        separator = started_separator(init_from, options, train_set, val_set)
     else:
         separator = new_separator(options, train_set, val_set)
     dtype, reason = pick_dtype(options.dtype, device)
@@ -2198,8 +2223,9 @@ def start_run(
         check_disk(folder, parameters, options)
     remixed = f" (remixed to {len(mixtures)} an epoch)" if mixtures is not train_set else ""
     print(f"device {device}{f', {ranks} processes' * (ranks > 1)}, {options.dtype} ({reason}), "
-          f"{parameters:,} parameters, {len(train_set)} training{remixed} and {len(val_set)} "
-          f"validation mixtures, {streams} streams")
+          f"{parameters:,} parameters{f' of {init_from}' * (init_from is not None)}, "
+          f"{len(train_set)} training{remixed} and {len(val_set)} validation mixtures, "
+          f"{streams} streams")
     parallel = separator
     if ranks > 1:
         parallel = nn.parallel.DistributedDataParallel(separator, gradient_as_bucket_view=True)
@@ -2335,11 +2361,12 @@ def run_epochs(run: Run, folder: Path) -> None:
 
 
 def train_speaker_separator(
-    data_dir=DEFAULT_DATA_DIR, checkpoint_dir=DEFAULT_CHECKPOINT_DIR, **options
+    data_dir=DEFAULT_DATA_DIR, checkpoint_dir=DEFAULT_CHECKPOINT_DIR, init_from=None, **options
 ) -> list[dict]:
     """Train a separator on a dataset; writes checkpoints, report and curves.
 
-    ``options`` are the fields of ``TrainOptions``, explained by ``train --help``. Returns a dict
+    It starts from random weights, or from ``init_from``: what ``load_separator`` takes. ``options``
+    are the fields of ``TrainOptions``, explained by ``train --help``. Returns a dict
     per epoch: ``epoch, lr, seconds, train`` (loss parts) and ``val`` (of ``evaluate_separator``).
     Raises FileNotFoundError or ValueError for data, checkpoints or devices that cannot be used.
     Ctrl-C and SIGTERM finish the step, write ``interrupted.pt`` and raise KeyboardInterrupt.
@@ -2349,6 +2376,8 @@ def train_speaker_separator(
     options = TrainOptions(**given)
     folder, checkpoint = Path(checkpoint_dir), None
     if options.resume:
+        if init_from is not None:
+            raise ValueError("--init_from is for a new run: leave it out with --resume")
         checkpoint = newest_checkpoint(folder)
         options = resumed_options(given, checkpoint, folder)
     check_limits(options._asdict())
@@ -2357,7 +2386,7 @@ def train_speaker_separator(
     if writes:
         prepare_folder(folder)
     with locked(folder) if writes else contextlib.nullcontext():
-        run = start_run(options, train_set, val_set, folder, checkpoint)
+        run = start_run(options, train_set, val_set, folder, checkpoint, init_from)
         checkpoint = None  # as large as all that the run holds
         is_over = patience_is_over(run.history, options.patience)
         if is_over or len(run.history) >= options.epochs:
@@ -2744,6 +2773,24 @@ def no_rows(ids, option):
 # Integrate: what generate does with a separator in the model
 
 
+def freeze(separator: nn.Module) -> None:
+    """Keep a separator from learning while it is in a model; ``thaw`` restores it."""
+    needed = [weight.requires_grad for weight in separator.parameters()]
+    models, *before = vars(separator).get("_frozen", (0, separator.training, needed))
+    separator._frozen = (models + 1, *before)
+    separator.eval().requires_grad_(False)
+
+
+def thaw(separator: nn.Module) -> None:
+    """Restore what ``freeze`` changed, once the separator is in no model any more."""
+    models, was_training, needed = vars(separator).pop("_frozen")
+    if models > 1:
+        separator._frozen = (models - 1, was_training, needed)
+        return
+    for weight, before in zip(separator.train(was_training).parameters(), needed, strict=True):
+        weight.requires_grad_(before)
+
+
 class Integration:
     """What an integrated model does differently; lives on the model until it is removed."""
 
@@ -2756,9 +2803,7 @@ class Integration:
         # Mel frames in the model's window, and mel frames to a frame that the separator reads.
         self.mel_frames = 2 * getattr(encoder, "max_source_positions", math.inf)
         self.stride = 1 if separator.is_spectrogram else 4 if self.is_qwen and layer is None else 2
-        self.was_training = separator.training  # restored on removal, as is the next
-        self.needs_gradient = [p.requires_grad for p in separator.parameters()]
-        separator.eval().requires_grad_(False)
+        freeze(separator)
         # A library (accelerate) may have put its own generate on the object: call and restore it.
         self.own_generate = vars(model).get("generate")
 
@@ -2945,9 +2990,7 @@ def remove_speaker_separator(model):
         del attributes[name]
     if integration.own_generate is not None:
         attributes["generate"] = integration.own_generate
-    separator = integration.separator.train(integration.was_training)
-    for weight, needed in zip(separator.parameters(), integration.needs_gradient, strict=True):
-        weight.requires_grad_(needed)
+    thaw(integration.separator)
     return model
 
 
@@ -3198,7 +3241,8 @@ def cmd_train(args) -> None:
     sum_over_processes(torch.zeros(1))  # wait for it
     folder = Path(args.checkpoint_dir)
     train_speaker_separator(
-        args.data_dir, folder, **{k: v for k, v in vars(args).items() if k in TrainOptions._fields})
+        args.data_dir, folder, args.init_from,
+        **{k: v for k, v in vars(args).items() if k in TrainOptions._fields})
     reports = [folder / name for name in ("training_report.md", "training_curves.png")]
     names = [p.name for p in (*reports, *list_checkpoints(folder)) if p.exists()]
     print(f"{folder} holds " + ", ".join(names))
@@ -3443,6 +3487,7 @@ def add_train_arguments(add) -> None:
     """
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
+    add("--init_from", metavar="PATH_OR_ID", help="separator to start from, such as pretrained/")
     for name, option in OPTIONS.items():
         default = "" if option.default is None else f" (default: {option.default})"
         pair = {"nargs": 2, "metavar": ("MIN", "MAX")} if name == "crop_seconds" else {}

@@ -744,8 +744,8 @@ def test_integrate_goes_on_in_a_file_of_lines(
 
 
 def test_infer_folder(spectrogram_checkpoint, tmp_path, capsys):
-    recordings = [write_wav(tmp_path / "meetings" / f"{pitch}.wav", sine(0.4, pitch))
-                  for pitch in (150, 400)]
+    recordings = [write_wav(tmp_path / "meetings" / name, sine(0.4, pitch))
+                  for name, pitch in (("150.wav", 150), ("400.aiff", 400))]
     out, lines = tmp_path / "out", tmp_path / "lines.jsonl"
     argv = infer_flags(
         spectrogram_checkpoint, tmp_path / "meetings", out, f"--jsonl={lines}", "--threshold=0")
@@ -758,7 +758,7 @@ def test_infer_folder(spectrogram_checkpoint, tmp_path, capsys):
     shutil.rmtree(out)
     lines.write_text(json.dumps(rows[0]) + "\n")
     assert ssm.main(argv) == 0
-    assert [path.name for path in out.iterdir()] == ["400.wav"]
+    assert [path.name for path in out.iterdir()] == ["400.aiff"]
     (tmp_path / "empty").mkdir()
     assert_fails(capsys, infer_flags(spectrogram_checkpoint, tmp_path / "empty", out), "a folder")
 

@@ -904,6 +904,17 @@ def test_a_separator_object_comes_back_as_it_was(kind, qwen, processor):
     assert all(torch.equal(v, state[name]) for name, v in separator.state_dict().items())
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_separator_in_two_models_comes_back_from_the_last(first, qwen, whisper):
+    separator, models = make_separator("spectrogram").train(), [qwen, whisper]
+    for model in models:
+        ssm.integrate_speaker_separator(model, separator_checkpoint=separator)
+    ssm.remove_speaker_separator(models.pop(first))
+    assert not separator.training and not any(p.requires_grad for p in separator.parameters())
+    ssm.remove_speaker_separator(models[0])
+    assert separator.training and all(p.requires_grad for p in separator.parameters())
+
+
 @pytest.mark.parametrize("kinds", [(2, 1), ("spectrogram", 1), (1, "spectrogram")])
 def test_integrating_twice_replaces(kinds, integrate, qwen, processor):
     inputs = processed(processor, RECORDINGS[:1])

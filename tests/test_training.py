@@ -590,6 +590,45 @@ def test_resume_on_data_of_another_kind(run_folder, recordings, capsys):
 
 
 # --------------------------------------------------------------------------------------------------
+# Starting from a separator
+
+
+def test_training_starts_from_a_separator(kind, data, tmp_path, capsys):
+    """Its weights and sizes, not its threshold; steps that are too short to move anything."""
+    make = {"features": tiny_separator, "recordings": tiny_spectrogram_separator}[kind]
+    source = {"feature_source": {"kind": "another"}} if kind == "features" else {}
+    start = make(max_speakers=4, seed=5, dropout=0.4, threshold=0.9, **source)
+    ssm.export_separator(start, tmp_path / "start", torch.bfloat16)
+    flags = [f"--data_dir={data}", f"--checkpoint_dir={tmp_path / 'run'}", *CPU_FLAGS]
+    assert ssm.main(["train", *flags, f"--init_from={tmp_path / 'start'}", "--epochs=1",
+                     "--mixtures_per_epoch=2", "--lr=1e-12", "--dropout=0.2"]) == 0
+    assert f"parameters of {tmp_path / 'start'}" in capsys.readouterr().out
+    tuned = ssm.load_separator(tmp_path / "run/best_model.pt")
+    for name, weight in start.state_dict().items():
+        torch.testing.assert_close(tuned.state_dict()[name], weight.bfloat16().float())
+    assert tuned.max_speakers == 4
+    assert tuned.config["dropout"] == 0.2
+    assert tuned.threshold < 0.9
+    assert tuned.feature_source["kind"] != "another"
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--ff_dim=64"], ("--ff_dim=64", "contradicts", "has 32")),
+    (["--resume"], ("--init_from", "--resume")),
+    (["--init_from=nowhere.pt"], ("nowhere.pt", "")),
+    (["--data_dir=RECORDINGS"], ("features 32 wide", "spectrograms")),
+])  # fmt: skip
+def test_separators_that_cannot_be_started_from(
+        flags, words, trained, best, dataset, recordings, tmp_path, capsys):
+    flags = [flag.replace("RECORDINGS", str(recordings)) for flag in flags]
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    argv = ["train", f"--data_dir={dataset}", f"--checkpoint_dir={folder}", f"--init_from={best}",
+            "--epochs=4", *CPU_FLAGS, *flags]
+    assert_fails(capsys, argv, *words)
+    assert snapshot(folder) == snapshot(trained)
+
+
+# --------------------------------------------------------------------------------------------------
 # What is written
 
 
