@@ -1682,8 +1682,8 @@ def _load_exported(path_or_id: str):
     return build_separator(config, state, path_or_id)
 
 
-def load_separator(path_or_id, device: str = "cpu"):
-    """Load a separator, ready for inference.
+def load_separator(path_or_id=SHIPPED_SEPARATOR, device: str = "cpu"):
+    """Load a separator, by default the shipped one, ready for inference.
 
     ``path_or_id`` is a ``best_model.pt``, a folder that ``save_pretrained`` or ``train --export``
     wrote, or a hub id. FileNotFoundError or ValueError if it is missing or not a separator.
@@ -2536,29 +2536,34 @@ def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict
     return about, features, talkers
 
 
-def infer_recording(path: Path, separator, encoder, threshold, num_speakers) -> tuple:
-    """Separate an audio file as ``infer_features`` a .npy; hidden features need ``encoder``.
+def infer_recording(
+    audio, separator, encoder=None, threshold: float | None = None, num_speakers: int | None = None
+) -> tuple[dict, Tensor, list]:
+    """Separate a recording of any length: a path, or samples [samples] at 16 kHz.
 
-    Audio beyond full scale is turned down, that of all talkers by the same factor.
+    Returns facts (``frame_rate``, ``num_windows``), the mixture's spectrogram [T, D] and, for each
+    talker, facts (``probability``, ``windows``), spectrogram [T, D] and audio [samples] at 16 kHz.
+    Audio beyond full scale is turned down, that of all talkers by the same factor. A separator of
+    hidden features needs ``encoder`` and gives no audio. Raises as ``read_audio`` does.
     """
     from audio import apply_gains, read_audio
     from long_recordings import separate_recording
 
     recording = separate_recording(
-        window_separator(separator, threshold, num_speakers), path, encoder,
+        window_separator(separator, threshold, num_speakers), audio, encoder,
         num_speakers=num_speakers)
-    samples = torch.from_numpy(read_audio(path)) if encoder is None else None
+    samples = torch.from_numpy(read_audio(audio)) if encoder is None else None
     talkers = []
     for talker in recording.talkers:
-        values, audio = talker.values, None
+        values, own = talker.values, None
         if encoder is None:
             values = recording.stream(talker)
-            audio = apply_gains(samples, talker.values[None])[0]
+            own = apply_gains(samples, talker.values[None])[0]
         facts = {"probability": round(talker.probability, 4), "windows": talker.windows}
-        talkers.append((facts, values, audio))
+        talkers.append((facts, values, own))
     loudest = max((float(w.abs().max()) for *_, w in talkers if w is not None), default=0.0)
-    for *_, audio in talkers if loudest > 1 else ():
-        audio /= loudest
+    for *_, own in talkers if loudest > 1 else ():
+        own /= loudest
     about = {"frame_rate": recording.frame_rate, "num_windows": recording.num_windows}
     return about, recording.mixture, talkers
 
@@ -3467,7 +3472,7 @@ def cmd_demo(args) -> None:
     if not separator.is_spectrogram:
         raise ValueError(f"{checkpoint} reads features: the page needs a spectrogram separator")
     answer = load_integrated(args, separator, device) if args.model else None
-    infer = partial(infer_recording, separator=separator, encoder=None, threshold=args.threshold)
+    infer = partial(infer_recording, separator=separator, threshold=args.threshold)
     print(f"separator {checkpoint}")
     page = build_page(infer, answer, separator.max_speakers, args.num_speakers)
     _, address, _ = page.launch(server_name="127.0.0.1", server_port=args.port, inbrowser=True,

@@ -54,7 +54,7 @@ def estimated_counts(mixture: torch.Tensor, talkers: list[torch.Tensor]) -> np.n
 
 def measure(path: Path, counts: np.ndarray, separator, model, processor) -> list:
     """Return a row of the table for one recording."""
-    _, mixture, talkers = ssm.infer_recording(path, separator, None, None, None)
+    _, mixture, talkers = ssm.infer_recording(path, separator)
     found = estimated_counts(mixture, [values for _, values, _ in talkers])
     frames = min(len(found), len(counts))
     right, one = (np.mean(c == counts[:frames]) for c in (found[:frames], 1))

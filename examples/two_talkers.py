@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         write_wav(args.output_dir / "mixture.wav", mixture)
         separator = ssm.load_separator(args.checkpoint)
         _, spectrogram, talkers = ssm.infer_recording(
-            args.output_dir / "mixture.wav", separator, None, None, num_speakers=2)
+            args.output_dir / "mixture.wav", separator, num_speakers=2)
         alone, per_talker = answer(args, mixture)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

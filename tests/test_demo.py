@@ -41,7 +41,7 @@ def separator():
 
 @pytest.fixture
 def separate(separator):
-    return partial(ssm.infer_recording, separator=separator, encoder=None, threshold=None)
+    return partial(ssm.infer_recording, separator=separator)
 
 
 @pytest.fixture
