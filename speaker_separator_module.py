@@ -1797,9 +1797,9 @@ def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
 
 
 def started_separator(init_from, options: TrainOptions, train_set, val_set) -> nn.Module:
-    """Return the separator ``init_from`` for training on other data; its sizes are its own."""
-    separator = load_separator(init_from)
-    config, name = dict(separator.config), f"the separator {init_from}"
+    """Return the separator ``init_from`` to train on other data; only its dropout may change."""
+    separator, name = load_separator(init_from), f"the separator {init_from}"
+    config = separator.config | {"threshold": 0.5}
     check_data(name, config, train_set, val_set)
     for size in SIZES:
         asked = getattr(options, size)
@@ -1810,7 +1810,7 @@ def started_separator(init_from, options: TrainOptions, train_set, val_set) -> n
         config["dropout"] = options.dropout
     if not train_set.has_recordings:
         config["feature_source"] = feature_source(train_set)
-    return build_separator(config | {"threshold": 0.5}, separator.state_dict(), init_from)
+    return build_separator(config, separator.state_dict(), init_from)
 
 
 def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
@@ -2366,8 +2366,8 @@ def train_speaker_separator(
     """Train a separator on a dataset; writes checkpoints, report and curves.
 
     It starts from random weights, or from ``init_from``: what ``load_separator`` takes. ``options``
-    are the fields of ``TrainOptions``, explained by ``train --help``. Returns a dict
-    per epoch: ``epoch, lr, seconds, train`` (loss parts) and ``val`` (of ``evaluate_separator``).
+    are the fields of ``TrainOptions``, explained by ``train --help``. Returns a dict per epoch:
+    ``epoch, lr, seconds, train`` (loss parts) and ``val`` (of ``evaluate_separator``).
     Raises FileNotFoundError or ValueError for data, checkpoints or devices that cannot be used.
     Ctrl-C and SIGTERM finish the step, write ``interrupted.pt`` and raise KeyboardInterrupt.
     """
@@ -2555,15 +2555,15 @@ def infer_recording(
     samples = torch.from_numpy(read_audio(audio)) if encoder is None else None
     talkers = []
     for talker in recording.talkers:
-        values, own = talker.values, None
+        values, waveform = talker.values, None
         if encoder is None:
             values = recording.stream(talker)
-            own = apply_gains(samples, talker.values[None])[0]
+            waveform = apply_gains(samples, talker.values[None])[0]
         facts = {"probability": round(talker.probability, 4), "windows": talker.windows}
-        talkers.append((facts, values, own))
+        talkers.append((facts, values, waveform))
     loudest = max((float(w.abs().max()) for *_, w in talkers if w is not None), default=0.0)
-    for *_, own in talkers if loudest > 1 else ():
-        own /= loudest
+    for *_, waveform in talkers if loudest > 1 else ():
+        waveform /= loudest
     about = {"frame_rate": recording.frame_rate, "num_windows": recording.num_windows}
     return about, recording.mixture, talkers
 
