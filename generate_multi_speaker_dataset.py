@@ -67,7 +67,7 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "equalizer": (float, 0, 30, "dB of a random equalizer per talker, training split only"),
     "snr_db": (float, -100, 100, "dB from the noise up to all talkers together"),
     "reverb": (float, 0, 1, "share of mixtures in a simulated room; a bare --reverb means all"),
-    "max_seconds": (float, 0.001, 1e6, "length that no mixture exceeds")}
+    "max_seconds": (float, 0.001, 1e6, "length that no mixture exceeds; recordings are left out")}
 BOUNDS = {name: (low, high) for name, (_, low, high, _) in MIXING.items()}
 PAIRS = ("join", "overlap", "speed", "formants", "snr_db")  # drawn between two values
 SPEAKER_COLUMNS, TEXT_COLUMNS = ("speaker", "speaker_id", "client_id"), ("text", "sentence")
@@ -594,6 +594,9 @@ def generate_dataset(args, command_line: str) -> None:
             speech = fetch_speech(args.speech_dir, output_dir / "fetched_speech")
         splits = split_speech(read_speech(speech), args.split_by, args.seed)
         check_apart(splits)
+        corpora = {utterance.corpus for split in splits.values() for utterance in split}
+        for corpus in sorted(set(args.as_recorded) - corpora):
+            print(f"--as_recorded: no recording is of the corpus {corpus}")
     mixtures, about = (speech_dataset(args, sizes, splits) if splits else
                        simulated_dataset(args, sizes))
     about |= {"seed": args.seed, "command_line": command_line}
@@ -677,6 +680,8 @@ def check_arguments(args) -> None:
     if args.layer is not None and not args.encoder:
         raise ValueError("--layer needs --encoder")
     default = build_parser().parse_args([])
+    if args.snr_db != default.snr_db and not args.noise_dir:
+        raise ValueError("--snr_db needs --noise_dir")
     recorded = (*MIXING, "noise_dir", "as_recorded", "encoder", "split_by", "workers", "device")
     for name in ("seq_len", "feature_dim") if args.speech_dir else recorded:
         if getattr(args, name) != getattr(default, name):

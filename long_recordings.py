@@ -35,6 +35,7 @@ from audio import (
     check_length,
     floor_log_mel,
     log_mel,
+    read_audio,
 )
 
 WINDOW_SECONDS = 30
@@ -349,16 +350,19 @@ def answer_options(model, processor, options: dict) -> dict:
         integration = integration_of(model)
         if integration is None or integration.separator.is_spectrogram:
             suited |= TEMPERATURE_FALLBACK
+    if any(options.get(name) is not None for name in ("max_length", "generation_config")):
+        del suited["max_new_tokens"]  # it would override them
     return suited | {name: value for name, value in options.items() if value is not None}
 
 
 def ask(model, processor, recordings: list, prompt: str | None = None, **options) -> list[str]:
     """Return the text of every row that ``generate`` gives for recordings.
 
-    The model reads the first window of each (30 s). Whisper takes no prompt. ``options`` of
-    ``generate`` are completed by ``answer_options``.
+    ``recordings`` are what ``read_audio`` takes; the model reads the first window of each (30 s).
+    Whisper takes no prompt. ``options`` of ``generate`` are completed by ``answer_options``.
     """
     options = answer_options(model, processor, options)
+    recordings = [read_audio(recording) for recording in recordings]
     read = {"sampling_rate": SAMPLING_RATE, "return_tensors": "pt"}
     if hasattr(processor, "audio_token"):
         text = [build_prompt(processor, prompt or DEFAULT_PROMPT)] * len(recordings)

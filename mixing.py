@@ -131,8 +131,9 @@ class PlannedTalker(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Everything said, in order."""
-        return " ".join(u.text for u in self.utterances if u.text)
+        """Everything said, in order; empty if a transcript is missing."""
+        texts = [utterance.text for utterance in self.utterances]
+        return " ".join(texts) if all(texts) else ""
 
 
 class PlannedNoise(NamedTuple):

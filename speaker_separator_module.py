@@ -122,7 +122,8 @@ OPTIONS = {
     "seed": Option(42, int, 0, 1 << 62, "seed of weights, order, mixtures and dropout"),
 }
 DEFAULTS = {name: option.default for name, option in OPTIONS.items()} | {
-    "remix": True, "recompute": False, "resume": False, "device": "auto", "dtype": "auto"}
+    "init_from": None, "remix": True, "recompute": False, "resume": False, "device": "auto",
+    "dtype": "auto"}
 TrainOptions = namedtuple("TrainOptions", DEFAULTS, defaults=DEFAULTS.values())
 LIMITS = {name: (option.kind, option.low, option.high) for name, option in OPTIONS.items()}
 LIMITS |= {"feature_dim": (int, 1, 1 << 16), "threshold": (float, 0, 1), "port": (int, 1, 65535),
@@ -1717,6 +1718,9 @@ def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32
 # Checkpoints: the folder of a run
 
 
+PREVIOUS_RUN = "previous_run"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder: best_model.pt, interrupted.pt, then by epoch."""
     periodic = [p for p in folder.glob("checkpoint_epoch_*.pt") if p.stem.split("_")[-1].isdigit()]
@@ -1748,7 +1752,7 @@ def move_earlier_run(folder: Path) -> Path | None:
     paths = list_checkpoints(folder)
     if not paths:
         return None
-    previous = folder / "previous_run"
+    previous = folder / PREVIOUS_RUN
     shutil.rmtree(previous, ignore_errors=True)
     previous.mkdir()
     for path in [*paths, folder / "training_report.md", folder / "training_curves.png"]:
@@ -1796,9 +1800,9 @@ def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
     return separator_class(config)(**config)
 
 
-def started_separator(init_from, options: TrainOptions, train_set, val_set) -> nn.Module:
+def started_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
     """Return the separator ``init_from`` to train on other data; only its dropout may change."""
-    separator, name = load_separator(init_from), f"the separator {init_from}"
+    separator, name = load_separator(options.init_from), f"the separator {options.init_from}"
     config = separator.config | {"threshold": 0.5}
     check_data(name, config, train_set, val_set)
     for size in SIZES:
@@ -1810,7 +1814,7 @@ def started_separator(init_from, options: TrainOptions, train_set, val_set) -> n
         config["dropout"] = options.dropout
     if not train_set.has_recordings:
         config["feature_source"] = feature_source(train_set)
-    return build_separator(config, separator.state_dict(), init_from)
+    return build_separator(config, separator.state_dict(), options.init_from)
 
 
 def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
@@ -1820,7 +1824,7 @@ def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions
     """
     earlier = {k: v for k, v in checkpoint.get("options", {}).items() if k in TrainOptions._fields}
     fixed = {name: checkpoint["model_config"].get(name) for name in SIZES}
-    kept = ["seed", "dtype"]
+    kept = ["seed", "dtype", "init_from"]
     if "progress" in checkpoint:  # the rest of an epoch
         kept += ["mixtures_per_epoch", "crop_seconds", "remix"]
     fixed |= {name: earlier[name] for name in kept if name in earlier}
@@ -1833,8 +1837,11 @@ def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions
     return TrainOptions(**earlier | {"device": "auto"} | given)
 
 
-def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset:
-    """Return what an epoch draws from: fresh mixtures where the data allows it, else its own."""
+def training_mixtures(options: TrainOptions, train_set, talkers: int) -> Dataset:
+    """Return what an epoch draws from: fresh mixtures where the data allows it, else its own.
+
+    Fresh mixtures have up to ``talkers`` talkers.
+    """
     if options.crop_seconds and not train_set.has_recordings:
         raise ValueError("--crop_seconds is for recordings, and this dataset has features")
     if options.crop_seconds and operator.gt(*options.crop_seconds):
@@ -1844,7 +1851,7 @@ def training_mixtures(options: TrainOptions, train_set, streams: int) -> Dataset
     if not options.remix or not (train_set.is_sum or train_set.has_recordings):
         return train_set
     kind = RemixedRecordings if train_set.has_recordings else RemixedFeatures
-    return kind(train_set, options, streams)
+    return kind(train_set, options, talkers)
 
 
 def loss_weights(options: TrainOptions, train_set) -> LossWeights:
@@ -2182,8 +2189,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
 
 
 def start_run(
-    options: TrainOptions, train_set, val_set, folder: Path, checkpoint: dict | None = None,
-    init_from=None,
+    options: TrainOptions, train_set, val_set, folder: Path, checkpoint: dict | None = None
 ) -> Run:
     """Build or restore separator and optimizer, and print what will be trained."""
     device = pick_device(options.device)
@@ -2191,8 +2197,8 @@ def start_run(
         config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
         separator = build_separator(config, checkpoint["model_state_dict"], folder)
         check_data(f"the checkpoint in {folder}", config, train_set, val_set)
-    elif init_from is not None:
-        separator = started_separator(init_from, options, train_set, val_set)
+    elif options.init_from is not None:
+        separator = started_separator(options, train_set, val_set)
     else:
         separator = new_separator(options, train_set, val_set)
     dtype, reason = pick_dtype(options.dtype, device)
@@ -2205,7 +2211,8 @@ def start_run(
     history = restore(separator, optimizer, checkpoint, folder) if checkpoint else []
     scheduler = make_scheduler(optimizer, options.epochs, len(history))
     streams, parameters = separator.max_speakers, sum(p.numel() for p in separator.parameters())
-    mixtures = training_mixtures(options, train_set, streams)
+    talkers = options.max_speakers or max(train_set.max_speakers, val_set.max_speakers, 1)
+    mixtures = training_mixtures(options, train_set, talkers)
     loader = make_loader(mixtures, options.batch_size, streams, device, options.workers,
                          options.seed, 1, options.accumulate)
     if not len(loader):
@@ -2222,10 +2229,10 @@ def start_run(
     if not rank:
         check_disk(folder, parameters, options)
     remixed = f" (remixed to {len(mixtures)} an epoch)" if mixtures is not train_set else ""
+    start = f" of {options.init_from}" if options.init_from and not checkpoint else ""
     print(f"device {device}{f', {ranks} processes' * (ranks > 1)}, {options.dtype} ({reason}), "
-          f"{parameters:,} parameters{f' of {init_from}' * (init_from is not None)}, "
-          f"{len(train_set)} training{remixed} and {len(val_set)} validation mixtures, "
-          f"{streams} streams")
+          f"{parameters:,} parameters{start}, {len(train_set)} training{remixed} and "
+          f"{len(val_set)} validation mixtures, {streams} streams")
     parallel = separator
     if ranks > 1:
         parallel = nn.parallel.DistributedDataParallel(separator, gradient_as_bucket_view=True)
@@ -2361,32 +2368,33 @@ def run_epochs(run: Run, folder: Path) -> None:
 
 
 def train_speaker_separator(
-    data_dir=DEFAULT_DATA_DIR, checkpoint_dir=DEFAULT_CHECKPOINT_DIR, init_from=None, **options
+    data_dir=DEFAULT_DATA_DIR, checkpoint_dir=DEFAULT_CHECKPOINT_DIR, **options
 ) -> list[dict]:
     """Train a separator on a dataset; writes checkpoints, report and curves.
 
-    It starts from random weights, or from ``init_from``: what ``load_separator`` takes. ``options``
-    are the fields of ``TrainOptions``, explained by ``train --help``. Returns a dict per epoch:
-    ``epoch, lr, seconds, train`` (loss parts) and ``val`` (of ``evaluate_separator``).
+    ``options`` are the fields of ``TrainOptions``, explained by ``train --help``. Returns a dict
+    per epoch: ``epoch, lr, seconds, train`` (loss parts) and ``val`` (of ``evaluate_separator``).
     Raises FileNotFoundError or ValueError for data, checkpoints or devices that cannot be used.
     Ctrl-C and SIGTERM finish the step, write ``interrupted.pt`` and raise KeyboardInterrupt.
     """
-    # NumPy's numbers become Python's: a checkpoint with one would not open.
+    # NumPy's numbers become Python's, and a path text: a checkpoint with one would not open.
     given = {name: np.asarray(value).tolist() for name, value in options.items()}
+    given = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
     options = TrainOptions(**given)
     folder, checkpoint = Path(checkpoint_dir), None
     if options.resume:
-        if init_from is not None:
-            raise ValueError("--init_from is for a new run: leave it out with --resume")
         checkpoint = newest_checkpoint(folder)
         options = resumed_options(given, checkpoint, folder)
     check_limits(options._asdict())
+    replaced = (folder / PREVIOUS_RUN).resolve()
+    if options.init_from and replaced in Path(options.init_from).resolve().parents:
+        raise ValueError(f"{options.init_from} would be replaced: choose another --checkpoint_dir")
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
     writes = process_rank()[0] == 0
     if writes:
         prepare_folder(folder)
     with locked(folder) if writes else contextlib.nullcontext():
-        run = start_run(options, train_set, val_set, folder, checkpoint, init_from)
+        run = start_run(options, train_set, val_set, folder, checkpoint)
         checkpoint = None  # as large as all that the run holds
         is_over = patience_is_over(run.history, options.patience)
         if is_over or len(run.history) >= options.epochs:
@@ -3236,18 +3244,20 @@ def running(model: str):
 def cmd_train(args) -> None:
     """Train a separator; writes checkpoints, a report and curves."""
     writes = process_rank()[0] == 0
+    start = getattr(args, "init_from", None)
+    if start and args.export and Path(args.export).resolve() == Path(start).resolve():
+        raise ValueError(f"--export={args.export} would replace --init_from: name another folder")
     if writes and args.export:
         prepare_folder(Path(args.export))
     made = any(Path(args.data_dir).glob("*/metadata.json"))  # not by a generator that was stopped
-    missing = args.data_dir == DEFAULT_DATA_DIR and not made
+    missing = args.data_dir == DEFAULT_DATA_DIR and not made and not start
     if writes and missing and (generator := import_sibling("generate_multi_speaker_dataset")):
         print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
         generator.generate_dataset(generator.build_parser().parse_args([]), "train")
     sum_over_processes(torch.zeros(1))  # wait for it
     folder = Path(args.checkpoint_dir)
     train_speaker_separator(
-        args.data_dir, folder, args.init_from,
-        **{k: v for k, v in vars(args).items() if k in TrainOptions._fields})
+        args.data_dir, folder, **{k: v for k, v in vars(args).items() if k in TrainOptions._fields})
     reports = [folder / name for name in ("training_report.md", "training_curves.png")]
     names = [p.name for p in (*reports, *list_checkpoints(folder)) if p.exists()]
     print(f"{folder} holds " + ", ".join(names))
@@ -3349,9 +3359,9 @@ def holds_features(path: Path) -> bool:
     if path.suffix == ".npy":
         open_features(path)
         return True
-    from audio import audio_info
+    from audio import recording_length
 
-    audio_info(path)
+    recording_length(path)
     return False
 
 
@@ -3390,18 +3400,23 @@ def cmd_infer(args) -> None:
     device, source = pick_device(args.device), Path(args.input)
     check_writable(args.jsonl)
     done = resume_results(args.jsonl, "output_dir")
-    paths = [path for path in list_inputs(source) if str(path) not in done]
-    if not paths:
+    folders = {path: Path(args.output_dir, path.name if source.is_dir() else "")
+               for path in list_inputs(source) if str(path) not in done}
+    if not folders:
         print(f"{args.jsonl} has every recording already")
         return
-    is_features = [holds_features(path) for path in paths][0]  # each is checked
+    results = {row["output_dir"]: name for name, row in done.items()}
+    for folder in map(str, folders.values()):
+        if folder in results:
+            raise ValueError(f"{folder} holds what {args.jsonl} says of {results[folder]}: choose "
+                             "another --output_dir")
+    is_features = [holds_features(path) for path in folders][0]  # each is read and checked
     separator, checkpoint = open_separator(args, not is_features, device)
     reads_hidden = not (is_features or separator.is_spectrogram)
     if (args.encoder or args.layer is not None) and not reads_hidden:
         raise ValueError("--encoder and --layer are for audio and a separator of hidden features")
     encoder = open_encoder(args, separator, device) if reads_hidden else None
-    for path in paths:
-        folder = Path(args.output_dir, path.name if source.is_dir() else "")
+    for path, folder in folders.items():
         infer_file(args, path, folder, separator, checkpoint, encoder)
 
 
@@ -3463,6 +3478,10 @@ def cmd_demo(args) -> None:
 
     device = pick_device(args.device)
     check_questions(args)
+    if args.model:
+        from audio import load_config
+
+        check_prompt(args.prompt, load_config(args.model))
     if find_spec("gradio") is None:
         raise ValueError("the page needs gradio: pip install gradio")
     sys.path.append(str(Path(__file__).resolve().parent / "examples"))
@@ -3492,7 +3511,8 @@ def add_train_arguments(add) -> None:
     """
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
-    add("--init_from", metavar="PATH_OR_ID", help="separator to start from, such as pretrained/")
+    add("--init_from", metavar="PATH_OR_ID", default=argparse.SUPPRESS,
+        help="separator to train further, such as pretrained; its sizes stay")
     for name, option in OPTIONS.items():
         default = "" if option.default is None else f" (default: {option.default})"
         pair = {"nargs": 2, "metavar": ("MIN", "MAX")} if name == "crop_seconds" else {}
@@ -3550,7 +3570,8 @@ def add_shared_arguments(name: str, add) -> None:
         add("--threshold", type=float,
             help="lowest probability of a talker (default: the checkpoint's); in recordings the "
                  "likeliest stream counts from 0.5 on, even if this is higher")
-        add("--num_speakers", type=int, help="how many talkers there are, when known")
+        add("--num_speakers", type=int,
+            help="how many talkers there are, when known; recordings beyond a window may get fewer")
     if name in ("infer", "integrate"):
         add("--layer", type=int, help="encoder block to separate after (default: the checkpoint's)")
     if name in ("evaluate", "integrate", "demo"):

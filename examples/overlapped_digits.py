@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -35,12 +36,25 @@ def run(module, *words) -> None:
         sys.exit(status)
 
 
+def fail(message) -> NoReturn:
+    """End with one line and status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def existing(path: Path) -> Path:
-    """Return the path of a file; end with one line and status 2 if there is none."""
-    if not path.is_file():
-        print(f"error: no {path}", file=sys.stderr)
-        sys.exit(2)
+    """Return a path; fail if nothing is there."""
+    if not path.exists():
+        fail(f"no {path}")
     return path
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder; fail if it cannot be written to."""
+    try:
+        ssm.prepare_folder(folder)
+    except ValueError as error:
+        fail(error)
 
 
 def make_dataset(folder: Path, *words) -> Path:
@@ -107,12 +121,11 @@ def train(args, data: Path) -> Path:
 def evaluate(args, checkpoint: Path, tests: dict[str, Path]) -> list[dict]:
     """Count word errors on every test set; return a row of the table for each."""
     rows = []
-    known = [] if args.find_count else ["--num_speakers"]
     for name, data in tests.items():
         scores = data / "scores.json"
         run(ssm, "evaluate", f"--checkpoint={checkpoint}", f"--data_dir={data}",
             f"--model={args.model}", "--max_new_tokens=16", f"--json={scores}",
-            f"--picture={data}.png", *(known and [*known, name[0]]))
+            f"--picture={data}.png", *([] if args.find_count else ["--num_speakers", name[0]]))
         words = json.loads(scores.read_text(encoding="utf-8"))["words"]
         rows.append({**words[0], "of": name})
     return rows
@@ -138,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run every step that is not done yet."""
     args = build_parser().parse_args(argv)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(args.work_dir)
     data, tests = make_data(args)
     rows = evaluate(args, args.checkpoint or train(args, data), tests)
     print("\n" + "\n".join(word_table(rows)))

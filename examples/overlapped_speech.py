@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from overlapped_digits import existing, make_dataset, run  # noqa: E402
+from overlapped_digits import existing, fail, make_dataset, make_folder, run  # noqa: E402
 
 import speaker_separator_module as ssm  # noqa: E402
 from scoring import markdown_table, word_table  # noqa: E402
@@ -28,6 +28,8 @@ def select_corpus(args) -> Path:
         rows = [json.loads(line) for line in lines if line.strip()]
     rows = [row | {"audio": str((source.parent / row["audio"]).resolve())} for row in rows
             if (row.get("corpus") or "").startswith(args.corpus)]
+    if not rows:
+        fail(f"no line of {source} has a corpus that starts with {args.corpus}")
     manifest = args.work_dir / f"{args.corpus}.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return manifest
@@ -72,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Make the test sets, evaluate on them and print two tables."""
     args = build_parser().parse_args(argv)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(args.work_dir)
     if args.corpus:
         args.speech = select_corpus(args)
     scores = {f"{n} talker{'s' * (n > 1)}": evaluate(args, n) for n in args.talkers}

@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import digits_manifest  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from overlapped_digits import existing, make_dataset, run  # noqa: E402
+from overlapped_digits import existing, make_dataset, make_folder, run  # noqa: E402
 
 import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, write_wav  # noqa: E402
@@ -37,6 +37,7 @@ def write_manifest(args) -> Path:
     """
     manifest, digits = args.work_dir / "speech.jsonl", args.work_dir / "digits.jsonl"
     speech = existing(Path(args.speech) / "manifest.jsonl")
+    existing(Path(args.speech) / "noise")
     if digits_manifest.main(args.fsdd, digits):
         sys.exit(2)
     with open(manifest, "w", encoding="utf-8") as lines:
@@ -100,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run every step that is not done yet."""
     args = build_parser().parse_args(argv)
-    args.work_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(args.work_dir)
     data, checkpoints = make_data(args), args.work_dir / "checkpoints"
     last = checkpoints / f"checkpoint_epoch_{args.epochs}.pt"
     if not last.is_file():

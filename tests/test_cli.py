@@ -763,6 +763,25 @@ def test_infer_folder(spectrogram_checkpoint, tmp_path, capsys):
     assert_fails(capsys, infer_flags(spectrogram_checkpoint, tmp_path / "empty", out), "a folder")
 
 
+def test_infer_keeps_what_is_listed(spectrogram_checkpoint, recording, tmp_path, capsys):
+    """A second input must not take the folder of the first, which --jsonl says is done."""
+    out, lines = tmp_path / "out", tmp_path / "lines.jsonl"
+    other = write_wav(tmp_path / "other.wav", sine(0.4, 300))
+    argv = infer_flags(spectrogram_checkpoint, recording, out, f"--jsonl={lines}")
+    assert ssm.main(argv) == 0
+    before = {path: path.read_bytes() for path in [lines, *out.iterdir()]}
+    assert_fails(capsys, [*argv, f"--input={other}"], out, recording, "another --output_dir")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_infer_reads_a_folder_before_it_writes(spectrogram_checkpoint, tmp_path, capsys):
+    for name, samples in (("1.wav", sine(0.4, 150)), ("2.wav", sine(0.4, 150)[:300])):
+        write_wav(tmp_path / "meetings" / name, samples)
+    argv = infer_flags(spectrogram_checkpoint, tmp_path / "meetings", tmp_path / "out")
+    assert_fails(capsys, argv, "2.wav", "lasts 19 ms")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("flag", "rows"), [("--num_speakers=2", 2), ("--threshold=1", 0)])
 def test_integrate_count(flag, rows, qwen_folder, qwen_checkpoint, tmp_path, capsys):
     recording = write_wav(tmp_path / "a.wav", sine(0.4, 150))

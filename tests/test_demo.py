@@ -96,10 +96,11 @@ def test_command_serves_on_this_machine_alone(gradio, separator, tmp_path, monke
     assert f"separator {checkpoint}" in printed and "page http://127.0.0.1:7999/" in printed
 
 
-def test_command_refuses(gradio, tmp_path, monkeypatch, capsys):
+def test_command_refuses(gradio, whisper_folder, tmp_path, monkeypatch, capsys):
     features = save_tiny_checkpoint(tmp_path / "a.pt", tiny_separator())
     argv = ["demo", f"--checkpoint={features}", *CPU_FLAGS]
     assert_fails(capsys, argv, "needs a spectrogram separator")
+    assert_fails(capsys, ["demo", f"--model={whisper_folder}", "--prompt=Who?"], "takes no prompt")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert_fails(capsys, argv, "pip install gradio")
 

@@ -141,6 +141,10 @@ def test_overlapped_speech_takes_one_corpus(
     assert "| 1 talker | 2 |" in printed and "| 2 talkers | 2 |" in printed
     score = json.loads((tmp_path / "overlapped_speech/2_talkers/scores.json").read_text())
     assert f"| 2 talkers | {score['si_sdr_improvement']:.1f} |" in printed
+    with pytest.raises(SystemExit) as ended:
+        overlapped_speech.main([f"--speech={tmp_path}", "--corpus=bok", "--model=none"])
+    assert ended.value.code == 2
+    assert "has a corpus that starts with bok" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("example", [pretrain, overlapped_speech])
@@ -150,3 +154,15 @@ def test_speech_without_a_manifest(example, tmp_path, capsys):
         example.main([f"--speech={tmp_path}", *more[example]])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: no {tmp_path / 'manifest.jsonl'}\n"
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--work_dir=file"], "cannot write to file"), ([], "no speech/noise")])  # fmt: skip
+def test_pretrain_refuses(flags, words, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "speech").mkdir()
+    (tmp_path / "speech/manifest.jsonl").touch()
+    with pytest.raises(SystemExit) as ended:
+        pretrain.main(["--speech=speech", "--fsdd=none", *flags])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

@@ -25,6 +25,7 @@ from conftest import (
     tiny_spectrogram_separator,
     tower_states,
     train_flags,
+    write_wav,
 )
 
 import speaker_separator_module as ssm
@@ -1082,6 +1083,15 @@ def test_ask_a_model_in_half_precision(kind, dtype, qwen_folder, integrate):
     assert next(model.parameters()).dtype == dtype
     assert ask(model, processor, RECORDINGS, max_new_tokens=4) == plain
     assert len(plain) == 3 and any(plain)
+
+
+def test_ask_takes_what_read_audio_takes(qwen, processor, tmp_path):
+    whole = (32767 * RECORDINGS[0]).astype(np.int16)
+    path = write_wav(tmp_path / "a.wav", whole)
+    given = [whole, torch.from_numpy(whole), path, str(path), torch.from_numpy(whole / 32768.0)]
+    texts = ask(qwen, processor, given, max_new_tokens=4)
+    assert len(set(texts)) == 1 and texts == ask(qwen, processor, [whole / 32768.0] * 5,
+                                                 max_new_tokens=4)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -506,6 +506,8 @@ def test_a_whisper_that_repeats_itself_decodes_again(listener):
     assert options["max_new_tokens"] == model.config.max_target_positions // 2
     given = {"max_new_tokens": 3, "temperature": 0.0, "num_beams": 2}
     assert long_recordings.answer_options(model, processor, given).items() >= given.items()
+    for limit in ({"max_length": 9}, {"generation_config": model.generation_config}):
+        assert "max_new_tokens" not in long_recordings.answer_options(model, processor, limit)
     hidden = make_separator("output")
     ssm.integrate_speaker_separator(model, None, hidden)
     assert "temperature" not in long_recordings.answer_options(model, processor, {})  # cannot

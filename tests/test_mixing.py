@@ -574,6 +574,20 @@ def test_metadata(everything):
     assert any(room is not None and room >= ROOMS for room in rooms[3:])
 
 
+def test_unknown_corpora_are_named(speech_dir, tmp_path, capsys):
+    flags = flags_for(speech_dir, tmp_path / "data", "--as_recorded", "digits")
+    assert generator.main(flags) == 0
+    assert "no recording is of the corpus digits" in capsys.readouterr().out
+
+
+def test_part_of_a_transcript_is_none():
+    utterances = [mixing.Utterance("a.wav", "a", text) for text in ("one", "two", "")]
+    said = {(0, 1): "one two", (0, 2): "", (2,): ""}
+    for numbers, text in said.items():
+        talker = mixing.PlannedTalker(tuple(utterances[i] for i in numbers), 1.0, (), 1.0, 0.0, 0.0)
+        assert talker.text == text
+
+
 def test_transcripts_are_in_order(everything):
     """The text names the recordings that are heard, one after the other."""
     source = generator.load_source(everything, "train")
@@ -651,6 +665,7 @@ def test_load_source_says_what_is_gone(everything, dataset, tmp_path):
         (["--workers", "-1"], "--workers"),
         (["--turns", "2"], "--turns must be 0 to 1"),
         (["--layer", "1"], "--layer needs --encoder"),
+        (["--snr_db", "0", "5"], "--snr_db needs --noise_dir"),
         (["--seq_len", "50"], "--seq_len is for simulated talkers"),
         (["--split_by", "colour"], "--split_by"),
         (["--noise_dir", "/no/such/folder"], "/no/such/folder"),

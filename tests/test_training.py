@@ -610,11 +610,34 @@ def test_training_starts_from_a_separator(kind, data, tmp_path, capsys):
     assert tuned.config["dropout"] == 0.2
     assert tuned.threshold < 0.9
     assert tuned.feature_source["kind"] != "another"
+    assert str(tmp_path / "start") in (tmp_path / "run/training_report.md").read_text()
+    options = torch.load(tmp_path / "run/best_model.pt")["options"]
+    sets = [ssm.MultiSpeakerDataset(data, split) for split in ("train", "val")]
+    run = ssm.start_run(ssm.TrainOptions(**options), *sets, tmp_path)
+    assert run.loader.dataset.max_speakers == max(split.max_speakers for split in sets) < 4
+
+
+def test_a_starting_separator_is_never_replaced(trained, best, dataset, tmp_path, capsys):
+    folder = Path(shutil.copytree(trained, tmp_path / "run/previous_run"))
+    shutil.copy(best, tmp_path / "run")
+    argv = train_flags(dataset, tmp_path / "run")[:3] + CPU_FLAGS
+    assert_fails(capsys, [*argv, f"--init_from={folder / 'best_model.pt'}", "--epochs=1"],
+                 "would be replaced")
+    assert snapshot(folder) == snapshot(trained)
+    ssm.export_separator(ssm.load_separator(best), tmp_path / "exported")
+    assert_fails(capsys, [*argv, *(f"--{name}={tmp_path / 'exported'}"
+                                   for name in ("init_from", "export"))], "would replace")
+
+
+def test_a_starting_separator_brings_no_data(best, capsys):
+    """The default dataset would be of features, whatever the separator reads."""
+    assert_fails(capsys, ["train", f"--init_from={best}"], "no dataset at multi_speaker_data")
+    assert not any(Path().iterdir())
 
 
 @pytest.mark.parametrize(("flags", "words"), [
     (["--ff_dim=64"], ("--ff_dim=64", "contradicts", "has 32")),
-    (["--resume"], ("--init_from", "--resume")),
+    (["--resume"], ("--init_from", "contradicts")),
     (["--init_from=nowhere.pt"], ("nowhere.pt", "")),
     (["--data_dir=RECORDINGS"], ("features 32 wide", "spectrograms")),
 ])  # fmt: skip
