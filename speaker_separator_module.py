@@ -2385,10 +2385,11 @@ def train_speaker_separator(
     if options.resume:
         checkpoint = newest_checkpoint(folder)
         options = resumed_options(given, checkpoint, folder)
+    elif options.init_from:
+        if (folder / PREVIOUS_RUN).resolve() in Path(options.init_from).resolve().parents:
+            raise ValueError(f"{options.init_from} would be replaced: choose another "
+                             "--checkpoint_dir")
     check_limits(options._asdict())
-    replaced = (folder / PREVIOUS_RUN).resolve()
-    if options.init_from and replaced in Path(options.init_from).resolve().parents:
-        raise ValueError(f"{options.init_from} would be replaced: choose another --checkpoint_dir")
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
     writes = process_rank()[0] == 0
     if writes:
