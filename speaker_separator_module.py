@@ -205,6 +205,11 @@ def read_json(path: Path, kind: type = object):
     return content
 
 
+def is_inside(path, folder) -> bool:
+    """Return whether a path is a folder or in it, wherever links lead."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
+
+
 def write_json(file, content: dict) -> None:
     """Write a file of JSON, if one is named."""
     if file is not None:
@@ -2385,10 +2390,8 @@ def train_speaker_separator(
     if options.resume:
         checkpoint = newest_checkpoint(folder)
         options = resumed_options(given, checkpoint, folder)
-    elif options.init_from:
-        if (folder / PREVIOUS_RUN).resolve() in Path(options.init_from).resolve().parents:
-            raise ValueError(f"{options.init_from} would be replaced: choose another "
-                             "--checkpoint_dir")
+    elif options.init_from and is_inside(options.init_from, folder / PREVIOUS_RUN):
+        raise ValueError(f"{options.init_from} would be replaced: choose another --checkpoint_dir")
     check_limits(options._asdict())
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
     writes = process_rank()[0] == 0
@@ -3147,7 +3150,7 @@ def check_writable(*files: str | None, inputs=()) -> None:
     if len(set(paths)) < len(paths):
         raise ValueError("two results would go into the same file: choose another name")
     for file, path in zip(files, paths, strict=True):
-        if path.exists() and any(path.is_relative_to(Path(i).resolve()) for i in inputs if i):
+        if path.exists() and any(is_inside(path, i) for i in inputs if i):
             raise ValueError(f"{file} is an input and would be overwritten: choose another name")
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")

@@ -43,8 +43,8 @@ def fail(message) -> NoReturn:
 
 
 def existing(path: Path) -> Path:
-    """Return a path; fail if nothing is there."""
-    if not path.exists():
+    """Return the path of a file; fail if there is none."""
+    if not path.is_file():
         fail(f"no {path}")
     return path
 

@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import digits_manifest  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from overlapped_digits import existing, make_dataset, make_folder, run  # noqa: E402
+from overlapped_digits import existing, fail, make_dataset, make_folder, run  # noqa: E402
 
 import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, write_wav  # noqa: E402
@@ -37,7 +37,8 @@ def write_manifest(args) -> Path:
     """
     manifest, digits = args.work_dir / "speech.jsonl", args.work_dir / "digits.jsonl"
     speech = existing(Path(args.speech) / "manifest.jsonl")
-    existing(Path(args.speech) / "noise")
+    if not (Path(args.speech) / "noise").is_dir():
+        fail(f"no {Path(args.speech) / 'noise'}")
     if digits_manifest.main(args.fsdd, digits):
         sys.exit(2)
     with open(manifest, "w", encoding="utf-8") as lines:
