@@ -100,7 +100,8 @@ OPTIONS = {
     "batch_size": Option(8, int, 1, 1e5, "mixtures per step of each process"),
     "accumulate": Option(1, int, 1, 1e5, "batches per step: one large batch in less memory"),
     "lr": Option(
-        None, float, 1e-12, 1e30, "initial learning rate (default: 2e-3; features: 0.128 / width)"),
+        None, float, 1e-12, 1e30, "initial learning rate (default: 2e-3; features: 0.128 / width; "
+        "a quarter of it with --init_from)"),
     "weight_decay": Option(0.01, float, 0, 1e30, "weight decay of the optimizer"),
     "num_layers": Option(None, int, 1, 128, "blocks on the mixture (default: 4)"),
     "num_heads": Option(None, int, 1, 1024, "attention heads (default: 4; features: 8)"),
@@ -1983,6 +1984,8 @@ def make_optimizer(separator, options: TrainOptions) -> torch.optim.Optimizer:
     rate = options.lr
     if rate is None:  # wider separators of features want smaller steps
         rate = 2e-3 if separator.is_spectrogram else 0.128 / separator.feature_dim
+        if options.init_from:  # at the whole rate a trained separator gets worse (measured)
+            rate /= 4
     settings = {"lr": rate, "weight_decay": options.weight_decay,
                 "fused": fuses_optimizer(separator.speaker_queries.device.type)}
     if separator.is_spectrogram:

@@ -613,7 +613,9 @@ def test_training_starts_from_a_separator(kind, data, tmp_path, capsys):
     assert str(tmp_path / "start") in (tmp_path / "run/training_report.md").read_text()
     options = torch.load(tmp_path / "run/best_model.pt")["options"]
     sets = [ssm.MultiSpeakerDataset(data, split) for split in ("train", "val")]
-    run = ssm.start_run(ssm.TrainOptions(**options), *sets, tmp_path)
+    run = ssm.start_run(ssm.TrainOptions(**options | {"lr": None}), *sets, tmp_path)
+    whole = 2e-3 if kind == "recordings" else 0.128 / WIDTH
+    assert {group["lr"] for group in run.optimizer.param_groups} == {whole / 4}
     assert run.loader.dataset.max_speakers == max(split.max_speakers for split in sets) < 4
 
 
