@@ -594,8 +594,8 @@ def generate_dataset(args, command_line: str) -> None:
             speech = fetch_speech(args.speech_dir, output_dir / "fetched_speech")
         splits = split_speech(read_speech(speech), args.split_by, args.seed)
         check_apart(splits)
-        corpora = {utterance.corpus for split in splits.values() for utterance in split}
-        for corpus in sorted(set(args.as_recorded) - corpora):
+        utterances = chain(*splits.values())
+        for corpus in sorted(set(args.as_recorded).difference(u.corpus for u in utterances)):
             print(f"--as_recorded: no recording is of the corpus {corpus}")
     mixtures, about = (speech_dataset(args, sizes, splits) if splits else
                        simulated_dataset(args, sizes))
@@ -677,11 +677,10 @@ def check_arguments(args) -> None:
         raise ValueError(f"--seq_len times --feature_dim can be {MOST_VALUES:,} at most")
     if args.min_seconds > (args.max_seconds or math.inf):
         raise ValueError("--min_seconds is more than --max_seconds")
-    if args.layer is not None and not args.encoder:
-        raise ValueError("--layer needs --encoder")
     default = build_parser().parse_args([])
-    if args.snr_db != default.snr_db and not args.noise_dir:
-        raise ValueError("--snr_db needs --noise_dir")
+    for name, needed in (("layer", "encoder"), ("snr_db", "noise_dir")):
+        if getattr(args, name) != getattr(default, name) and not getattr(args, needed):
+            raise ValueError(f"--{name} needs --{needed}")
     recorded = (*MIXING, "noise_dir", "as_recorded", "encoder", "split_by", "workers", "device")
     for name in ("seq_len", "feature_dim") if args.speech_dir else recorded:
         if getattr(args, name) != getattr(default, name):

@@ -1723,7 +1723,6 @@ def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32
 # --------------------------------------------------------------------------------------------------
 # Checkpoints: the folder of a run
 
-
 PREVIOUS_RUN = "previous_run"
 
 
@@ -2205,7 +2204,7 @@ def start_run(
         config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
         separator = build_separator(config, checkpoint["model_state_dict"], folder)
         check_data(f"the checkpoint in {folder}", config, train_set, val_set)
-    elif options.init_from is not None:
+    elif options.init_from:
         separator = started_separator(options, train_set, val_set)
     else:
         separator = new_separator(options, train_set, val_set)
@@ -2386,8 +2385,8 @@ def train_speaker_separator(
     Ctrl-C and SIGTERM finish the step, write ``interrupted.pt`` and raise KeyboardInterrupt.
     """
     # NumPy's numbers become Python's, and a path text: a checkpoint with one would not open.
-    given = {name: np.asarray(value).tolist() for name, value in options.items()}
-    given = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
+    given = {name: str(value) if isinstance(value, Path) else np.asarray(value).tolist()
+             for name, value in options.items()}
     options = TrainOptions(**given)
     folder, checkpoint = Path(checkpoint_dir), None
     if options.resume:
