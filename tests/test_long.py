@@ -574,6 +574,16 @@ def test_whisper_of_one_window(dtype, listener):
     assert answer_per_talker(model, processor, noise, **options) == []
 
 
+def test_whisper_is_told_where_recordings_end(listener):
+    """Without a mask transformers warns of batches."""
+    model, processor = listener
+    untouched, lengths = model.generate, []
+    model.generate = lambda **inputs: (
+        lengths.append(inputs["attention_mask"].sum(1).tolist()) or untouched(**inputs))
+    ask(model, processor, [LONG[:RATE], LONG[:8000]], max_new_tokens=2)
+    assert lengths == [[100, 50]]
+
+
 def test_whisper_with_hidden_features_answers_window_by_window(listener):
     model, processor = listener
     ssm.integrate_speaker_separator(model, None, make_separator(1), layer=1, threshold=0.5)

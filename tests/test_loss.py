@@ -6,6 +6,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_separator, tiny_spectrogram_separator
 
 import speaker_separator_module as ssm
 
@@ -311,6 +312,16 @@ def test_the_first_talker_needs_less():
     assert ssm.calibrate_threshold(probs, truth, 0.5) == pytest.approx(0.725)
     assert ssm.count_scores(probs, truth, 0.725, first=0.5)["count_accuracy"] == 1
     assert ssm.count_scores(probs, truth, 0.725)["count_accuracy"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("make", "expected"), [
+    (tiny_separator, [[False] * 3, [True, False, False]]),
+    (tiny_spectrogram_separator, [[True, False, False], [True, False, False]])])
+def test_the_first_talker_of_a_recording_needs_half(make, expected):
+    probs = torch.tensor([[0.5, 0.5, 0.2], [0.85, 0.8, 0.2]])
+    values, mixture = torch.ones(2, 3, 4, 5), torch.zeros(2, 4, 5)
+    _, active = ssm.choose_talkers(make(threshold=0.85), values, mixture, probs, None, None)
+    assert active.tolist() == expected
 
 
 def test_active_streams():

@@ -268,6 +268,16 @@ def test_turns_do_not_exceed_the_window(by_speaker):
         assert plan.overlap > 0
 
 
+def test_the_others_speak_in_a_row_beside_the_longest():
+    """Two of a second each beside one of four: they can overlap with it in half of the time."""
+    talkers = [PlannedTalker((), 1.0, (), seconds, 0.0, 0.0) for seconds in (4.0, 1.0, 1.0)]
+    for seed in range(10):
+        onsets, miss = mixing._place(np.random.default_rng(seed), talkers, 1.0, 9.0)
+        assert miss == pytest.approx(0.5)
+        first, second = np.sort(np.subtract(onsets[1:], onsets[0]))
+        assert 0 <= first <= second - 1 + 1e-9 <= 2 + 1e-9
+
+
 def test_a_talker_longer_than_the_window_has_the_others_beside():
     """The sum of two lengths differs from the third by rounding, which once left no placement."""
     lengths = (3.033063678688803, 16.634325099811733, 19.240260427045353)

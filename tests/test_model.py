@@ -648,5 +648,7 @@ def test_folder_without_a_separator(tmp_path):
     for content in ("[]", "{", '{"d_model": 32}'):
         ssm.export_separator(tiny_separator(2), tmp_path / "weights")
         (tmp_path / "weights/config.json").write_text(content)
-        with pytest.raises(ValueError, match="weights"):
+        with pytest.raises(ValueError, match="weights (cannot be loaded|does not fit)"):
             ssm.load_separator(tmp_path / "weights")
+    with pytest.raises(ValueError, match="nobody/nothing is no file or folder here, and cannot"):
+        ssm.load_separator("nobody/nothing")

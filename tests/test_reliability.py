@@ -346,7 +346,7 @@ METADATA = {
     "text a list": lambda text: text.replace('"text": ', '"text": [1], "was": '),
     "path a number": lambda text: text.replace('"feature_file": ', '"feature_file": 3, "was": '),
     "null byte": lambda text: text.replace("mixed/", "mixed/\\u0000"),
-    "overlap of 7": lambda text: text.replace('"id"', '"overlap": 7, "id"'),
+    "overlap of 1.5": lambda text: text.replace('"id"', '"overlap": 1.5, "id"'),
 }
 
 
