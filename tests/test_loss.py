@@ -324,6 +324,14 @@ def test_the_first_talker_of_a_recording_needs_half(make, expected):
     assert active.tolist() == expected
 
 
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_damaged_output_is_refused(damaged):
+    values, probs = torch.ones(1, 3, 4, 5), torch.full((1, 3), 0.5)
+    (values, probs)[damaged][0, 0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        ssm.choose_talkers(tiny_separator(), values, values[:, 0], probs, None, None)
+
+
 def test_active_streams():
     probs = torch.tensor([[0.2, 0.9, 0.5], [0.1, 0.3, 0.2]])
     assert ssm.active_streams(probs).tolist() == [[False, True, True], [False, False, False]]

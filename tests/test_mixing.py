@@ -691,6 +691,13 @@ def test_bad_arguments(flags, words, speech_dir, tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
+def test_nothing_of_a_kind_may_be_asked_for(speech_dir, tmp_path):
+    none = [f"--{name}=0" for name in ("min_seconds", "max_gap", "max_onset", "turns", "reverb",
+                                       "level_difference", "equalizer", "same_corpus", "seed")]
+    argv = flags_for(speech_dir, tmp_path / "data", *none)
+    generator.check_arguments(generator.build_parser().parse_args(argv))
+
+
 @pytest.mark.parametrize(
     ("flags", "word"),
     [(["--reverb"], "--speech_dir"), (["--noise_dir=."], "--speech_dir"),

@@ -419,6 +419,10 @@ def test_improvement_of_audio(scripted):
     scores = ssm.evaluate_separator(idle, dataset, batch_size=1)
     assert scores["si_sdr_improvement"] == pytest.approx(0, abs=0.05)
     assert scores["separation"] == pytest.approx(scores["trivial_mse"]["mixture"], rel=1e-5)
+    batch = batch_of(dataset, 0)
+    lifted = batch["mixture"][:, None].expand(1, 2, -1, -1).clone()
+    lifted[:, :, ::2] += 0.5  # a floor may lie above the mixture: audio is never raised
+    assert ssm.si_sdr_improvement(lifted, batch).abs().max() < 0.05
 
 
 def test_the_likeliest_of_streams_alike_is_the_talker(recordings, scripted):
