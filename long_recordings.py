@@ -97,9 +97,9 @@ class TalkerTracker:
 
     Every pair of a stream and a known talker gets a score: the correlation over the frames that
     adjacent windows share, minus the distance between the voices, plus a bonus for talkers found in
-    many windows. A new talker has a fixed score. The assignment with the highest sum wins. A voice
-    is the mean and spread of a stream's frames, changing frames weighted most; the distance up to
-    which two voices can be one talker's is estimated from the windows so far.
+    many windows. A new talker scores like a voice as far away as two of one talker can be, which is
+    estimated from the windows so far. The assignment with the highest sum wins. A voice is the mean
+    and spread of a stream's frames, changing frames weighted most.
 
     Adjacent windows share ``shared`` frames; at most ``num_speakers`` talkers are numbered.
     """
@@ -420,7 +420,7 @@ def _decode_streams(
     mask = (torch.arange(padded.shape[-1]) < frames).long().expand(len(streams), -1)
     model = integration.model
     if is_long := frames > most:
-        options = {"return_timestamps": True, "return_segments": True, **options}
+        options = {"return_timestamps": True, **options, "return_segments": True}
     output = integration.original_generate(
         input_features=padded.to(model.device, model.dtype), attention_mask=mask.to(model.device),
         **options)

@@ -179,14 +179,13 @@ def is_number(value, low: float, high: float, kind: type = float) -> bool:
 
 def check_limits(values: dict) -> None:
     """Fail if a number is outside the ``LIMITS`` of its name; None stands for a default."""
-    for name, value in values.items():
-        kind, low, high = LIMITS.get(name, (None, 0, 0))
-        numbers = [value]
-        if name == "crop_seconds" and value is not None:
-            if not isinstance(value, (list, tuple)) or len(value) != 2:
-                raise ValueError(f"crop_seconds must be two lengths, not {value!r:.40}")
-            numbers = value
-        if kind and not all(v is None or is_number(v, low, high, kind) for v in numbers):
+    for name, (kind, low, high) in LIMITS.items():
+        if (value := values.get(name)) is None:
+            continue
+        pair = name == "crop_seconds"
+        if pair and not (isinstance(value, (list, tuple)) and len(value) == 2):
+            raise ValueError(f"crop_seconds must be two lengths, not {value!r:.40}")
+        if not all(is_number(v, low, high, kind) for v in (value if pair else [value])):
             bounds = f"{low:g} {'to' if high < 1e6 else 'or more, at most'} {high:g}"
             raise ValueError(f"{name} must be {bounds}, not {value!r:.40}")
 
@@ -275,7 +274,7 @@ def check_sizes(config: dict, width_name: str) -> None:
     if missing := [name for name in LIMITS if config.get(name, 0) is None]:
         raise ValueError(f"{missing[0]} must be a number, not None")
     width, num_heads = config[width_name], config["num_heads"]
-    if num_heads < 2 or num_heads % 2 or width % num_heads:
+    if num_heads % 2 or width % num_heads:
         raise ValueError(
             f"num_heads must be even and divide {width_name}, not {num_heads} for {width}")
     source = config.get("feature_source", {})
@@ -1711,10 +1710,10 @@ def load_separator(path_or_id=SHIPPED_SEPARATOR, device: str = "cpu"):
 
 
 def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.json and model.safetensors; an encoder on this disk is named by its folder."""
+    """Write config.json and model.safetensors; an encoder on a disk is named by its folder."""
     config = copy.deepcopy(separator.config) | {"threshold": separator.threshold}
     encoder = config.get("feature_source", {}).get("encoder")
-    if encoder and Path(encoder).exists():
+    if encoder and Path(encoder).is_absolute():
         config["feature_source"]["encoder"] = Path(encoder).name
     exported = build_separator(config, separator.state_dict(), folder)
     exported.to(dtype).save_pretrained(folder)
@@ -1847,12 +1846,11 @@ def training_mixtures(options: TrainOptions, train_set, talkers: int) -> Dataset
 
     Fresh mixtures have up to ``talkers`` talkers.
     """
-    if options.crop_seconds and not train_set.has_recordings:
-        raise ValueError("--crop_seconds is for recordings, and this dataset has features")
+    if options.crop_seconds and not (options.remix and train_set.has_recordings):
+        raise ValueError("--crop_seconds takes parts of fresh mixtures of recordings: it is not "
+                         "for features, nor with --no_remix")
     if options.crop_seconds and operator.gt(*options.crop_seconds):
         raise ValueError("--crop_seconds takes the shorter length first")
-    if options.crop_seconds and not options.remix:
-        raise ValueError("--crop_seconds takes parts of fresh mixtures: leave --no_remix out")
     if not options.remix or not (train_set.is_sum or train_set.has_recordings):
         return train_set
     kind = RemixedRecordings if train_set.has_recordings else RemixedFeatures
@@ -2244,8 +2242,7 @@ def start_run(
     if ranks > 1:
         parallel = nn.parallel.DistributedDataParallel(separator, gradient_as_bucket_view=True)
     return Run(options, device, dtype, loss_weights(options, train_set), separator, parallel,
-               averaged, optimizer, scheduler, loader, val_set, history,
-               rest, [])
+               averaged, optimizer, scheduler, loader, val_set, history, rest, [])
 
 
 def run_epoch(run: Run, epoch: int) -> dict | None:
@@ -2573,7 +2570,7 @@ def infer_recording(
         if encoder is None:
             values = recording.stream(talker)
             waveform = apply_gains(samples, talker.values[None])[0]
-        facts = {"probability": round(talker.probability, 4), "windows": talker.windows}
+        facts = {"probability": talker.probability, "windows": talker.windows}
         talkers.append((facts, values, waveform))
     loudest = max((float(w.abs().max()) for *_, w in talkers if w is not None), default=0.0)
     for *_, waveform in talkers if loudest > 1 else ():
@@ -2604,7 +2601,8 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
                          "overwritten: choose another --output_dir")
     staging = folder / ".separation"  # earlier results stay until these are whole
     try:
-        staging.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+        staging.mkdir(parents=True)
         for name, values in files.items():
             write = np.save if name.endswith(".npy") else import_sibling("audio").write_wav
             write(staging / name, values)
@@ -2759,7 +2757,7 @@ def joint_prompts(model, ids: Tensor, recordings: list[int], labels: list[int], 
     around = tokenizer.convert_tokens_to_ids(["<|audio_bos|>", "<|audio_eos|>"])
     prompts, recording = {}, 0
     for b, row in enumerate(ids):
-        pieces, rest, talkers = [], int((mask[b] == 0).sum()), 0
+        row, pieces, rest, talkers = row[mask[b] != 0], [], 0, 0
         for start, end in audio_slots(model, row):
             start -= start > 0 and int(row[start - 1]) in around
             end += end < len(row) and int(row[end]) in around

@@ -410,7 +410,8 @@ def test_infer_writes_active_talkers_only(best, mixture_file, tmp_path, capsys):
 @pytest.mark.parametrize("count", [1, 2])
 def test_infer_known_count_removes_stale_files(count, best, mixture_file, tmp_path):
     for name in ("speaker_1.npy", "speaker_7.npy", "speaker_12.npy", "speaker_notes.txt",
-                 "separation.json"):
+                 "separation.json", ".separation/speaker_3.npy"):  # the last one of a killed run
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"old")
     assert ssm.main(infer_flags(best, mixture_file, tmp_path, f"--num_speakers={count}")) == 0
     separator, features = ssm.load_separator(best), torch.from_numpy(np.load(mixture_file))

@@ -482,6 +482,12 @@ def test_joint(kind, integrate, qwen, processor):
         expected = slow_joint(plain, processor, separator, alone, kind, max_new_tokens=6)
         assert ids[b, L : L + len(expected)].tolist() == expected
         assert answers(model, alone, **joint, num_beams=2)[0] == beams[b]
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    pads = (text["attention_mask"] == 0).sum(1).tolist()
+    assert max(pads) > min(pads)
+    right = {name: torch.stack([row.roll(-p) for row, p in zip(rows, pads, strict=True)])
+             for name, rows in text.items()}
+    assert torch.equal(model.generate(**{**inputs, **right}, **joint)[:, L:], ids[:, L:])
     slots = two_slots(processor)
     expected = slow_joint(plain, processor, separator, slots, kind, max_new_tokens=6)
     ids = model.generate(**slots, **joint)

@@ -626,8 +626,8 @@ def test_export_in_bfloat16():
 
 
 def test_export_holds_no_local_path(tmp_path):
-    """An encoder on this disk is named by its folder alone, a hub id stays whole."""
-    (tmp_path / "encoder").mkdir()
+    """An encoder on a disk, here or elsewhere, is named by its folder alone; a hub id is whole."""
+    Path("openai/whisper-tiny.en").mkdir(parents=True)
     for encoder, exported in ((str(tmp_path / "encoder"), "encoder"),
                               ("openai/whisper-tiny.en", "openai/whisper-tiny.en")):
         source = {"encoder": encoder, "layer": 2, "frame_rate": 50.0}

@@ -1024,6 +1024,8 @@ def test_crop_seconds_needs_two_lengths_and_fresh_mixtures(recordings, tmp_path,
     assert_fails(capsys, argv, "--crop_seconds", "--no_remix")
     with pytest.raises(ValueError, match=r"two lengths, not 3\.0"):
         train_tiny(recordings, tmp_path / "run", crop_seconds=3.0)
+    with pytest.raises(ValueError, match=r"crop_seconds must be 0\.2"):
+        train_tiny(recordings, tmp_path / "run", crop_seconds=(None, 6.0))
 
 
 def test_crop_seconds_is_for_recordings(dataset, tmp_path, capsys):
