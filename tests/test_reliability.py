@@ -188,6 +188,16 @@ def test_mixtures_of_a_broken_batch_are_named(own_dataset, tmp_path, capsys, mon
 # Ctrl-C and SIGTERM
 
 
+def test_a_worker_that_fails_is_told_in_one_line(own_dataset, tmp_path, capsys):
+    """Its error comes with a traceback of its own."""
+    argv = train_flags(own_dataset, tmp_path / "run", "--workers=1", "--no_remix")
+    for path in (own_dataset / "train/mixed").glob("*.npy"):
+        content = np.load(path)
+        content[3, 3] = np.nan
+        np.save(path, content)
+    assert_fails(capsys, argv, "mixed", "holds NaN")
+
+
 def test_workers_outlast_signals_to_all_processes():
     """torch would make a traceback of a worker that ends before the main process."""
     numbers = (signal.SIGINT, signal.SIGTERM)

@@ -65,6 +65,7 @@ def test_normalize_words(text, words):
         (["今天天氣很好", "出去"], ["出去", "今天天汽很好"], 1, 8),
         # One normaliser for both sides, whatever letters the answer has.
         (["He\u2019s twenty."], ["he is 20"], 0, 4),
+        (["\u00e9l est\u00e1", "he has ten"], ["\u00e9l est\u00e1", "he has 10"], 1, 5),
         (["he is in the cafe at twenty one"], ["He\u2019s in the caf\u00e9 at 21."], 0, 8),
     ],
 )
