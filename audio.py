@@ -77,7 +77,7 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
     """Yield a file's samples block by block, the channels averaged."""
     with _reading(path) as soundfile:
         file = soundfile.SoundFile(path)
-    size, missing = max(1, READ_BLOCK // file.channels), file.frames
+    size, missing = READ_BLOCK // file.channels, file.frames
     with file:
         while True:
             with _reading(path), np.errstate(all="ignore"):

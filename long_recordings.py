@@ -347,6 +347,9 @@ def answer_options(model, processor, options: dict) -> dict:
         suited = {"max_new_tokens": QWEN_TOKENS}
     else:
         suited = {"max_new_tokens": min(WHISPER_TOKENS, model.config.max_target_positions // 2)}
+        settings = options.get("generation_config") or model.generation_config
+        if getattr(settings, "is_multilingual", False) and not getattr(settings, "task", None):
+            suited["task"] = "transcribe"  # transformers leaves it out where it detects a language
         integration = integration_of(model)
         if integration is None or integration.separator.is_spectrogram:
             suited |= TEMPERATURE_FALLBACK

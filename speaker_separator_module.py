@@ -3189,18 +3189,27 @@ def append_line(file: str | None, row: dict) -> None:
             lines.write(json.dumps(row) + "\n")
 
 
+def answer_options(args) -> dict:
+    """Return the options of a model's answers, None where not given."""
+    return {name: getattr(args, name) for name in ("prompt", "language", "max_new_tokens")}
+
+
 def check_questions(args) -> None:
     """Fail if there are options of answers, but no model that answers."""
-    if not args.model and (args.prompt is not None or args.max_new_tokens is not None):
-        raise ValueError("--prompt and --max_new_tokens are for a model's answers: add --model")
+    given = [f"--{name}" for name, value in answer_options(args).items() if value is not None]
+    if given and not args.model:
+        raise ValueError(f"{given[0]} is for a model's answers: add --model")
 
 
-def check_prompt(prompt: str | None, config, mode: str = "separate") -> None:
+def check_prompt(args, config, mode: str = "separate") -> None:
     """Fail if a model of this configuration cannot be asked so."""
-    if config.model_type == "whisper" and (prompt is not None or mode == "joint"):
-        option = "--prompt" if prompt is not None else "--mode=joint"
+    is_whisper = config.model_type == "whisper"
+    if is_whisper and (args.prompt is not None or mode == "joint"):
+        option = "--prompt" if args.prompt is not None else "--mode=joint"
         raise ValueError(f"{option} is for Qwen2-Audio; Whisper takes no prompt")
-    if "<|AUDIO|>" in (prompt or ""):
+    if args.language is not None and not is_whisper:
+        raise ValueError("--language is for Whisper; tell Qwen2-Audio in the --prompt")
+    if "<|AUDIO|>" in (args.prompt or ""):
         raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
 
 
@@ -3309,7 +3318,7 @@ def cmd_evaluate(args) -> None:
         from audio import load_config, load_model
 
         transcribed_samples(dataset)
-        check_prompt(args.prompt, load_config(args.model))
+        check_prompt(args, load_config(args.model))
     scores = evaluate_separator(
         separator, dataset, batch_size=args.batch_size, device=device,
         dtype=pick_dtype(args.dtype, device)[0], threshold=args.threshold,
@@ -3326,8 +3335,8 @@ def cmd_evaluate(args) -> None:
         model, processor = load_model(args.model, device, args.dtype)
         with running(args.model):
             rows = evaluate_words(
-                separator, dataset, model, processor, threshold=args.threshold, prompt=args.prompt,
-                num_speakers=args.num_speakers, max_new_tokens=args.max_new_tokens)
+                separator, dataset, model, processor, threshold=args.threshold,
+                num_speakers=args.num_speakers, **answer_options(args))
         scores["words"] = scoring.word_scores(rows)
         print("\n" + "\n".join(scoring.word_table(scores["words"])))
     write_json(args.json, scores)
@@ -3436,8 +3445,7 @@ def load_integrated(args, separator, device: str, layer: int | None = None):
     model, processor = load_model(args.model, device, args.dtype)
     integrate_speaker_separator(
         model, separator_checkpoint=separator, layer=layer, threshold=args.threshold)
-    return partial(answer_per_talker, model, processor, prompt=args.prompt,
-                   max_new_tokens=args.max_new_tokens)
+    return partial(answer_per_talker, model, processor, **answer_options(args))
 
 
 def cmd_integrate(args) -> None:
@@ -3458,7 +3466,7 @@ def cmd_integrate(args) -> None:
         recording_length(audio)  # what cannot be read fails before the model is loaded
     separator, checkpoint = open_separator(args, spectrograms=True, device="cpu")
     check_fit(separator, getattr(config, "audio_config", config), args.layer)
-    check_prompt(args.prompt, config, args.mode)
+    check_prompt(args, config, args.mode)
     answer = load_integrated(args, separator, device, args.layer)
     print(f"separator {checkpoint}")
     for audio in pending:
@@ -3485,7 +3493,7 @@ def cmd_demo(args) -> None:
     if args.model:
         from audio import load_config
 
-        check_prompt(args.prompt, load_config(args.model))
+        check_prompt(args, load_config(args.model))
     if find_spec("gradio") is None:
         raise ValueError("the page needs gradio: pip install gradio")
     sys.path.append(str(Path(__file__).resolve().parent / "examples"))
@@ -3580,6 +3588,7 @@ def add_shared_arguments(name: str, add) -> None:
         add("--layer", type=int, help="encoder block to separate after (default: the checkpoint's)")
     if name in ("evaluate", "integrate", "demo"):
         add("--prompt", help="question to Qwen2-Audio (default: What does the person say?)")
+        add("--language", help="language that Whisper writes, such as en (default: detected)")
         add("--max_new_tokens", type=int,
             help="length limit of each answer (default: 256; Whisper: 200)")
     default = argparse.SUPPRESS if name == "train" else "auto"

@@ -449,7 +449,7 @@ def test_recording_longer_than_the_window(qwen_folder):
     encoder = audio.load_audio_encoder(str(qwen_folder))
     assert len(encoder.encode([np.zeros(16000, np.float32)])[0]) == 25
     with pytest.raises(ValueError, match=r"lasts 1\.5 s and .*qwen reads 1 s"):
-        encoder.encode([np.zeros(24000, np.float32)])
+        encoder.encode([np.zeros(16000, np.float32), np.zeros(24000, np.float32)])
 
 
 @pytest.mark.parametrize("family", ["Qwen2Audio", "Whisper"])

@@ -336,6 +336,7 @@ def test_evaluate_refusals(best, spectrogram_checkpoint, dataset, recordings, ca
         (flags(spectrogram_checkpoint, dataset), "spectrograms of recordings", "32 wide"),
         (flags(best, dataset, "--prompt=Who?"), "--prompt", "add --model"),
         (flags(best, dataset, "--max_new_tokens=5"), "--max_new_tokens", "add --model"),
+        (flags(best, dataset, "--language=en"), "--language", "add --model"),
         (flags(best, dataset, "--model=x"), "no recordings with transcripts"),
         (flags(spectrogram_checkpoint, recordings, "--model=gone"), "cannot load a model", "gone"),
         (flags("gone.pt", dataset), "no checkpoint at gone.pt"),
@@ -780,6 +781,12 @@ def test_infer_reads_a_folder_before_it_writes(spectrogram_checkpoint, tmp_path,
         write_wav(tmp_path / "meetings" / name, samples)
     argv = infer_flags(spectrogram_checkpoint, tmp_path / "meetings", tmp_path / "out")
     assert_fails(capsys, argv, "2.wav", "lasts 19 ms")
+    for name, width in (("1.npy", 80), ("2.npy", 0)):
+        path = tmp_path / "features" / name
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, np.zeros((9, width), np.float32))
+    argv = infer_flags(spectrogram_checkpoint, tmp_path / "features", tmp_path / "out")
+    assert_fails(capsys, argv, "2.npy", "must hold [T, D] features")
     assert not (tmp_path / "out").exists()
 
 

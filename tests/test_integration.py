@@ -104,6 +104,15 @@ def integrate(tmp_path):
 # The encoder, cut at a block
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ["qwen", "whisper"])
+def test_mel_frames_of_a_frame(model, kind, integrate, processor, request):
+    integration = integrate(request.getfixturevalue(model), kind)._speaker_integration
+    features = processed(processor, RECORDINGS)["input_features"]
+    streams, _, _ = integration.separate(features, None)
+    assert streams.shape[2] * integration.stride == features.shape[2] == integration.mel_frames
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_front_and_rest_make_the_tower(layer, qwen, processor):
     tower, inputs = ssm.audio_tower_of(qwen), processed(processor, RECORDINGS)

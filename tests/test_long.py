@@ -1,8 +1,10 @@
 """Recordings longer than the encoder's window: who is who, streams, answers, memory."""
 
+import copy
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from conftest import (
     write_wav,
 )
 from test_integration import TIMES, ends_a_segment, make_separator, timed_whisper
+from transformers import WhisperFeatureExtractor
 
 import audio
 import long_recordings
@@ -54,6 +57,10 @@ def long_file(tmp_path):
 def short_windows(monkeypatch):
     """Spectrograms too in windows of the tiny models' second."""
     monkeypatch.setattr(long_recordings, "WINDOW_SECONDS", 1)
+
+
+def test_a_window_is_what_whisper_reads():
+    assert WhisperFeatureExtractor().n_samples == long_recordings.WINDOW_SECONDS * RATE
 
 
 @pytest.mark.parametrize("length", [640, STEP, WINDOW, WINDOW + 1, WINDOW + STEP, 61234])
@@ -448,6 +455,21 @@ def test_shortest_recordings(integrated, processor):
         assert len(texts) == 3 * len(recordings)
 
 
+def test_a_question_from_another_thread(processor):
+    """Only the main one can bound what a template takes."""
+    with ThreadPoolExecutor(1) as pool:
+        prompt = pool.submit(long_recordings.build_prompt, processor, "Who speaks?").result()
+    assert prompt == long_recordings.build_prompt(processor, "Who speaks?")
+
+
+def test_a_separator_in_training_infers_without_dropout():
+    separator = make_separator("spectrogram", dropout=0.5)
+    _, _, talkers = ssm.infer_recording(LONG, separator, threshold=0.0)
+    _, _, again = ssm.infer_recording(LONG, separator.train(), threshold=0.0)
+    for (_, stream, _), (_, same, _) in zip(talkers, again, strict=True):
+        assert torch.equal(stream, same)
+
+
 def test_known_count_of_a_long_recording(integrated, processor):
     model = changing_streams(integrated)
     rows = answer_per_talker(model, processor, LONG, num_speakers=2, max_new_tokens=2)
@@ -508,6 +530,12 @@ def test_a_whisper_that_repeats_itself_decodes_again(listener):
     assert long_recordings.answer_options(model, processor, given).items() >= given.items()
     for limit in ({"max_length": 9}, {"generation_config": model.generation_config}):
         assert "max_new_tokens" not in long_recordings.answer_options(model, processor, limit)
+    assert options["task"] == "transcribe"  # many languages, no task in its files
+    for name, value in (("task", "translate"), ("is_multilingual", False)):
+        changed = copy.deepcopy(model.generation_config)
+        setattr(changed, name, value)
+        changed = {"generation_config": changed}
+        assert "task" not in long_recordings.answer_options(model, processor, changed)
     hidden = make_separator("output")
     ssm.integrate_speaker_separator(model, None, hidden)
     assert "temperature" not in long_recordings.answer_options(model, processor, {})  # cannot
@@ -662,6 +690,7 @@ def test_the_command_with_whisper(checkpoint, whisper_path, long_file, tmp_path,
     assert str(checkpoint) in printed
     for flag in ("--prompt=Who speaks?", "--mode=joint"):
         assert_fails(capsys, [*argv, flag], "Qwen2-Audio", "Whisper")
+    assert_fails(capsys, [*argv, "--language=klingon"], "Unsupported language: klingon")
 
 
 @either
@@ -723,6 +752,7 @@ def test_bad_audio(kind, words, qwen_folder, spectrogram_checkpoint, long_file, 
     ("flags", "words"),
     [
         (["--prompt=What does <|AUDIO|> say?"], ["<|AUDIO|>"]),
+        (["--language=en"], ["--language is for Whisper"]),
         (["--num_speakers=4"], ["num_speakers", "0 to 3"]),
         (["--json=gone/a.json"], ["gone/a.json"]),
         (["--layer=1"], ["layer", "spectrogram"]),

@@ -446,6 +446,7 @@ def test_peaks_fit_into_a_wav(tmp_path):
     sources, mixture = render_mixture(plan)
     assert np.abs(mixture).max() == pytest.approx(1)
     assert decibels(sources[0], sources[1]) == pytest.approx(6, abs=0.01)
+    np.testing.assert_allclose(sources.sum(0), mixture, atol=1e-6)
 
 
 @pytest.mark.parametrize("snr_db", [-5.0, 0.0, 15.0])

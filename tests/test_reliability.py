@@ -95,6 +95,7 @@ DAMAGE = {
     "numbered weights": edited(lambda c: c["model_state_dict"].update({3: torch.zeros(2)})),
     "weight in words": weight(str),
     "weight NaN": weight(lambda w: w * torch.nan),
+    "one number NaN": weight(lambda w: w.index_fill(1, torch.tensor([3]), torch.nan)),
     "weight infinite": weight(lambda w: w / 0),
     "weight of integers": weight(torch.Tensor.long),
     "weight cut": weight(lambda w: w[:1]),
@@ -465,13 +466,15 @@ def test_a_kill_while_a_dataset_is_replaced(moves, dataset, tmp_path, monkeypatc
 
 def test_what_killed_generators_left_is_removed(tmp_path):
     """But not what a running process writes beside this one."""
-    dead = subprocess.Popen(["true"])
+    dead, alive = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "100"])
     dead.wait()
-    for name in (f".making_{dead.pid}", f".making_{os.getppid()}", ".replacing"):
+    for name in (f".making_{dead.pid}", f".making_{alive.pid}", ".replacing"):
         (tmp_path / name / "train").mkdir(parents=True)
     assert generator.main(["--train_samples=1", "--val_samples=1", f"--output_dir={tmp_path}"]) == 0
     hidden = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
-    assert hidden == {f".making_{os.getppid()}"}
+    assert hidden == {f".making_{alive.pid}"}
+    alive.terminate()
+    assert alive.wait() == -signal.SIGTERM  # it was left alone
 
 
 def test_two_generators_in_a_folder(tmp_path, monkeypatch):

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    CPU,
     CPU_FLAGS,
     PNG,
+    SHORT,
     SHORT_FLAGS,
+    SIZES,
     SPECTROGRAM_SIZES,
     WIDTH,
     assert_fails,
@@ -581,9 +584,10 @@ def test_resume_takes_the_newest(trained, dataset, tmp_path):
         assert ssm.newest_checkpoint(folder)["epoch"] == max(best_epoch, 3)
 
 
-def test_resume_of_a_finished_run_changes_nothing(trained, dataset, tmp_path):
+def test_resume_of_a_finished_run_changes_nothing(trained, dataset, tmp_path, capsys):
     folder = Path(shutil.copytree(trained, tmp_path / "run"))
     history = train_tiny(dataset, folder, epochs=3, resume=True)
+    assert "3 epochs are done already; ask for more with --epochs" in capsys.readouterr().out
     assert [row["epoch"] for row in history] == [1, 2, 3]
     assert snapshot(folder) == snapshot(trained)
 
@@ -621,6 +625,20 @@ def test_training_starts_from_a_separator(kind, data, tmp_path, capsys):
     whole = 2e-3 if kind == "recordings" else 0.128 / WIDTH
     assert {group["lr"] for group in run.optimizer.param_groups} == {whole / 4}
     assert run.loader.dataset.max_speakers == max(split.max_speakers for split in sets) < 4
+
+
+def test_a_step_of_one_talker(dataset, tmp_path):
+    """Its shares are the loss itself; a loss that is not finite is named by its batch."""
+    options = ssm.TrainOptions(**{**SIZES, **SHORT, **CPU, "dropout": 0.0})
+    run = ssm.start_run(
+        options, *(ssm.MultiSpeakerDataset(dataset, split) for split in ("train", "val")), tmp_path)
+    mixture = torch.randn(5, WIDTH)
+    batch = ssm.collate([{"mixture": mixture, "targets": mixture[None]}], 3)
+    row = ssm.backward(run, [batch])
+    loss = ssm.batch_loss(run.separator, batch, run.weights, "cpu", torch.float32)
+    torch.testing.assert_close(row[:4], torch.stack(loss[:4]).detach())
+    with pytest.raises(ValueError, match=r"epoch 7, batch 2 \(mixtures number"):
+        ssm.check_finite(run, 7, torch.stack([row, row * torch.nan]))
 
 
 def test_a_starting_separator_is_never_replaced(trained, best, dataset, tmp_path, capsys):
