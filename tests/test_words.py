@@ -219,7 +219,7 @@ def test_evaluate_model_prints_and_writes(
 ):
     """In the precision of the model's file: a Whisper in float16, a Qwen2-Audio in float32."""
     checkpoint = save_tiny_checkpoint(tmp_path / "s.pt", separator_of(kind))
-    for model, words in ((whisper_path, "English-only model"), (qwen_folder, "is for Whisper")):
+    for model, words in ((whisper_path, "`language`"), (qwen_folder, "is for Whisper")):
         argv = ["evaluate", f"--checkpoint={checkpoint}", *CPU_FLAGS, f"--data_dir={word_data}",
                 f"--model={model}", "--max_new_tokens=4", f"--json={tmp_path / 'scores.json'}"]
         assert_fails(capsys, [*argv, "--language=en"], words)
