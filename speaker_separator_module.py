@@ -3189,14 +3189,14 @@ def append_line(file: str | None, row: dict) -> None:
             lines.write(json.dumps(row) + "\n")
 
 
-def answer_options(args) -> dict:
+def question_options(args) -> dict:
     """Return the options of a model's answers, None where not given."""
     return {name: getattr(args, name) for name in ("prompt", "language", "max_new_tokens")}
 
 
 def check_questions(args) -> None:
     """Fail if there are options of answers, but no model that answers."""
-    given = [f"--{name}" for name, value in answer_options(args).items() if value is not None]
+    given = [f"--{name}" for name, value in question_options(args).items() if value is not None]
     if given and not args.model:
         raise ValueError(f"{given[0]} is for a model's answers: add --model")
 
@@ -3336,7 +3336,7 @@ def cmd_evaluate(args) -> None:
         with running(args.model):
             rows = evaluate_words(
                 separator, dataset, model, processor, threshold=args.threshold,
-                num_speakers=args.num_speakers, **answer_options(args))
+                num_speakers=args.num_speakers, **question_options(args))
         scores["words"] = scoring.word_scores(rows)
         print("\n" + "\n".join(scoring.word_table(scores["words"])))
     write_json(args.json, scores)
@@ -3445,7 +3445,7 @@ def load_integrated(args, separator, device: str, layer: int | None = None):
     model, processor = load_model(args.model, device, args.dtype)
     integrate_speaker_separator(
         model, separator_checkpoint=separator, layer=layer, threshold=args.threshold)
-    return partial(answer_per_talker, model, processor, **answer_options(args))
+    return partial(answer_per_talker, model, processor, **question_options(args))
 
 
 def cmd_integrate(args) -> None:
