@@ -348,8 +348,10 @@ def answer_options(model, processor, options: dict) -> dict:
     else:
         suited = {"max_new_tokens": min(WHISPER_TOKENS, model.config.max_target_positions // 2)}
         settings = options.get("generation_config") or model.generation_config
-        if getattr(settings, "is_multilingual", False) and not getattr(settings, "task", None):
-            suited["task"] = "transcribe"  # transformers leaves it out where it detects a language
+        multilingual, tasks, task = (getattr(settings, name, None)
+                                     for name in ("is_multilingual", "task_to_id", "task"))
+        if multilingual and tasks and not task:  # transformers has none where it detects a language
+            suited["task"] = "transcribe"
         integration = integration_of(model)
         if integration is None or integration.separator.is_spectrogram:
             suited |= TEMPERATURE_FALLBACK

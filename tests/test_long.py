@@ -531,7 +531,7 @@ def test_a_whisper_that_repeats_itself_decodes_again(listener):
     for limit in ({"max_length": 9}, {"generation_config": model.generation_config}):
         assert "max_new_tokens" not in long_recordings.answer_options(model, processor, limit)
     assert options["task"] == "transcribe"  # many languages, no task in its files
-    for name, value in (("task", "translate"), ("is_multilingual", False)):
+    for name, value in (("task", "translate"), ("is_multilingual", False), ("task_to_id", None)):
         changed = copy.deepcopy(model.generation_config)
         setattr(changed, name, value)
         changed = {"generation_config": changed}
