@@ -2557,13 +2557,17 @@ def infer_recording(
     Audio beyond full scale is turned down, that of all talkers by the same factor. A separator of
     hidden features needs ``encoder`` and gives no audio. Raises as ``read_audio`` does.
     """
-    from audio import apply_gains, read_audio
+    from audio import apply_gains, check_length, read_audio
     from long_recordings import separate_recording
 
+    samples = None
+    if encoder is None:  # read once, for spectrograms and audio
+        samples = torch.from_numpy(read_audio(audio))
+        check_length(audio, len(samples))  # names the file
+        audio = samples
     recording = separate_recording(
         window_separator(separator, threshold, num_speakers), audio, encoder,
         num_speakers=num_speakers)
-    samples = torch.from_numpy(read_audio(audio)) if encoder is None else None
     talkers = []
     for talker in recording.talkers:
         values, waveform = talker.values, None
@@ -3201,10 +3205,10 @@ def check_questions(args) -> None:
         raise ValueError(f"{given[0]} is for a model's answers: add --model")
 
 
-def check_prompt(args, config, mode: str = "separate") -> None:
+def check_prompt(args, config) -> None:
     """Fail if a model of this configuration cannot be asked so."""
     is_whisper = config.model_type == "whisper"
-    if is_whisper and (args.prompt is not None or mode == "joint"):
+    if is_whisper and (args.prompt is not None or getattr(args, "mode", "") == "joint"):
         option = "--prompt" if args.prompt is not None else "--mode=joint"
         raise ValueError(f"{option} is for Qwen2-Audio; Whisper takes no prompt")
     if args.language is not None and not is_whisper:
@@ -3466,7 +3470,7 @@ def cmd_integrate(args) -> None:
         recording_length(audio)  # what cannot be read fails before the model is loaded
     separator, checkpoint = open_separator(args, spectrograms=True, device="cpu")
     check_fit(separator, getattr(config, "audio_config", config), args.layer)
-    check_prompt(args, config, args.mode)
+    check_prompt(args, config)
     answer = load_integrated(args, separator, device, args.layer)
     print(f"separator {checkpoint}")
     for audio in pending:

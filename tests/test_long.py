@@ -832,3 +832,5 @@ def test_a_recording_is_decoded_once(seconds, tmp_path, monkeypatch):
     recording = long_recordings.separate_recording(separate, path)
     assert opened == [path]
     assert len(recording.mixture) == 100 * seconds
+    ssm.infer_recording(path, make_separator("spectrogram"))
+    assert opened == [path] * 2
