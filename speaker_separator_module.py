@@ -3494,6 +3494,8 @@ def cmd_demo(args) -> None:
 
     device = pick_device(args.device)
     check_questions(args)
+    if args.dtype != "auto" and not args.model:
+        raise ValueError("--dtype is that of a model: add --model")
     if args.model:
         from audio import load_config
 

@@ -101,6 +101,7 @@ def test_command_refuses(gradio, whisper_folder, tmp_path, monkeypatch, capsys):
     argv = ["demo", f"--checkpoint={features}", *CPU_FLAGS]
     assert_fails(capsys, argv, "needs a spectrogram separator")
     assert_fails(capsys, ["demo", f"--model={whisper_folder}", "--prompt=Who?"], "takes no prompt")
+    assert_fails(capsys, [*argv, "--dtype=bfloat16"], "--dtype", "add --model")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert_fails(capsys, argv, "pip install gradio")
 
