@@ -3025,7 +3025,8 @@ def integrate_speaker_separator(
     there is none; ``model.speaker_rows`` lists their (sample, stream, probability), from 0. Two
     more options: ``num_speakers``, when it is known, and ``mode="joint"`` with
     ``tokenizer=processor.tokenizer``: one row per prompt, in which every talker has an audio slot
-    after the words "Speaker 1:"; ``speaker_rows`` then lists the slots.
+    after the words "Speaker 1:"; ``speaker_rows`` then lists the slots. A ``pipeline`` of
+    transformers expects one row per sample and is of no use here.
 
     Parameters
     ----------
