@@ -304,13 +304,14 @@ def bounded():
     limit, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = used + TEMPLATE_BYTES if hard < 0 else min(used + TEMPLATE_BYTES, hard)
     earlier = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)  # the caller's until now
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-        signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, earlier)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 

@@ -160,6 +160,14 @@ def test_foreign_folder_is_not_replaced(tmp_path, capsys):
     assert mine.read_text() == "mine"
 
 
+def test_foreign_file_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "dataset.json").write_text('{"name": "mine"}')
+    argv = ["--train_samples=1", "--val_samples=1", f"--output_dir={tmp_path}"]
+    assert_fails(capsys, argv, tmp_path / "dataset.json", "--output_dir", main=generator.main)
+    assert [path.name for path in tmp_path.iterdir()] == ["dataset.json"]
+    assert (tmp_path / "dataset.json").read_text() == '{"name": "mine"}'
+
+
 def test_full_disk_leaves_earlier_dataset(own_dataset, capsys, monkeypatch):
     before, save, calls = contents(own_dataset), np.save, []
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -460,6 +461,17 @@ def test_a_question_from_another_thread(processor):
     with ThreadPoolExecutor(1) as pool:
         prompt = pool.submit(long_recordings.build_prompt, processor, "Who speaks?").result()
     assert prompt == long_recordings.build_prompt(processor, "Who speaks?")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="templates are bounded on Linux alone")
+def test_a_question_leaves_the_callers_timer(processor):
+    """A test runner's limit, for one."""
+    signal.setitimer(signal.ITIMER_REAL, 500)
+    try:
+        long_recordings.build_prompt(processor, "Who speaks?")
+        assert 400 < signal.getitimer(signal.ITIMER_REAL)[0] <= 500
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def test_a_separator_in_training_infers_without_dropout():
