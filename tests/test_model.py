@@ -366,6 +366,30 @@ def test_speech_in_a_window_is_separated_as_alone():
     assert (separated[0, :, 410:] == separated[0].amin((1, 2))[:, None, None]).all()
 
 
+@pytest.mark.parametrize("samples", [4 * RATE, 4 * RATE + 70])
+def test_a_cut_recording_in_a_window_is_separated_as_alone(samples):
+    """Where it is cut, two frames of the window hold a click that the recording alone lacks."""
+    noise = 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(0))
+    window = torch.nn.functional.pad(noise, (0, 30 * RATE - samples))
+    whole, separator = audio.floor_log_mel(audio.log_mel(window))[None], vivid_separator()
+    alone, alone_probs = separator(whole[:, :400])
+    separated, probs = separator(whole)
+    torch.testing.assert_close(power(separated[:, :, :400]), power(alone), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(probs, alone_probs)
+
+
+def test_heard_frames():
+    """A last frame 6 dB softer than the one before is the end of a cut, if silence follows."""
+    loud = torch.tensor([[1.0, 0.5, 1.0, 0.8, -1.5, -1.5], [1.0, 0.5, 1.0, 0.9, -1.5, -1.5],
+                         [1.0, 0.5, 1.0, 0.8, -1.5, -1.5], [1.0, 0.5, 1.0, 0.9, 0.9, 0.7],
+                         [-1.5] * 6, [1.0, -1.5, -1.5, -1.5, -1.5, -1.5]])  # fmt: skip
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[2, 4:] = False
+    expected = [[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [1] * 6, [0] * 6,
+                [1, 0, 0, 0, 0, 0]]  # fmt: skip
+    assert ssm.heard_frames(loud[..., None].expand(-1, -1, 80), mask).int().tolist() == expected
+
+
 @pytest.mark.parametrize("stacks", [1, 50])
 def test_the_position_in_the_window_changes_nothing(stacks):
     mixture, lead = spectrogram(40), stacks * ssm.SpectrogramSeparator.STACK
