@@ -195,7 +195,9 @@ def _read_text(path: Path) -> str:
 
 def _read_speaker_folders(path: Path) -> list[Utterance]:
     transcripts, chapters = {}, set()
-    for listing in path.rglob("*.trans.txt"):
+    recordings = mixing.list_recordings(path, "*/**/*")
+    folders = {audio.parent for audio in recordings}  # rglob would not follow links as that does
+    for listing in chain.from_iterable(folder.glob("*.trans.txt") for folder in folders):
         for line in _read_text(listing).splitlines():
             name, _, text = line.partition(" ")
             transcripts[listing.parent / name] = text
@@ -203,7 +205,7 @@ def _read_speaker_folders(path: Path) -> list[Utterance]:
     datasets = {about.parent for about in path.rglob("dataset.json")  # that this script made
                 if (about.parent / "train/metadata.json").is_file()}
     utterances = []
-    for audio in mixing.list_recordings(path, "*/**/*"):
+    for audio in recordings:
         separated = audio.name.startswith("speaker_") and (  # by infer
             audio.parent / "separation.json").is_file()
         if separated or not datasets.isdisjoint(audio.parents):  # mixtures are nobody's speech
@@ -264,6 +266,7 @@ def fetch_speech(source: str, folder: Path) -> Path:
     """
     folder /= quote(source, safe="")
     if (folder / "manifest.jsonl").is_file():
+        print(f"using the copy of {source} in {folder}")
         return folder
     name, config, split = (source, "", "") if Path(source).exists() else (
         *source.split(":", 2), "", "")[:3]

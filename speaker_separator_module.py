@@ -292,6 +292,11 @@ class StrictHubMixin(PyTorchModelHubMixin):
     def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
         return super()._load_as_safetensor(model, model_file, map_location, True)
 
+    def save_pretrained(self, save_directory, *, config=None, **options):
+        """Save weights and configuration, with the threshold as it is now."""
+        config = config or self.config | {"threshold": self.threshold}
+        return super().save_pretrained(save_directory, config=config, **options)
+
 
 class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
     """Splits feature vectors that add up into one stream per talker, each a share of the mixture.
@@ -1766,18 +1771,19 @@ def newest_checkpoint(folder: Path) -> dict:
     return max(found, key=lambda c: (c["epoch"], "progress" in c))
 
 
-def move_earlier_run(folder: Path) -> Path | None:
+def move_earlier_run(folder: Path) -> None:
     """Move the files of an earlier run to ``previous_run/``, in place of what was there."""
     paths = list_checkpoints(folder)
     if not paths:
-        return None
+        return
     previous = folder / PREVIOUS_RUN
+    instead = ", in place of the one before it" if previous.exists() else ""
+    print(f"moved the earlier run in {folder} to {previous}{instead}")
     shutil.rmtree(previous, ignore_errors=True)
     previous.mkdir()
     for path in [*paths, folder / "training_report.md", folder / "training_curves.png"]:
         if path.exists():
             path.rename(previous / path.name)
-    return previous
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1839,11 +1845,12 @@ def started_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
 def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
     """Return the options of the run that a checkpoint belongs to, updated with those given now.
 
-    Sizes, seed and precision cannot change within a run, mixtures not within an epoch.
+    Sizes, seed, precision and loss weights cannot change within a run, mixtures not within an
+    epoch.
     """
     earlier = {k: v for k, v in checkpoint.get("options", {}).items() if k in TrainOptions._fields}
     fixed = {name: checkpoint["model_config"].get(name) for name in SIZES}
-    kept = ["seed", "dtype", "init_from"]
+    kept = ["seed", "dtype", "init_from", "reconstruction_weight", "activity_weight"]
     if "progress" in checkpoint:  # the rest of an epoch
         kept += ["mixtures_per_epoch", "crop_seconds", "remix"]
     fixed |= {name: earlier[name] for name in kept if name in earlier}
@@ -2271,8 +2278,8 @@ def run_epoch(run: Run, epoch: int) -> dict | None:
         run.averaged.module, run.val_set, batch_size=min(8, run.options.batch_size),
         device=run.device, dtype=run.dtype, calibrate=True, weights=run.weights)
     if not math.isfinite(val["total"]):
-        raise ValueError(f"the validation loss is not finite in epoch {epoch}; the last "
-                         "checkpoint is intact: look at the validation data")
+        raise ValueError(f"the validation loss is not finite in epoch {epoch}; earlier checkpoints "
+                         "are intact: lower --lr or look at the validation data")
     with warnings.catch_warnings():  # of an epoch whose steps were all made before a signal
         warnings.filterwarnings("ignore", "Detected call")
         run.scheduler.step()
@@ -2420,8 +2427,8 @@ def train_speaker_separator(
                   f"--{'patience' if is_over else 'epochs'}")
         else:
             # After every check, so that a refused command leaves an earlier run where it is.
-            if writes and not options.resume and (previous := move_earlier_run(folder)):
-                print(f"moved the earlier run in {folder} to {previous}")
+            if writes and not options.resume:
+                move_earlier_run(folder)
             run_epochs(run, folder)
         if writes:  # also where a kill after the last checkpoint left them out
             write_results(run, folder, train_set)
@@ -2563,26 +2570,28 @@ def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict
 
 
 def infer_recording(
-    audio, separator, encoder=None, threshold: float | None = None, num_speakers: int | None = None
+    audio, separator, encoder=None, threshold: float | None = None,
+    num_speakers: int | None = None, sampling_rate: int | None = None,
 ) -> tuple[dict, Tensor, list]:
-    """Separate a recording of any length: a path, or samples [samples] at 16 kHz.
+    """Separate a recording of any length: a path, or samples at 16 kHz or ``sampling_rate``.
 
     Returns facts (``frame_rate``, ``num_windows``), the mixture's spectrogram [T, D] and, for each
     talker, facts (``probability``, ``windows``), spectrogram [T, D] and audio [samples] at 16 kHz.
     Audio beyond full scale is turned down, that of all talkers by the same factor. A separator of
-    hidden features needs ``encoder`` and gives no audio. Raises as ``read_audio`` does.
+    hidden features needs ``encoder`` and gives no audio. The separator stays in evaluation mode.
+    Raises as ``read_audio`` does.
     """
     from audio import apply_gains, check_length, read_audio
     from long_recordings import separate_recording
 
     samples = None
     if encoder is None:  # read once, for spectrograms and audio
-        samples = torch.from_numpy(read_audio(audio))
+        samples = torch.from_numpy(read_audio(audio, sampling_rate))
         check_length(audio, len(samples))  # names the file
-        audio = samples
+        audio, sampling_rate = samples, None
     recording = separate_recording(
         window_separator(separator, threshold, num_speakers), audio, encoder,
-        num_speakers=num_speakers)
+        num_speakers=num_speakers, sampling_rate=sampling_rate)
     talkers = []
     for talker in recording.talkers:
         values, waveform = talker.values, None
@@ -2614,6 +2623,8 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
         raise ValueError(f"{source} is the input and would be overwritten: choose another "
                          "--output_dir")
     ours = (folder / "separation.json").is_file()  # files of another origin stay
+    if ours:
+        print(f"replacing the earlier separation in {folder}")
     names = [*files, "separation.png"]
     if foreign := [name for name in names if (folder / name).exists() and not ours]:
         raise ValueError(f"{folder / foreign[0]} is not of an earlier separation and would be "
@@ -2801,6 +2812,8 @@ def no_rows(ids, option):
     empty = torch.zeros(0, 0, dtype=torch.long) if ids is None else ids[:0]
     if option("return_segments"):
         return {"sequences": empty, "segments": []}
+    if option("return_token_timestamps"):
+        return {"sequences": empty, "token_timestamps": empty.float()}
     asked = option("return_dict_in_generate")
     return GenerateDecoderOnlyOutput(sequences=empty) if asked else empty
 
@@ -3064,6 +3077,8 @@ def integrate_speaker_separator(
     if separator is None:
         width = audio_tower_of(whole).config.d_model
         separator = SpeakerSeparatorTransformer(width, max_speakers or 3).eval()
+        print("warning: this separator has random weights; give separator_checkpoint, for example "
+              "that of load_separator()", file=sys.stderr)
     elif not isinstance(separator, nn.Module):
         separator = load_separator(separator)
     if not callable(getattr(whole, "generate", None)):
@@ -3176,10 +3191,11 @@ def check_writable(*files: str | None, inputs=()) -> None:
             raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")
 
 
-def resume_results(file: str | None, key: str) -> dict[str, dict]:
+def resume_results(file: str | None, key: str, model: str | None = None) -> dict[str, dict]:
     """Return the results in a file of JSON lines by input; remove a half-written last line.
 
-    ``key`` is in every line that the command at hand writes; ValueError if a line lacks it.
+    ``key`` is in every line that the command at hand writes; ValueError if a line lacks it, or
+    names another ``model``.
     """
     if file is None or not Path(file).is_file():
         return {}
@@ -3194,6 +3210,8 @@ def resume_results(file: str | None, key: str) -> dict[str, dict]:
             raise ValueError("no line of results at its end")
         if not all(key in row for row in done.values()):
             raise ValueError("another command's lines")
+        if any(row.get("model", model) != model for row in done.values()):
+            raise ValueError("another model's answers")
     if rest:
         os.truncate(file, len(content) - len(rest))
     elif len(content) > Path(file).stat().st_size:
@@ -3282,8 +3300,11 @@ def cmd_train(args) -> None:
         raise ValueError(f"--export={args.export} would replace --init_from: name another folder")
     if writes and args.export:
         prepare_folder(Path(args.export))
+        config = Path(args.export) / "config.json"
+        if config.exists() and b'"max_speakers"' not in config.read_bytes():
+            raise ValueError(f"--export={args.export} holds another model: name another folder")
     made = any(Path(args.data_dir).glob("*/metadata.json"))  # not by a generator that was stopped
-    missing = args.data_dir == DEFAULT_DATA_DIR and not made and not start
+    missing = args.data_dir == DEFAULT_DATA_DIR and not (made or start or args.resume)
     if writes and missing and (generator := import_sibling("generate_multi_speaker_dataset")):
         print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
         generator.generate_dataset(generator.build_parser().parse_args([]), "train")
@@ -3475,9 +3496,9 @@ def cmd_integrate(args) -> None:
     device, config = pick_device(args.device), load_config(args.model)
     check_writable(args.json, args.jsonl, inputs=(
         *args.audio, args.checkpoint, SHIPPED_SEPARATOR, args.model))
-    done = resume_results(args.jsonl, "answers")
+    done = resume_results(args.jsonl, "answers", args.model)
     answers = {audio: done[audio]["answers"] for audio in args.audio if audio in done}
-    pending = [audio for audio in args.audio if audio not in done]
+    pending = [audio for audio in dict.fromkeys(args.audio) if audio not in done]
     if not pending:
         print(f"{args.jsonl} has every recording already")
         write_json(args.json, answers)
@@ -3492,7 +3513,8 @@ def cmd_integrate(args) -> None:
     for audio in pending:
         with running(args.model):
             answers[audio] = answer(audio, num_speakers=args.num_speakers, mode=args.mode)
-        append_line(args.jsonl, {"input": audio, "answers": answers[audio]})
+        row = {"input": audio, "model": args.model, "answers": answers[audio]}
+        append_line(args.jsonl, row)
         if len(args.audio) > 1:
             print(audio)
         for row in answers[audio]:

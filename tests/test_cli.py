@@ -14,6 +14,7 @@ from conftest import (
     CPU_FLAGS,
     FRAMES,
     PNG,
+    RATE,
     ROOT,
     SHORT_FLAGS,
     WIDTH,
@@ -409,7 +410,7 @@ def test_infer_writes_active_talkers_only(best, mixture_file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_infer_known_count_removes_stale_files(count, best, mixture_file, tmp_path):
+def test_infer_known_count_removes_stale_files(count, best, mixture_file, tmp_path, capsys):
     for name in ("speaker_1.npy", "speaker_7.npy", "speaker_12.npy", "speaker_notes.txt",
                  "separation.json", ".separation/speaker_3.npy"):  # the last one of a killed run
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -419,6 +420,7 @@ def test_infer_known_count_removes_stale_files(count, best, mixture_file, tmp_pa
     likeliest = separator(features[None])[1][0].argsort(descending=True)[:count]
     check_separation(tmp_path, separator, features, sorted(likeliest.tolist()))
     assert (tmp_path / "speaker_notes.txt").read_bytes() == b"old"
+    assert f"replacing the earlier separation in {tmp_path}" in capsys.readouterr().out
 
 
 def test_infer_leaves_files_of_another_origin(best, mixture_file, tmp_path):
@@ -552,6 +554,16 @@ def test_infer_spares_files_of_another_origin(
     picture.unlink()
     assert ssm.main(argv) == 0
     assert last.read_bytes() == recording.read_bytes()
+
+
+def test_samples_at_another_rate(spectrogram_checkpoint):
+    separator, options = ssm.load_separator(spectrogram_checkpoint), {"threshold": 0.0}
+    samples = sine(0.5, 300, rate=3 * RATE)
+    about, mixture, talkers = ssm.infer_recording(
+        samples, separator, sampling_rate=3 * RATE, **options)
+    _, same, others = ssm.infer_recording(audio.read_audio(samples, 3 * RATE), separator, **options)
+    assert torch.equal(mixture, same) and len(mixture) == about["frame_rate"] / 2
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(talkers, others, strict=True))
 
 
 def test_talkers_of_a_loud_recording_keep_their_levels(
@@ -738,6 +750,11 @@ def test_integrate_goes_on_in_a_file_of_lines(
     assert ssm.main([*argv, f"--json={answers}"]) == 0  # what was answered before is in it
     assert json.loads(answers.read_text()) == {row["input"]: row["answers"] for row in rows}
     assert_fails(capsys, [*argv, f"--json={lines}"], "the same file")
+    shutil.copytree(whisper_folder, tmp_path / "other")
+    assert_fails(capsys, [*argv, f"--model={tmp_path / 'other'}"], "another model's answers")
+    lines.unlink()
+    assert ssm.main([*argv, f"--audio={recordings[0]}"]) == 0  # named twice, answered once
+    assert lines.read_text() == whole
     infer = infer_flags(spectrogram_checkpoint, recordings[0], tmp_path / "out")
     assert_fails(capsys, [*infer, f"--jsonl={lines}"], "answers.jsonl", "another command")
     lines.write_text("[1]")

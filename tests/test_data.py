@@ -987,6 +987,11 @@ def test_librispeech_layout(tmp_path, ten_speakers):
     assert [(u.speaker, u.text) for u in read] == [
         (s, f"SAID {take} BY {s}") for s in ("19", "26") for take in range(2)]
     assert [u.audio.name for u in read[:2]] == ["19-198-0.flac", "19-198-1.flac"]
+    (tmp_path / "linked").mkdir()
+    for speaker in ("19", "26"):
+        (tmp_path / "linked" / speaker).symlink_to(tmp_path / "speech" / speaker)
+    linked = generator.read_speech(tmp_path / "linked")
+    assert [(u.speaker, u.text) for u in linked] == [(u.speaker, u.text) for u in read]
     (tmp_path / "corpus").mkdir()
     (tmp_path / "speech").rename(tmp_path / "corpus/dev-clean")  # all subsets at once
     assert {u.speaker for u in generator.read_speech(tmp_path / "corpus")} == {"19", "26"}
@@ -1066,7 +1071,7 @@ def test_rows_of_a_hugging_face_dataset(tmp_path):
         assert not (tmp_path / "bad/manifest.jsonl").exists()
 
 
-def test_hugging_face_datasets_have_copies_of_their_own(tmp_path, monkeypatch):
+def test_hugging_face_datasets_have_copies_of_their_own(tmp_path, monkeypatch, capsys):
     datasets = pytest.importorskip("datasets")
     asked = []
 
@@ -1084,6 +1089,7 @@ def test_hugging_face_datasets_have_copies_of_their_own(tmp_path, monkeypatch):
         folder.mkdir()
         (folder / "manifest.jsonl").touch()
         assert generator.fetch_speech(source, tmp_path) == folder
+        assert f"using the copy of {source} in {folder}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("source, is_one", [

@@ -835,6 +835,8 @@ def test_whisper_nobody_and_refusals(kind, integrate, whisper):
     model, inputs = integrate(whisper, kind), listen(RECORDINGS)
     assert model.generate(**inputs, num_speakers=0).shape[0] == 0
     assert model.generate(**inputs, num_speakers=0, return_segments=True)["segments"] == []
+    times = model.generate(**inputs, num_speakers=0, return_token_timestamps=True)
+    assert times["token_timestamps"].shape == times["sequences"].shape == (0, 0)
     with pytest.raises(ValueError, match="audio slot, as in Qwen2-Audio"):
         model.generate(**inputs, mode="joint")
     with pytest.raises(ValueError, match="200 mel frames.*answer_per_talker"):
@@ -981,7 +983,7 @@ def test_checkpoint_brings_layer_and_threshold(kind, integrate, qwen, processor,
 
 
 @pytest.mark.parametrize("streams", [1, 2, 5])
-def test_max_speakers(streams, qwen, processor, tmp_path):
+def test_max_speakers(streams, qwen, processor, tmp_path, capsys):
     """Without ``max_speakers`` the checkpoint's count; more than it has is refused."""
     inputs = processed(processor, RECORDINGS[:1])
     for separator in (tiny_separator(streams), tiny_spectrogram_separator(streams)):
@@ -991,7 +993,9 @@ def test_max_speakers(streams, qwen, processor, tmp_path):
         ssm.integrate_speaker_separator(qwen, max_speakers=streams, separator_checkpoint=path)
         with pytest.raises(ValueError, match=f"{streams} streams and max_speakers={streams + 1}"):
             ssm.integrate_speaker_separator(qwen, streams + 1, path)
+    assert "random weights" not in capsys.readouterr().err
     model = ssm.integrate_speaker_separator(qwen, streams, threshold=0.0)  # no checkpoint
+    assert "random weights" in capsys.readouterr().err
     assert len(model.generate(**inputs, max_new_tokens=1)) == streams
 
 

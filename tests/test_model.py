@@ -161,6 +161,9 @@ def test_save_and_load(tmp_path):
             assert torch.equal(a, b)
         assert other.threshold == 0.375
         assert other.feature_source == source
+    separator.threshold = 0.625
+    separator.save_pretrained(tmp_path)
+    assert ssm.load_separator(tmp_path).threshold == 0.625
 
 
 def test_separate():

@@ -572,6 +572,13 @@ def test_flags_that_agree_with_the_checkpoint(run_folder, dataset):
     assert (run_folder / "checkpoint_epoch_2.pt").is_file()
 
 
+@pytest.mark.parametrize("part", ["reconstruction", "activity"])
+def test_resumed_run_keeps_its_loss(part, run_folder, dataset, capsys):
+    """Epochs are compared by it."""
+    argv = train_flags(dataset, run_folder, "--resume", f"--{part}_weight=0.25")
+    assert_fails(capsys, argv, f"--{part}_weight=0.25 contradicts the checkpoint")
+
+
 def test_resume_takes_the_newest(trained, dataset, tmp_path):
     """The best may be newer than the last periodic checkpoint, and older."""
     for best_epoch, stamp in ((9, 20), (1, 20), (1, 5)):
@@ -778,6 +785,7 @@ def test_earlier_run_is_moved(dataset, tmp_path, capsys):
         train_tiny(dataset, tmp_path, seed=number, epochs=number)
         printed = capsys.readouterr().out
         assert (f"moved the earlier run in {tmp_path} to {previous}" in printed) is (number > 1)
+        assert ("in place of the one before it" in printed) is (number > 2)
         kept.append((snapshot(tmp_path), (tmp_path / "training_report.md").read_bytes()))
         if number > 1:
             files = snapshot(previous), (previous / "training_report.md").read_bytes()
@@ -813,6 +821,11 @@ def test_export_is_checked_before_training(dataset, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     argv = train_flags(dataset, tmp_path / "run", f"--export={tmp_path / 'file'}")
     assert_fails(capsys, argv, "cannot write to", tmp_path / "file")
+    (tmp_path / "whisper").mkdir()
+    (tmp_path / "whisper/config.json").write_text('{"model_type": "whisper"}')
+    argv = train_flags(dataset, tmp_path / "run", f"--export={tmp_path / 'whisper'}")
+    assert_fails(capsys, argv, "--export", "another model")
+    assert os.listdir(tmp_path / "whisper") == ["config.json"]
     assert not (tmp_path / "run").exists()
 
 
@@ -978,6 +991,13 @@ def test_resume_from_foreign_checkpoint(kind, best, dataset, tmp_path, capsys):
 
 # --------------------------------------------------------------------------------------------------
 # Data and separator that do not fit
+
+
+def test_resume_makes_no_dataset(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["train", "--resume", f"--checkpoint_dir={trained}", *CPU_FLAGS]
+    assert_fails(capsys, argv, "no dataset at multi_speaker_data")
+    assert not list(tmp_path.iterdir())
 
 
 def test_resume_with_nothing_there(dataset, tmp_path, capsys):
