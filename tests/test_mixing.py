@@ -350,6 +350,14 @@ def test_no_mixture_exceeds_max_seconds(speech_dir, tmp_path):
     assert max(lengths[1]) <= 0.6
 
 
+def test_overlap_that_does_not_fit_is_said(speech_dir, tmp_path, capsys):
+    for name, flags, fits in (("free", [], True), ("short", ["--max_seconds=0.3"], False)):
+        talkers = ["--min_speakers=3", "--max_speakers=3"]
+        argv = flags_for(speech_dir, tmp_path / name, "--turns=1", *talkers, *flags)
+        assert generator.main(argv) == 0
+        assert ("another overlap than was asked for" in capsys.readouterr().out) is not fits
+
+
 def test_silence(by_speaker, noise_dir):
     (quiet,) = plans(by_speaker, 1, talkers=0)
     sources, mixture = render_mixture(quiet)
