@@ -436,7 +436,9 @@ class ListedUtterances(Sequence):
     def __getitem__(self, index: int) -> Utterance:
         with open(self.listing, "rb") as lines:
             lines.seek(self.places[index])
-            return _utterance(json.loads(lines.readline().rstrip(b",\n")))
+            with contextlib.suppress(ValueError, KeyError):
+                return _utterance(json.loads(lines.readline().rstrip(b",\n")))
+        raise ValueError(f"{self.listing} was replaced while it was in use")
 
 
 def _read_listing(listing: Path) -> dict[str, Sequence[Utterance]]:

@@ -997,6 +997,15 @@ def test_librispeech_layout(tmp_path, ten_speakers):
     assert {u.speaker for u in generator.read_speech(tmp_path / "corpus")} == {"19", "26"}
 
 
+def test_a_listing_that_is_replaced_meanwhile(recordings, tmp_path):
+    folder = shutil.copytree(recordings, tmp_path / "data")
+    talkers = generator.load_source(folder, "train").by_speaker
+    listing = folder / "train/utterances.json"
+    listing.write_text(" " * listing.stat().st_size)
+    with pytest.raises(ValueError, match=f"{listing} was replaced"):
+        next(iter(talkers.values()))[0]
+
+
 def test_neither_datasets_nor_hidden_files_are_speech(tmp_path, ten_speakers):
     """A dataset in the folder that it was made of, what macOS leaves beside a file, and streams."""
     wav(tmp_path / "a/take.wav", sine(0.2, 200))
