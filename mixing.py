@@ -290,7 +290,7 @@ def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -
     names, likely = _likely_speakers(rng, source, count)
     miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
-        drawn = rng.choice(names, count, replace=False, p=likely)
+        drawn = [names[i] for i in rng.choice(len(names), count, replace=False, p=likely)]
         talkers = [_plan_talker(rng, source.options, source.by_speaker[name]) for name in drawn]
         if source.split == "train":
             talkers = [_with_voice(rng, source.options, talker) for talker in talkers]

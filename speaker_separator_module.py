@@ -1124,8 +1124,9 @@ class RemixedFeatures(RemixedDataset):
 
     def __getitem__(self, number: int) -> dict:
         rng, count = self.draw_count(number)
-        names = rng.choice(list(self.talkers), size=max(count, 1), replace=False)
-        files = [self.talkers[name][rng.integers(len(self.talkers[name]))] for name in names]
+        talkers = list(self.talkers.values())
+        drawn = rng.choice(len(talkers), size=max(count, 1), replace=False)
+        files = [talkers[i][rng.integers(len(talkers[i]))] for i in drawn]
         sources = nn.utils.rnn.pad_sequence(
             [read_features(path, self.base.feature_dim) for path in files], batch_first=True)
         T = sources.shape[1]

@@ -365,6 +365,21 @@ def test_a_mixture_depends_on_seed_and_number_alone(remixed):
     assert not any(torch.equal(a, b) for a, b in pairwise(drawn))
 
 
+def test_talkers_whose_names_end_in_nothing(remixed):
+    """Arrays of NumPy would drop null characters at the end."""
+    folder, mixtures = remixed
+    drawn = [mixtures[number]["mixture"] for number in range(6)]
+
+    def rename(entries):
+        for speaker in (s for entry in entries for s in entry["speakers"]):
+            speaker["speaker_id"] += "\0"
+
+    edit_json(folder / "train/metadata.json", rename)
+    again = remix(folder, seed=5)
+    for number in range(6):
+        assert torch.equal(again[number]["mixture"], drawn[number])
+
+
 def test_no_more_talkers_than_there_are(tmp_path):
     """Of two voices in the training data, mixtures of three cannot be made."""
     folder = make_dataset(tmp_path / "data", "--train_samples=1", "--max_speakers=2")

@@ -165,6 +165,13 @@ def test_voices_are_drawn_after_everything_else(by_speaker):
     assert spread == pytest.approx(6 / np.tile([1.5, 3.0, 4.5, 6.0], 2), rel=0.4)
 
 
+def test_names_that_end_in_nothing(by_speaker):
+    """Arrays of NumPy would drop what JSON allows in a name: null characters at its end."""
+    odd = {f"{name}\0": utterances for name, utterances in by_speaker.items()}
+    for one, other in zip(plans(odd, 5), plans(by_speaker, 5), strict=True):
+        assert one.talkers == other.talkers
+
+
 def test_a_planned_voice_is_rendered(by_speaker):
     """The level is that of the plan, whatever the equalizer does."""
     (plan,) = plans(by_speaker, 1, min_speakers=1, max_speakers=1)
