@@ -141,6 +141,8 @@ def _blocks_in_memory(audio) -> Iterator[np.ndarray]:
         audio = audio.detach().cpu()
         audio = audio.float() if audio.is_floating_point() else audio
     samples = np.asarray(audio)
+    if samples.dtype.kind not in "fiu":
+        raise ValueError(f"audio must be a path or samples, not {type(audio).__name__}")
     if samples.ndim != 1:
         raise ValueError(f"audio in memory must be mono [samples], not {list(samples.shape)}")
     if samples.dtype.kind in "iu" and samples.dtype != np.int16:

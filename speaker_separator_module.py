@@ -1716,6 +1716,8 @@ def load_separator(path_or_id=SHIPPED_SEPARATOR, device: str = "cpu"):
     wrote, or a hub id. FileNotFoundError or ValueError if it is missing or not a separator.
     """
     path = Path(path_or_id)
+    if path.name == "model.safetensors":  # config.json is beside it
+        path = path.parent
     if path.is_file() or path.suffix == ".pt":
         checkpoint = load_checkpoint(path)
         separator = build_separator(
@@ -1726,7 +1728,7 @@ def load_separator(path_or_id=SHIPPED_SEPARATOR, device: str = "cpu"):
     elif path.is_dir() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{path} has no config.json; give it a best_model.pt instead")
     else:
-        separator = _load_exported(str(path_or_id))
+        separator = _load_exported(str(path))
     return separator.to(device).eval()
 
 

@@ -113,7 +113,8 @@ def test_16_bit_samples_in_memory_are_scaled(kind):
 @pytest.mark.parametrize(
     ("samples", "words"),
     [([], "no samples"), ([0.0, float("nan")], "NaN"), ([0.0, float("inf")], "infinite"),
-     ([[0.0, 0.0]], r"\[1, 2\]"), (0.5, r"\[\]")],
+     ([[0.0, 0.0]], r"\[1, 2\]"), (0.5, r"\[\]"),
+     ({"array": [0.0], "sampling_rate": 8000}, "path or samples, not dict")],
 )
 def test_bad_audio_in_memory(samples, words):
     with pytest.raises(ValueError, match=words):

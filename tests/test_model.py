@@ -163,7 +163,7 @@ def test_save_and_load(tmp_path):
         assert other.feature_source == source
     separator.threshold = 0.625
     separator.save_pretrained(tmp_path)
-    assert ssm.load_separator(tmp_path).threshold == 0.625
+    assert ssm.load_separator(tmp_path / "model.safetensors").threshold == 0.625
 
 
 def test_separate():
