@@ -149,7 +149,7 @@ def write_report(
         "# Training report", "", "## Configuration", "",
         *markdown_table(["setting", "value"], [[k, json.dumps(v)] for k, v in settings.items()
                                                if v is not None]),
-        "", "## Data", "",
+        "", f"## Data: {train_set.data_dir}", "",
         *markdown_table(["split", "mixtures", "talkers", "mean per mixture",
                          "mixtures by talkers"], data),
         "", f"## Validation, best epoch ({best['epoch']})", "", *score_table(best["val"]),

@@ -736,6 +736,7 @@ def test_best_model_has_the_lowest_validation_loss(trained, dataset, best):
 
 def test_report(trained, dataset):
     report = (trained / "training_report.md").read_text()
+    assert f"## Data: {dataset}\n" in report
     errors = {"zeros": [], "mixture": [], "mixture / count": []}
     for sample in json.loads((dataset / "val/metadata.json").read_text()):
         mixture = np.load(dataset / "val" / sample["mixed_audio"])
