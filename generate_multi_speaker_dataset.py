@@ -392,8 +392,8 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
     longest = options.max_seconds or np.inf
     if cut := {t.utterances for plan in plans for t in plan.talkers if t.seconds > longest}:
         print(f"cut to {round(longest, 2):g} s, with the whole text: {len(cut)} recordings")
-    misses = [abs(p.overlap - p.overlap_target) for p in plans if p.overlap_target is not None]
-    if missed := sum(miss > mixing.OVERLAP_TOLERANCE for miss in misses):
+    if missed := sum(p.overlap_target is not None and
+                     abs(p.overlap - p.overlap_target) > mixing.OVERLAP_TOLERANCE for p in plans):
         print(f"another overlap than was asked for, which did not fit: {missed} mixtures")
     return plans
 

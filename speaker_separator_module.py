@@ -3516,8 +3516,8 @@ def cmd_integrate(args) -> None:
     for audio in pending:
         with running(args.model):
             answers[audio] = answer(audio, num_speakers=args.num_speakers, mode=args.mode)
-        row = {"input": audio, "model": args.model, "answers": answers[audio]}
-        append_line(args.jsonl, row)
+        append_line(
+            args.jsonl, {"input": audio, "model": args.model, "answers": answers[audio]})
         if len(args.audio) > 1:
             print(audio)
         for row in answers[audio]:
