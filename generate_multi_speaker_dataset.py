@@ -67,6 +67,7 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "equalizer": (float, 0, 30, "dB of a random equalizer per talker, training split only"),
     "snr_db": (float, -100, 100, "dB from the noise up to all talkers together"),
     "reverb": (float, 0, 1, "share of mixtures in a simulated room; a bare --reverb means all"),
+    "telephone": (float, 0, 1, "share of mixtures that come through a telephone"),
     "max_seconds": (float, 0.001, 1e6, "length that no mixture exceeds; recordings are left out")}
 BOUNDS = {name: (low, high) for name, (_, low, high, _) in MIXING.items()}
 PAIRS = ("join", "overlap", "speed", "formants", "snr_db")  # drawn between two values
@@ -370,9 +371,10 @@ def _with_features(plans: list, rendered: Iterator, encoder) -> Iterator[dict]:
         features = [f.cpu().numpy() for f in encoder.encode(waveforms)] if encoder else None
         speakers = [{"speaker_id": t.utterances[0].speaker, "text": t.text} for t in plan.talkers]
         about = {"overlap": plan.overlap, "overlap_target": plan.overlap_target,
-                 "snr_db": plan.noise and plan.noise.snr_db, "room": plan.room}
+                 "snr_db": plan.noise and plan.noise.snr_db, "room": plan.room,
+                 "band": plan.band or None}
         yield {"speakers": speakers, "features": features, "waveforms": waveforms,
-               **{k: round(v, 4) for k, v in about.items() if v is not None}}
+               **{k: np.round(v, 4).tolist() for k, v in about.items() if v is not None}}
 
 
 def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> list:

@@ -32,6 +32,8 @@ ROOMS, MOUTHS = 200, 7  # rooms of each split, and talkers that each has a respo
 ROOM_METRES = ((4.0, 3.5, 2.5), (7.0, 6.0, 3.2))  # smallest, largest; both allow all of ROOM_RT60
 ROOM_RT60 = (0.15, 0.4)  # seconds
 WALL_DISTANCE, TABLE_HEIGHT, MOUTH_HEIGHT = 0.5, 0.8, (1.2, 1.8)  # metres; mouths above the mic
+TELEPHONE_RATE = 8000  # samples a second
+TELEPHONE_HZ = ((150.0, 350.0), (3200.0, 3900.0))  # where the band begins, and where it ends
 MAX_REFLECTIONS = 30  # per path: the first 20 dB of decay; all of them would take 0.5 s a room
 
 
@@ -66,6 +68,7 @@ class MixingOptions(NamedTuple):
     same_corpus: float = 0.0
     turns: float = 0.0
     as_recorded: tuple[str, ...] = ()
+    telephone: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ class PlannedMixture(NamedTuple):
     overlap_target: float | None = None
     noise: PlannedNoise | None = None
     room: int | None = None  # number of the simulated room
+    band: tuple[float, ...] = ()  # Hz that a telephone transmits; none: all
 
 
 @lru_cache(maxsize=1 << 16)
@@ -328,8 +332,11 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
         noise = PlannedNoise(audio, start, float(rng.uniform(*options.snr_db)))
     if options.reverb > 0 and rng.random() < options.reverb:
         room = int(rng.integers(ROOMS)) + ROOMS * (source.split == "val")
+    band = ()
+    if options.telephone > 0 and rng.random() < options.telephone:
+        band = tuple(float(rng.uniform(*edges)) for edges in TELEPHONE_HZ)
     return PlannedMixture(
-        tuple(talkers[:count]), seconds, float(overlap_ratio(*spans)), target, noise, room)
+        tuple(talkers[:count]), seconds, float(overlap_ratio(*spans)), target, noise, room, band)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -430,6 +437,19 @@ def render_noise(noise: PlannedNoise, talkers: np.ndarray) -> np.ndarray:
     return _at_level(samples, _rms(samples), level, -noise.snr_db)
 
 
+def _on_telephone(waveforms: np.ndarray, band: tuple[float, ...]) -> np.ndarray:
+    """Return waveforms [n, samples] as a telephone with this band transmits them."""
+    import soxr
+    from scipy.signal import butter, sosfilt
+
+    narrow = soxr.resample(waveforms.T, SAMPLING_RATE, TELEPHONE_RATE)
+    filters = butter(4, band, "bandpass", fs=TELEPHONE_RATE, output="sos")
+    wide = soxr.resample(sosfilt(filters, narrow, axis=0), TELEPHONE_RATE, SAMPLING_RATE)
+    result, length = np.zeros_like(waveforms), min(len(wide), waveforms.shape[1])
+    result[:, :length] = wide[:length].T
+    return result
+
+
 def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     """Render a planned mixture: its talkers alone [n, samples] and their sum with noise [samples].
 
@@ -447,6 +467,9 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     mixture = sources.sum(axis=0)
     if plan.noise:
         mixture += render_noise(plan.noise, mixture)
+    if plan.band:
+        *sources, mixture = _on_telephone(np.stack([*sources, mixture]), plan.band)
+        sources = np.array(sources, np.float32).reshape(-1, length)  # also without talkers
     peak = max(max(x.max(initial=0), -x.min(initial=0)) for x in (sources, mixture))
     if peak > 1:  # a .wav holds no more than full scale
         sources, mixture = sources / peak, mixture / peak

@@ -116,7 +116,7 @@ def test_plan_is_a_function_of_the_seed(by_speaker):
 def test_defaults():
     """A dataset made without options stays the same."""
     assert MixingOptions() == (2, 3, (1, 1), 0.0, 0.15, 0.4, 3.0, None, (1.0, 1.0), (1.0, 1.0), 0.0,
-                               None, (10.0, 20.0), 0.0, None, 0.0, 0.0, ())  # fmt: skip
+                               None, (10.0, 20.0), 0.0, None, 0.0, 0.0, (), 0.0)  # fmt: skip
 
 
 def test_talkers_of_one_corpus(by_speaker):
@@ -533,6 +533,38 @@ def test_share_of_mixtures_in_rooms_and_no_room_in_both_splits(by_speaker):
     assert all(plan.room is not None for plan in plans(by_speaker, 20, reverb=1.0))
 
 
+def test_telephones_change_nothing_else_of_a_plan(by_speaker, noise_dir):
+    options = {"noises": mixing.list_noises(noise_dir), "max_speakers": 2}
+    for split in ("train", "val"):
+        (plan,), (called,) = (plans(by_speaker, 1, split=split, telephone=share, **options)
+                              for share in (0.0, 1.0))
+        assert called == plan._replace(band=called.band) != plan
+    bands = [plan.band for plan in plans(by_speaker, 200, telephone=0.4) if plan.band]
+    assert 60 <= len(bands) <= 100
+    assert all(150 <= low <= 350 and 3200 <= high <= 3900 for low, high in bands)
+    assert len(set(bands)) == len(bands)
+
+
+@pytest.mark.parametrize("talkers", [0, 1, 3])
+def test_a_telephone_transmits_its_band(talkers, by_speaker, noise_dir):
+    """Of white noise and of each talker; nothing comes later and the talkers still add up."""
+    (plan,) = plans(by_speaker, 1, mixing.list_noises(noise_dir), talkers=talkers, snr_db=(0, 0))
+    plan = plan._replace(band=(300.0, 3400.0))
+    sources, mixture = render_mixture(plan)
+    whole_sources, whole = render_mixture(plan._replace(band=()))
+    assert sources.shape == whole_sources.shape == (talkers, len(mixture))
+    assert sources.dtype == mixture.dtype == np.float32
+    noise, whole_noise = mixture - sources.sum(0), whole - whole_sources.sum(0)
+    frequencies, window = np.fft.rfftfreq(len(mixture), 1 / RATE), np.hanning(len(mixture))
+    for narrow, wide in zip([*sources, noise], [*whole_sources, whole_noise], strict=True):
+        kept, had = (np.abs(np.fft.rfft(window * samples)) ** 2
+                     for samples in (narrow, wide))
+        inside = (frequencies > 400) & (frequencies < 3200)
+        assert kept[inside].sum() == pytest.approx(had[inside].sum(), rel=0.1)
+        assert kept[frequencies < 100].sum() <= 0.01 * had[frequencies < 100].sum() + 1e-6
+        assert kept[frequencies > 4000].sum() < 1e-5 * kept.sum()
+
+
 def test_max_seconds_cuts_talkers_and_mixture_alike(by_speaker):
     (plan,) = plans(by_speaker, 1, join=(3, 3), reverb=1.0)
     sources, mixture = render_mixture(plan)
@@ -556,7 +588,7 @@ def test_long_recordings_are_not_kept(tmp_path):
 
 EVERYTHING = ("--join", 1, 3, "--overlap", 0.2, 0.8, "--speed", 0.9, 1.1, "--reverb", 0.8,
               "--snr_db", 0, 10, "--formants", 0.9, 1.1, "--equalizer", 3, "--same_corpus", 0.5,
-              "--turns", 0.2, "--as_recorded", "kept", "other")
+              "--turns", 0.2, "--telephone", 0.5, "--as_recorded", "kept", "other")
 
 
 @pytest.fixture(scope="module")
@@ -585,17 +617,20 @@ def test_same_bytes_from_any_number_of_workers(
 
 
 def test_metadata(everything):
-    rooms = []
+    rooms, targets = [], set()
     for split in ("train", "val"):
         for entry in metadata(everything, split):
             assert 0 <= entry["overlap"] <= 1
-            assert 0.2 <= entry["overlap_target"] <= 0.8
+            targets.add(entry["overlap_target"])
             assert 0 <= entry["snr_db"] <= 10
             rooms.append(entry.get("room"))
             for speaker in entry["speakers"]:
                 takes = [word.split("-") for word in speaker["text"].split()]
                 assert {name for name, _ in takes} == {speaker["speaker_id"]}
                 assert (everything / split / speaker["wav_file"]).is_file()
+    taking_turns = {0.0}
+    assert all(0.2 <= target <= 0.8 for target in targets - taking_turns)
+    assert len(targets - taking_turns) >= 3
     assert any(room is not None and room < ROOMS for room in rooms[:3])
     assert any(room is not None and room >= ROOMS for room in rooms[3:])
 
@@ -622,6 +657,7 @@ def test_transcripts_are_in_order(everything):
     for entry, plan in zip(metadata(everything, "train"), planned, strict=True):
         assert [t.text for t in plan.talkers] == [s["text"] for s in entry["speakers"]]
         assert entry.get("room") == plan.room
+        assert entry.get("band", []) == pytest.approx(list(plan.band), abs=1e-4)
         for talker in plan.talkers:
             assert [u.audio.stem for u in talker.utterances] == [
                 word.split("-")[1] for word in talker.text.split()]
@@ -633,7 +669,7 @@ def test_load_source(everything, noise_dir):
     assert train.options == val.options == MixingOptions(
         max_speakers=2, join=(1, 3), overlap=(0.2, 0.8), speed=(0.9, 1.1), reverb=0.8,
         noise_dir=str(noise_dir), snr_db=(0, 10), formants=(0.9, 1.1), equalizer=3.0,
-        same_corpus=0.5, turns=0.2, as_recorded=("kept", "other"))
+        same_corpus=0.5, turns=0.2, telephone=0.5, as_recorded=("kept", "other"))
     assert (train.split, val.split) == ("train", "val")
     assert len(train.noises) == 2
     assert train.by_speaker.keys() == val.by_speaker.keys()
@@ -689,6 +725,7 @@ def test_load_source_says_what_is_gone(everything, dataset, tmp_path):
         (["--max_seconds", "0"], "--max_seconds must be 0.001 to 1e+06"),
         (["--max_seconds", "nan"], "--max_seconds must be 0.001 to 1e+06"),
         (["--workers", "-1"], "--workers"),
+        (["--telephone", "2"], "--telephone must be 0 to 1"),
         (["--turns", "2"], "--turns must be 0 to 1"),
         (["--layer", "1"], "--layer needs --encoder"),
         (["--snr_db", "0", "5"], "--snr_db needs --noise_dir"),
@@ -709,7 +746,8 @@ def test_bad_arguments(flags, words, speech_dir, tmp_path, capsys):
 
 def test_nothing_of_a_kind_may_be_asked_for(speech_dir, tmp_path):
     none = [f"--{name}=0" for name in ("min_seconds", "max_gap", "max_onset", "turns", "reverb",
-                                       "level_difference", "equalizer", "same_corpus", "seed")]
+                                       "level_difference", "equalizer", "same_corpus", "telephone",
+                                       "seed")]
     argv = flags_for(speech_dir, tmp_path / "data", *none)
     generator.check_arguments(generator.build_parser().parse_args(argv))
 
