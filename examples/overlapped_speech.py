@@ -37,10 +37,11 @@ def select_corpus(args) -> Path:
 
 def make_test_set(args, talkers: int) -> Path:
     """Make the mixtures of so many talkers."""
+    folder = args.work_dir / f"{talkers}_talkers{'_by_telephone' * args.telephone}"
     return make_dataset(
-        args.work_dir / f"{talkers}_talkers", f"--speech_dir={args.speech}", "--train_samples=1",
+        folder, f"--speech_dir={args.speech}", "--train_samples=1",
         f"--val_samples={args.samples}", f"--min_speakers={talkers}", f"--max_speakers={talkers}",
-        "--overlap", 0.81, 1, "--max_seconds=17", "--seed=5")
+        "--overlap", 0.81, 1, "--max_seconds=17", "--seed=5", *["--telephone=1"] * args.telephone)
 
 
 def evaluate(args, talkers: int) -> dict:
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--work_dir", type=Path, default=Path("overlapped_speech"), help="where everything goes")
     add("--samples", type=int, default=200, help="mixtures of each number of talkers")
     add("--talkers", type=int, nargs="+", default=[1, 2, 3], help="numbers of talkers")
+    add("--telephone", action="store_true", help="mixtures that come through a telephone")
     add("--known_count", action="store_true",
         help="give the number of talkers instead of letting the separator find it")
     return parser

@@ -126,8 +126,9 @@ def test_two_talkers_from_any_two_recordings(qwen_folder, spectrogram_checkpoint
     assert_fails(capsys, ["out/mixture.wav", *argv[1:]], "overwritten", main=two_talkers.main)
 
 
+@pytest.mark.parametrize("telephone", [0, 1])
 def test_overlapped_speech_takes_one_corpus(
-    speech_dir, qwen_folder, spectrogram_checkpoint, tmp_path, capsys
+    telephone, speech_dir, qwen_folder, spectrogram_checkpoint, tmp_path, capsys
 ):
     rows = [{"audio": str(path), "speaker": path.parent.name, "text": "words",
              "split": ("train", "val")[number % 2], "corpus": f"book_{number % 2}"}
@@ -136,10 +137,13 @@ def test_overlapped_speech_takes_one_corpus(
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     overlapped_speech.main([
         f"--speech={tmp_path}", "--corpus=book", f"--model={qwen_folder}", "--samples=2",
-        f"--checkpoint={spectrogram_checkpoint}", "--talkers", "1", "2"])  # fmt: skip
+        f"--checkpoint={spectrogram_checkpoint}", "--talkers", "1", "2",
+        *["--telephone"] * telephone])  # fmt: skip
     printed = capsys.readouterr().out
     assert "| 1 talker | 2 |" in printed and "| 2 talkers | 2 |" in printed
-    score = json.loads((tmp_path / "overlapped_speech/2_talkers/scores.json").read_text())
+    data = tmp_path / "overlapped_speech" / f"2_talkers{'_by_telephone' * telephone}"
+    assert json.loads((data / "dataset.json").read_text())["mixing"]["telephone"] == telephone
+    score = json.loads((data / "scores.json").read_text())
     assert f"| 2 talkers | {score['si_sdr_improvement']:.1f} |" in printed
     with pytest.raises(SystemExit) as ended:
         overlapped_speech.main([f"--speech={tmp_path}", "--corpus=bok", "--model=none"])
