@@ -421,8 +421,9 @@ def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator
     return _with_features(plans, rendered, encoder), about | {"mixing": options._asdict()}
 
 
-def _utterance(row: dict) -> Utterance:
-    return Utterance(Path(row["audio"]), str(row["speaker"]), str(row["text"]),
+def _utterance(row: dict, listing: Path) -> Utterance:
+    """Return an utterance of a listing; a relative path is one from the dataset's folder."""
+    return Utterance(listing.parents[1] / row["audio"], str(row["speaker"]), str(row["text"]),
                      corpus=str(row.get("corpus", "")))
 
 
@@ -439,7 +440,7 @@ class ListedUtterances(Sequence):
         with open(self.listing, "rb") as lines:
             lines.seek(self.places[index])
             with contextlib.suppress(ValueError, KeyError):
-                return _utterance(json.loads(lines.readline().rstrip(b",\n")))
+                return _utterance(json.loads(lines.readline().rstrip(b",\n")), self.listing)
         raise ValueError(f"{self.listing} was replaced while it was in use")
 
 
@@ -449,11 +450,11 @@ def _read_listing(listing: Path) -> dict[str, Sequence[Utterance]]:
     with open(listing, "rb") as lines:
         if lines.readline() != b"[\n" or not lines.readline().startswith(b'{"'):
             lines.seek(0)
-            return group_by_speaker(map(_utterance, json.load(lines)))
+            return group_by_speaker(_utterance(row, listing) for row in json.load(lines))
         lines.seek(0)
         for line in lines:
             if len(line) > 2:  # between the brackets
-                speaker = _utterance(json.loads(line.rstrip(b",\n"))).speaker
+                speaker = _utterance(json.loads(line.rstrip(b",\n")), listing).speaker
                 talkers.setdefault(speaker, ListedUtterances(listing)).places.append(place)
             place += len(line)
     return talkers
@@ -509,8 +510,15 @@ def write_mixture(
     return entry | {"speakers": speakers} | more
 
 
+def _listed_path(audio: Path, output_dir: Path) -> str:
+    """Return a recording's path: relative in the dataset's folder, which may move, or absolute."""
+    path, home = Path(os.path.abspath(audio)), os.path.abspath(output_dir)
+    return str(path.relative_to(home) if path.is_relative_to(home) else path)
+
+
 def write_split(
-    folder: Path, split: str, samples: int, mixtures: Iterator[dict], utterances: list[Utterance]
+    folder: Path, split: str, samples: int, mixtures: Iterator[dict],
+    utterances: list[Utterance], output_dir: Path,
 ) -> list[dict]:
     """Write a split's mixtures as they are rendered, and what they are and were made of."""
     (folder / "mixed").mkdir(parents=True)
@@ -519,7 +527,7 @@ def write_split(
                for index in tqdm(range(samples), split, leave=False, disable=None)]
     (folder / "metadata.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     if utterances:  # one a line, so that each can be read alone
-        rows = ({"audio": os.path.abspath(u.audio), "speaker": u.speaker, "text": u.text,
+        rows = ({"audio": _listed_path(u.audio, output_dir), "speaker": u.speaker, "text": u.text,
                  "corpus": u.corpus} for u in utterances)
         listing = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
         (folder / "utterances.json").write_text(listing, encoding="utf-8")
@@ -580,8 +588,9 @@ def write_dataset(
     """Write a dataset into a folder of its own and then into place; return its metadata."""
     staging = make_staging(output_dir)
     try:
-        entries = {s: write_split(staging / s, s, samples, mixtures, splits.get(s))
-                   for s, samples in sizes.items()}
+        entries = {
+            s: write_split(staging / s, s, samples, mixtures, splits.get(s), output_dir)
+            for s, samples in sizes.items()}
         (staging / "dataset.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         if (output_dir / "train").exists():
             print(f"replacing the earlier dataset in {output_dir}")

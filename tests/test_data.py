@@ -1012,6 +1012,21 @@ def test_librispeech_layout(tmp_path, ten_speakers):
     assert {u.speaker for u in generator.read_speech(tmp_path / "corpus")} == {"19", "26"}
 
 
+def test_a_dataset_moves_with_the_recordings_in_its_folder(ten_speakers, tmp_path, monkeypatch):
+    """As those copied from the hub are; the paths of other recordings stay as they were."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ten_speakers, "data/copy")
+    for name, speech in (("data", "data/copy"), ("other", ten_speakers)):
+        assert generator.main([f"--speech_dir={speech}", f"--output_dir={name}",
+                               "--train_samples=1", "--val_samples=1", "--max_speakers=2"]) == 0
+    Path("data").rename("moved")
+    Path("other").rename("moved_other")
+    for name, home in (("moved", Path("moved/copy")), ("moved_other", ten_speakers)):
+        talkers = generator.load_source(name, "train").by_speaker
+        paths = [utterance.audio for group in talkers.values() for utterance in group]
+        assert paths and all(path.is_file() and path.is_relative_to(home) for path in paths)
+
+
 def test_a_listing_that_is_replaced_meanwhile(recordings, tmp_path):
     folder = shutil.copytree(recordings, tmp_path / "data")
     talkers = generator.load_source(folder, "train").by_speaker
