@@ -677,7 +677,8 @@ def build_parser() -> argparse.ArgumentParser:
     speech("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
            help="where the encoder runs")
     add = parser.add_argument_group("mixing recorded talkers").add_argument
-    add("--noise_dir", type=os.path.abspath, help="recordings of noise to add to the mixture alone")
+    add("--noise_dir", type=os.path.abspath,
+        help="recordings of noise to add to the mixtures, the same in both splits")
     add("--as_recorded", nargs="+", default=defaults.as_recorded, metavar="CORPUS",
         help="corpora whose talkers keep their speed and voice: those to be met again")
     for name, (kind, _, _, text) in MIXING.items():

@@ -258,9 +258,9 @@ def time_first(frames: Tensor) -> Tensor:
 def check_features(features: Tensor, frame_mask: Tensor | None, width: int | None = None) -> Tensor:
     """Return the frame mask [B, T] of features [B, T, D]; ValueError if a shape does not fit."""
     shape = list(features.shape)
-    if len(shape) != 3 or 0 in shape[1:] or (width and shape[2] != width):
-        raise ValueError(
-            f"features must be [B, T, {width or 'mel bins'}] with T of 1 or more, not {shape}")
+    if len(shape) != 3 or 0 in shape or (width and shape[2] != width):
+        raise ValueError(f"features must be [B, T, {width or 'mel bins'}] with B and T of 1 or "
+                         f"more, not {shape}")
     if frame_mask is None:
         return features.new_ones(shape[:2], dtype=torch.bool)
     if list(frame_mask.shape) != shape[:2]:
@@ -505,7 +505,8 @@ def heard_frames(spectrograms: Tensor, frame_mask: Tensor) -> Tensor:
     The windows of those two reach past its end, so the last is softer than the one before. They
     hold a click, which would change streams all over the recording by 5% of their power (measured).
     """
-    sounds, loudest = sounding_frames(spectrograms, frame_mask), spectrograms.amax(-1)
+    sounds = sounding_frames(spectrograms, frame_mask)
+    loudest = spectrograms.amax(-1).masked_fill(~frame_mask, -math.inf)
     last = sounds.int().cumsum(1).argmax(1)[:, None]
     after, before = (last + 1).clamp(max=sounds.shape[1] - 1), (last - 1).clamp(min=0)
     drop = loudest.gather(1, before) - loudest.gather(1, last)
@@ -2784,7 +2785,9 @@ def joint_prompts(model, ids: Tensor, recordings: list[int], labels: list[int], 
     Returns new prompts and their mask [P, L], padded on the left, and the numbers of the prompts
     they were made from; those without any talker are left out.
     """
-    tokenizer, mask = kwargs.get("tokenizer"), kwargs.get("attention_mask", torch.ones_like(ids))
+    tokenizer, mask = kwargs.get("tokenizer"), kwargs.get("attention_mask")
+    if mask is None:
+        mask = torch.ones_like(ids)
     if tokenizer is None:
         raise ValueError("mode='joint' labels the talkers: give tokenizer=processor.tokenizer")
     around = tokenizer.convert_tokens_to_ids(["<|audio_bos|>", "<|audio_eos|>"])

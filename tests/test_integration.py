@@ -540,6 +540,15 @@ def test_joint_leaves_silence_out(kind, integrate, qwen, processor):
     assert first[0] == output.sequences[0, L : L + len(first[0])].tolist()
 
 
+def test_joint_without_an_attention_mask(integrate, qwen, processor):
+    """As the model itself does, it attends to the whole prompt."""
+    inputs = processed(processor, RECORDINGS[:1])
+    assert inputs["attention_mask"].all()
+    model, joint = integrate(qwen), {**JOINT, "tokenizer": processor.tokenizer}
+    expected = model.generate(**inputs, **joint)
+    assert torch.equal(model.generate(**{**inputs, "attention_mask": None}, **joint), expected)
+
+
 def test_joint_needs_a_tokenizer(integrate, qwen, processor):
     with pytest.raises(ValueError, match="tokenizer=processor.tokenizer"):
         integrate(qwen).generate(**processed(processor, RECORDINGS), mode="joint")

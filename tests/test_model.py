@@ -133,6 +133,7 @@ def test_silence_is_finite(nothing_valid):
         (torch.zeros(1, 5, WIDTH + 1), None, f"[1, 5, {WIDTH + 1}]"),
         (torch.zeros(5, WIDTH), None, f"[5, {WIDTH}]"),
         (torch.zeros(1, 0, WIDTH), None, f"[1, 0, {WIDTH}]"),
+        (torch.zeros(0, 5, WIDTH), None, f"[0, 5, {WIDTH}]"),
         (torch.zeros(2, 5, WIDTH), torch.ones(2, 4), "[2, 4]"),
     ],
 )
@@ -391,6 +392,17 @@ def test_heard_frames():
     expected = [[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0], [1] * 6, [0] * 6,
                 [1, 0, 0, 0, 0, 0]]  # fmt: skip
     assert ssm.heard_frames(loud[..., None].expand(-1, -1, 80), mask).int().tolist() == expected
+
+
+def test_a_masked_frame_before_the_last_one_is_not_read():
+    """Whether a recording is cut there does not depend on it."""
+    separator, mixture = vivid_separator(), spectrogram(40).repeat(2, 1, 1)
+    mixture[0, 37], mixture[:, 39] = mixture.amax() + 0.5, mixture.min() - 2
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[:, 37] = False
+    separated, probs = separator(mixture, mask)
+    torch.testing.assert_close(separated[0], separated[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(probs[0], probs[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("stacks", [1, 50])
