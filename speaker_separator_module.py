@@ -2860,12 +2860,7 @@ class Integration:
         self.stride = 1 if separator.is_spectrogram else 4 if self.is_qwen and layer is None else 2
         freeze(separator)
         # A library (accelerate) may have put its own generate on the object: call and restore it.
-        self.own_generate = vars(model).get("generate")
-
-    @property
-    def original_generate(self):
-        """Return the ``generate`` that this integration replaces."""
-        return self.own_generate or type(self.model).generate.__get__(self.model)
+        self.own_generate, self.original_generate = vars(model).get("generate"), model.generate
 
     @torch.no_grad()
     def separate(self, features: Tensor, mel_mask: Tensor | None):
