@@ -84,49 +84,38 @@ JSON_BYTES = 1 << 29  # a hundred thousand mixtures of long sentences take less
 LONGEST_LINE = 500  # letters of an error message
 MAX_STREAMS = 7  # the loss scores every assignment of streams to talkers: 7! are 5,040
 
-
-class Option(NamedTuple):
-    """An option of training: default (None: what suits the data), kind, least, most and help."""
-
-    default: object
-    kind: type
-    low: float
-    high: float
-    help: str
-
-
-OPTIONS = {
-    "epochs": Option(20, int, 1, 1e6, "passes over the training mixtures"),
-    "batch_size": Option(8, int, 1, 1e5, "mixtures per step of each process"),
-    "accumulate": Option(1, int, 1, 1e5, "batches per step: one large batch in less memory"),
-    "lr": Option(
+OPTIONS = {  # of training: default (None: what suits the data), type, least, most and help
+    "epochs": (20, int, 1, 1e6, "passes over the training mixtures"),
+    "batch_size": (8, int, 1, 1e5, "mixtures per step of each process"),
+    "accumulate": (1, int, 1, 1e5, "batches per step: one large batch in less memory"),
+    "lr": (
         None, float, 1e-12, 1e30, "initial learning rate (default: 2e-3; features: 0.128 / width; "
         "a quarter of it with --init_from)"),
-    "weight_decay": Option(0.01, float, 0, 1e30, "weight decay of the optimizer"),
-    "num_layers": Option(None, int, 1, 128, "blocks on the mixture (default: 4)"),
-    "num_heads": Option(None, int, 1, 1024, "attention heads (default: 4; features: 8)"),
-    "ff_dim": Option(None, int, 1, 1 << 16, "feed-forward width (default: 768; features: 2048)"),
-    "dim": Option(None, int, 1, 1 << 14, "width of the blocks, recordings only (default: 256)"),
-    "dropout": Option(None, float, 0, 1, "dropout in every block (default: 0.1)"),
-    "max_speakers": Option(
+    "weight_decay": (0.01, float, 0, 1e30, "weight decay of the optimizer"),
+    "num_layers": (None, int, 1, 128, "blocks on the mixture (default: 4)"),
+    "num_heads": (None, int, 1, 1024, "attention heads (default: 4; features: 8)"),
+    "ff_dim": (None, int, 1, 1 << 16, "feed-forward width (default: 768; features: 2048)"),
+    "dim": (None, int, 1, 1 << 14, "width of the blocks, recordings only (default: 256)"),
+    "dropout": (None, float, 0, 1, "dropout in every block (default: 0.1)"),
+    "max_speakers": (
         None, int, 1, MAX_STREAMS, "streams (default: as many as the data has talkers)"),
-    "reconstruction_weight": Option(
+    "reconstruction_weight": (
         None, float, 0, 1e30, "weight of that loss part (default: 0.5 if features add up, else 0)"),
-    "activity_weight": Option(
+    "activity_weight": (
         None, float, 0, 1e30, "weight of that loss part (default: 0.02; features: 0.5)"),
-    "mixtures_per_epoch": Option(
+    "mixtures_per_epoch": (
         None, int, 1, 1e6, "fresh mixtures (default: twice the data, at least 120)"),
-    "crop_seconds": Option(None, float, 0.2, 1e6, "lengths of training parts; recordings only"),
-    "workers": Option(0, int, 0, 1024, "processes that load or mix, 0 for this one"),
-    "save_every": Option(5, int, 1, 1e6, "epochs between periodic checkpoints"),
-    "patience": Option(None, int, 1, 1e6, "stop after this many epochs without a better one"),
-    "seed": Option(42, int, 0, 1 << 62, "seed of weights, order, mixtures and dropout"),
+    "crop_seconds": (None, float, 0.2, 1e6, "lengths of training parts; recordings only"),
+    "workers": (0, int, 0, 1024, "processes that load or mix, 0 for this one"),
+    "save_every": (5, int, 1, 1e6, "epochs between periodic checkpoints"),
+    "patience": (None, int, 1, 1e6, "stop after this many epochs without a better one"),
+    "seed": (42, int, 0, 1 << 62, "seed of weights, order, mixtures and dropout"),
 }
-DEFAULTS = {name: option.default for name, option in OPTIONS.items()} | {
+DEFAULTS = {name: default for name, (default, *_) in OPTIONS.items()} | {
     "init_from": None, "remix": True, "recompute": False, "resume": False, "device": "auto",
     "dtype": "auto"}
 TrainOptions = namedtuple("TrainOptions", DEFAULTS, defaults=DEFAULTS.values())
-LIMITS = {name: (option.kind, option.low, option.high) for name, option in OPTIONS.items()}
+LIMITS = {name: limits for name, (_, *limits, _) in OPTIONS.items()}  # type, least and most
 LIMITS |= {"feature_dim": (int, 1, 1 << 16), "threshold": (float, 0, 1), "port": (int, 1, 65535),
            "num_speakers": (int, 1, 1e5), "max_new_tokens": (int, 1, 1e5)}
 SIZES = ("num_layers", "num_heads", "ff_dim", "dim", "dropout", "max_speakers")  # of a separator
@@ -3570,11 +3559,10 @@ def add_train_arguments(add) -> None:
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
     add("--init_from", metavar="PATH_OR_ID", default=argparse.SUPPRESS,
         help="separator to train further, such as pretrained; its sizes stay")
-    for name, option in OPTIONS.items():
-        default = "" if option.default is None else f" (default: {option.default})"
+    for name, (default, kind, _, _, text) in OPTIONS.items():
+        text += "" if default is None else f" (default: {default})"
         pair = {"nargs": 2, "metavar": ("MIN", "MAX")} if name == "crop_seconds" else {}
-        add(f"--{name}", type=option.kind, default=argparse.SUPPRESS, help=option.help + default,
-            **pair)
+        add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text, **pair)
     add("--no_remix", dest="remix", action="store_false", default=argparse.SUPPRESS,
         help="the same mixtures every epoch instead of fresh ones")
     add("--recompute", action="store_true", default=argparse.SUPPRESS,
