@@ -2722,7 +2722,7 @@ def audio_slots(model, ids: Tensor) -> list[list[int]]:
     return edges.view(-1, 2).tolist()
 
 
-def check_call(integration: Integration, ids, features, mode: str, option) -> None:
+def check_call(integration: Integration, ids, features, mode: str, asked: dict) -> None:
     """Fail if a call of ``generate`` does not fit the model, the separator or its prompts."""
     frames = 0 if features is None else features.shape[-1]
     if mode not in ("separate", "joint"):
@@ -2731,22 +2731,22 @@ def check_call(integration: Integration, ids, features, mode: str, option) -> No
         raise ValueError(f"the recording has {frames} mel frames and the model reads "
                          f"{integration.mel_frames} at a time: answer_per_talker reads longer ones")
     if ids is not None:
-        check_prompts(integration.model, ids, features, mode, option)
+        check_prompts(integration.model, ids, features, mode, asked)
         return
     if mode == "joint":
         raise ValueError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
     for name in () if integration.separator.is_spectrogram else READ_AGAIN:
-        value = option(name)
+        value = asked.get(name)
         if value and not (name == "temperature" and isinstance(value, (int, float))):
             raise ValueError(f"{name} makes Whisper read the recording again, which a separator of "
                              "hidden features cannot serve: use a spectrogram separator")
 
 
-def check_prompts(model, ids: Tensor, features, mode: str, option) -> None:
+def check_prompts(model, ids: Tensor, features, mode: str, asked: dict) -> None:
     """Fail unless the audio slots of the prompts [P, L] fit the recordings."""
     slots = [len(audio_slots(model, row)) for row in ids]
     if features is None:
-        if any(slots) and option("past_key_values") is None:
+        if any(slots) and asked.get("past_key_values") is None:
             raise ValueError("the prompt has an audio slot but no audio came with it: give the "
                              "processor audio=... (it ignores audios=)")
     elif sum(slots) != len(features):
@@ -2800,17 +2800,18 @@ def joint_prompts(model, ids: Tensor, recordings: list[int], labels: list[int], 
     return filled, (padded >= 0).to(mask.dtype), list(prompts)
 
 
-def no_rows(ids, option):
+def no_rows(ids, asked: dict):
     """Return what ``generate`` returns where there is no row, in the form that was asked for."""
     from transformers.generation import GenerateDecoderOnlyOutput
 
     empty = torch.zeros(0, 0, dtype=torch.long) if ids is None else ids[:0]
-    if option("return_segments"):
+    if asked.get("return_segments"):
         return {"sequences": empty, "segments": []}
-    if option("return_token_timestamps"):
+    if asked.get("return_token_timestamps"):
         return {"sequences": empty, "token_timestamps": empty.float()}
-    asked = option("return_dict_in_generate")
-    return GenerateDecoderOnlyOutput(sequences=empty) if asked else empty
+    if asked.get("return_dict_in_generate"):
+        return GenerateDecoderOnlyOutput(sequences=empty)
+    return empty
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2889,17 +2890,17 @@ class Integration:
         rows = [(a, s, float(probs[a, s])) for a, s in active.nonzero().tolist()]
         return streams, frame_mask, rows, active.cumsum(1)[active].tolist()
 
-    def _rows_of_encoder_outputs(self, rows: list, kwargs: dict, option) -> tuple[list, dict]:
+    def _rows_of_encoder_outputs(self, rows: list, kwargs: dict, asked: dict) -> tuple[list, dict]:
         """Repeat rows for several answers each, since Whisper does not repeat encoder_outputs.
 
         Timestamp tokens are suppressed: Whisper would seek to the last one and encode again.
         """
-        copies = option("num_return_sequences") or 1
+        copies = asked.get("num_return_sequences") or 1
         kwargs = kwargs | {"num_return_sequences": 1}
         last = getattr(self.model.generation_config, "no_timestamps_token_id", None)
         if last is not None:
             timestamps = range(last + 1, self.model.config.vocab_size)
-            kwargs["suppress_tokens"] = [*timestamps, *(option("suppress_tokens") or [])]
+            kwargs["suppress_tokens"] = [*timestamps, *(asked.get("suppress_tokens") or [])]
         return [row for row in rows for _ in range(copies)], kwargs
 
     @torch.no_grad()
@@ -2944,15 +2945,12 @@ class Integration:
         model.speaker_rows = None
         config = kwargs.get("generation_config") or (
             args[0] if args else getattr(model, "generation_config", None))
-
-        def option(name: str):
-            return kwargs.get(name, getattr(config, name, None))
-
+        asked = (vars(config) if config else {}) | kwargs
         if self.is_qwen:
             ids, features = kwargs.pop("input_ids", inputs), kwargs.get("input_features")
         else:
             features = kwargs.pop("input_features", inputs)
-        check_call(self, ids, features, mode, option)
+        check_call(self, ids, features, mode, asked)
         if features is None:
             return self.original_generate(ids, *args, **kwargs)
         mask_name = "feature_attention_mask" if self.is_qwen else "attention_mask"
@@ -2961,9 +2959,9 @@ class Integration:
         streams, frame_mask, rows, labels = choose_rows(features, mel_mask, num_speakers)
         if not rows:
             model.speaker_rows = []
-            return no_rows(ids, option)
+            return no_rows(ids, asked)
         if not (self.is_qwen or self.separator.is_spectrogram):
-            rows, kwargs = self._rows_of_encoder_outputs(rows, kwargs, option)
+            rows, kwargs = self._rows_of_encoder_outputs(rows, kwargs, asked)
         recordings, chosen = [a for a, _, _ in rows], [s for _, s, _ in rows]
         if joint:
             prompts, mask, kept = joint_prompts(model, ids, recordings, labels, kwargs)
