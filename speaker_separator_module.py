@@ -769,15 +769,16 @@ def separator_loss(
 
 
 def loss_of_streams(
-    separated: Tensor, probs: Tensor, batch: dict, weights: LossWeights, log_mel: bool
+    separated: Tensor, probs: Tensor, batch: dict, weights: LossWeights
 ) -> SeparatorLoss:
-    """Return the loss of a batch's streams, matched by activity too if they are ``log_mel``.
+    """Return the loss of a batch's streams; those of recordings are matched by activity too.
 
-    Spare streams of features are empty, and known by that; those of log-mel spectra are not.
+    Spare streams of features are empty, and known by that; those of spectrograms are not.
     """
     return separator_loss(
         separated, probs, batch["targets"], batch["speaker_mask"], batch["mixture"],
-        batch["frame_mask"], *weights, matching_weight=weights.activity if log_mel else 0.0)
+        batch["frame_mask"], *weights,
+        matching_weight=weights.activity if "waveforms" in batch else 0.0)
 
 
 def loss_sizes(batch: dict) -> Tensor:
@@ -2119,11 +2120,11 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
     """Return the loss of one batch that is on the device; in spectrograms of what is audible."""
     with autocast(device, dtype), attention_kernel(device, dtype):
         separated, probs = separator(batch["mixture"], batch["frame_mask"])
-    if recorded := "waveforms" in batch:
+    if "waveforms" in batch:
         floor = batch["mixture"].amax((1, 2))[:, None, None, None] - AUDIBLE_RANGE
         separated = torch.maximum(separated, floor)
         batch = batch | {"targets": torch.maximum(batch["targets"], floor)}
-    return loss_of_streams(separated, probs, batch, weights, recorded)
+    return loss_of_streams(separated, probs, batch, weights)
 
 
 def backward(run: Run, batches: list[dict]) -> Tensor:
@@ -2450,12 +2451,12 @@ def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
 
 
 def score_batch(
-    separated: Tensor, probs: Tensor, batch: dict, weights: LossWeights, log_mel: bool
+    separated: Tensor, probs: Tensor, batch: dict, weights: LossWeights
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of all SCORES in row 0, their divisors in row 1, and the assignment."""
     there = batch["speaker_mask"].float()
-    loss = loss_of_streams(separated, probs, batch, weights, log_mel)
-    trivial = trivial_outputs(batch["mixture"], batch["speaker_mask"], log_mel)
+    loss = loss_of_streams(separated, probs, batch, weights)
+    trivial = trivial_outputs(batch["mixture"], batch["speaker_mask"], "waveforms" in batch)
     errors = [(talker_mse(output[:, None], batch["targets"], batch["frame_mask"]) * there).sum()
               for output in trivial.values()]
     several = there * (there.sum(1, keepdim=True) > 1)
@@ -2495,8 +2496,7 @@ def evaluate_separator(
         batch = add_spectrograms(to_device(raw, device))
         with autocast(device, dtype):
             separated, probs = separator(batch["mixture"], batch["frame_mask"])
-        batch_sums, assignment = score_batch(
-            separated.float(), probs.float(), batch, weights, separator.is_spectrogram)
+        batch_sums, assignment = score_batch(separated.float(), probs.float(), batch, weights)
         sums += batch_sums
         own[:, done : done + len(probs)] = torch.stack(
             [reorder(probs.float(), assignment), batch["speaker_mask"].float()])
@@ -3312,12 +3312,12 @@ def cmd_train(args) -> None:
 @torch.inference_mode()
 def sample_panels(separator, dataset, device: str, count: int = 3) -> list[dict]:
     """Return mixture, talkers and the streams assigned to them for the first few mixtures."""
-    log_mel, rows = separator.is_spectrogram, []
+    weights, rows = default_weights(separator.is_spectrogram), []
     for index in range(min(count, len(dataset))):
         batch = collate([dataset[index]], separator.max_speakers)
         batch = add_spectrograms(to_device(batch, device))
         separated, probs = separator(batch["mixture"])
-        loss = loss_of_streams(separated, probs, batch, default_weights(log_mel), log_mel)
+        loss = loss_of_streams(separated, probs, batch, weights)
         streams = reorder(separated, loss.assignment)[0]
         row = {f"mixture {dataset.samples[index]['id']}": batch["mixture"][0]}
         for i in range(int(batch["speaker_mask"].sum())):
