@@ -803,12 +803,6 @@ def first_threshold(separator) -> float:
     return 0.5 if separator.is_spectrogram else 1.0
 
 
-def likeliest_streams(speaker_probs: Tensor, count: int) -> Tensor:
-    """Say which are the ``count`` likeliest streams, [B, S]."""
-    none = torch.zeros_like(speaker_probs, dtype=torch.bool)
-    return none.scatter(-1, speaker_probs.topk(count, dim=-1).indices, True)
-
-
 def active_streams(
     speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None,
     reach_threshold: bool = False, first: float = 1.0,
@@ -819,12 +813,13 @@ def active_streams(
     ``reach_threshold``, the ``num_speakers`` likeliest must also reach the threshold.
     """
     reached = speaker_probs >= threshold
+    rank = speaker_probs.argsort(-1, descending=True).argsort(-1)  # 0: the likeliest
     if first < threshold < 1:
-        reached |= likeliest_streams(speaker_probs, 1) & (speaker_probs >= first)
+        reached |= (rank == 0) & (speaker_probs >= first)
     if num_speakers is None:
         return reached
     check_num_speakers(num_speakers, speaker_probs.shape[-1])
-    chosen = likeliest_streams(speaker_probs, num_speakers)
+    chosen = rank < num_speakers
     return chosen & reached if reach_threshold else chosen
 
 
