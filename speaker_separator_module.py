@@ -1648,15 +1648,11 @@ def load_checkpoint(path) -> dict:
 # Checkpoints: separators
 
 
-def separator_class(config: dict) -> type:
-    """Return the class that a configuration belongs to."""
-    return SpeakerSeparatorTransformer if "feature_dim" in config else SpectrogramSeparator
-
-
 def empty_separator(config: dict):
     """Build a separator without memory for its weights; ValueError if it would be too large."""
+    kind = SpeakerSeparatorTransformer if "feature_dim" in config else SpectrogramSeparator
     with torch.device("meta"):
-        separator = separator_class(config)(**config)
+        separator = kind(**config)
     if (count := sum(weight.numel() for weight in separator.parameters())) > MAX_PARAMETERS:
         raise ValueError(f"a separator of {count:,} parameters; {MAX_PARAMETERS:,} are the most")
     return separator
@@ -1809,9 +1805,9 @@ def new_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
                    "feature_source": feature_source(train_set)}
     name = f"the new separator (--max_speakers={config['max_speakers']})"
     check_data(name, config, train_set, val_set)
-    empty_separator(config)  # refuses what is too large
+    kind = type(empty_separator(config))  # refuses what is too large
     torch.manual_seed(options.seed)
-    return separator_class(config)(**config)
+    return kind(**config)
 
 
 def started_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
