@@ -2644,8 +2644,8 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
 def audio_tower_of(model: nn.Module) -> nn.Module:
     """Return the encoder of a Qwen2-Audio or Whisper model; ValueError if it is neither."""
     inner = getattr(model, "model", model)  # older versions keep Qwen2-Audio's parts on the model
-    for owner, name in ((inner, "audio_tower"), (model, "audio_tower"), (inner, "encoder")):
-        tower = getattr(owner, name, None)
+    for name in ("audio_tower", "encoder"):
+        tower = getattr(inner, name, None)
         if hasattr(tower, "conv1"):
             return getattr(tower, "_orig_mod", tower)  # of a compiled one
     raise ValueError(f"{type(model).__name__} is neither Qwen2-Audio nor Whisper")
