@@ -641,8 +641,8 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
         T, D = spectrograms.shape[1:]
         frames, valid = self._stack(spectrograms.float(), frame_mask)
         context, queries, bias = self._read_mixture(frames, valid)
-        scale, shift = (x[:, :, None, None] for x in (1 + self.gain(queries), queries))
-        streams = context[:, None] * scale + shift  # [B, S, P, T / STACK, dim]
+        queries = queries[:, :, None, None]
+        streams = context[:, None] * (1 + self.gain(queries)) + queries  # [B, S, P, T / STACK, dim]
         valid_rows, bias_rows = (
             x.repeat_interleave(self.max_speakers, 0).flatten(0, 1) for x in (valid, bias))
         for block, exchange in zip(self.stream_blocks, self.exchanges, strict=True):
