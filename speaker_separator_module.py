@@ -44,6 +44,7 @@ if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C wo
 import argparse
 import contextlib
 import copy
+import importlib
 import json
 import math
 import operator
@@ -207,8 +208,6 @@ def write_json(file, content: dict) -> None:
 
 def import_sibling(name: str):
     """Import a sibling file, or return None where this script stands alone."""
-    import importlib
-
     there = Path(__file__).resolve().with_name(f"{name}.py").is_file()
     return importlib.import_module(name) if there else None
 
