@@ -2452,10 +2452,9 @@ def score_batch(
     several = there * (there.sum(1, keepdim=True) > 1)
     improvement = si_sdr_improvement(reorder(separated, loss.assignment), batch) * several
     sizes = loss_sizes(batch)
-    sums = torch.stack([*loss[1:4], improvement.sum(), *errors])
-    sums[:3] *= sizes
-    sizes = torch.cat([sizes, several.sum()[None], sizes[:1].expand(3)])
-    return torch.stack([sums, sizes]), loss.assignment
+    sums = torch.stack([*torch.stack(loss[1:4]) * sizes, improvement.sum(), *errors])
+    divisors = torch.cat([sizes, several.sum()[None], sizes[:1].expand(3)])
+    return torch.stack([sums, divisors]), loss.assignment
 
 
 @torch.inference_mode()
