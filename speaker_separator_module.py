@@ -1175,10 +1175,10 @@ class RemixedRecordings(RemixedDataset):
         voices = [talker.voice for talker in plan.talkers]
         plan = plan._replace(talkers=tuple(t._replace(voice=()) for t in plan.talkers))
         sources, mixture = render_mixture(plan, self.speech.options.max_seconds)
-        first = round(start * SAMPLING_RATE)
-        end = first + round(length * SAMPLING_RATE) if self.crop_seconds else None
-        waveforms = np.concatenate([mixture[None, first:end], sources[:, first:end]])
+        waveforms = np.concatenate([mixture[None], sources])
         if self.crop_seconds:
+            first = round(start * SAMPLING_RATE)
+            waveforms = waveforms[:, first : first + round(length * SAMPLING_RATE)]
             audible = np.abs(waveforms) > 1e-5  # reverberation by FFT leaves 1e-8 in pauses
             kept = np.count_nonzero(audible, axis=1) > SAMPLING_RATE // 10
             kept[0] = True  # the mixture
