@@ -168,7 +168,7 @@ def recording_seconds(path) -> float:
 def _pick(rng, pool: list[Utterance], longest: float) -> Utterance:
     """Draw an utterance, anew up to 20 times while it is longer than ``longest`` seconds."""
     for _ in range(20):
-        utterance = pool[int(rng.integers(len(pool)))]
+        utterance = pool[rng.integers(len(pool))]
         if recording_seconds(utterance.audio) <= longest:
             return utterance
     return min(pool, key=lambda utterance: recording_seconds(utterance.audio))
@@ -183,18 +183,18 @@ def _without_last(talker: PlannedTalker) -> PlannedTalker:
 def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedTalker:
     """Draw utterances in a row with pauses; the last ones go while they exceed max_seconds."""
     count, longest = int(rng.integers(*options.join, endpoint=True)), options.max_seconds or np.inf
-    speed = float(rng.uniform(*options.speed))
+    speed = rng.uniform(*options.speed)
     if pool[0].corpus in options.as_recorded:
         speed = 1.0
-    onset, gap = float(rng.uniform(0, options.max_onset)), 0.0
+    onset, gap = rng.uniform(0, options.max_onset), 0.0
     picks, starts, end = [], [], 0.0
     while len(picks) < count or end < options.min_seconds:
         picks.append(_pick(rng, pool, longest * speed))
         starts.append(end + gap)
         end = starts[-1] + recording_seconds(picks[-1].audio) / speed
-        gap = float(rng.uniform(0, options.max_gap))
+        gap = rng.uniform(0, options.max_gap)
     half = options.level_difference / 2
-    gain_db = float(rng.uniform(-half, half))
+    gain_db = rng.uniform(-half, half)
     talker = PlannedTalker(tuple(picks), speed, tuple(starts), end, onset, gain_db)
     while talker.seconds > longest and len(talker.utterances) > 1:
         talker = _without_last(talker)
@@ -208,7 +208,7 @@ def _with_voice(rng, options: MixingOptions, talker: PlannedTalker) -> PlannedTa
     if talker.utterances[0].corpus in options.as_recorded:
         return talker._replace(voice=(1.0, *[0.0] * len(EQUALIZER)))
     curve = rng.normal(0, options.equalizer / EQUALIZER).tolist()
-    return talker._replace(voice=(float(rng.uniform(*options.formants)), *curve))
+    return talker._replace(voice=(rng.uniform(*options.formants), *curve))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
         count = int(rng.integers(options.min_speakers, options.max_speakers, endpoint=True))
     if max(count, 1) > speakers:
         raise ValueError(f"{count} talkers were asked for and there are {speakers} speakers")
-    target = None if options.overlap is None or count < 2 else float(rng.uniform(*options.overlap))
+    target = None if options.overlap is None or count < 2 else rng.uniform(*options.overlap)
     if options.turns > 0 and count > 1 and rng.random() < options.turns:
         target = 0.0
     limit = options.max_seconds or np.inf
@@ -327,14 +327,14 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
     spans = np.array([(t.onset, min(t.onset + t.seconds, limit)) for t in talkers]).T
     seconds, noise, room = float(spans[1].max()), None, None
     if source.noises:
-        audio = source.noises[int(rng.integers(len(source.noises)))]
-        start = float(rng.uniform(0, max(0.0, recording_seconds(audio) - seconds)))
-        noise = PlannedNoise(audio, start, float(rng.uniform(*options.snr_db)))
+        audio = source.noises[rng.integers(len(source.noises))]
+        start = rng.uniform(0, max(0.0, recording_seconds(audio) - seconds))
+        noise = PlannedNoise(audio, start, rng.uniform(*options.snr_db))
     if options.reverb > 0 and rng.random() < options.reverb:
         room = int(rng.integers(ROOMS)) + ROOMS * (source.split == "val")
     band = ()
     if options.telephone > 0 and rng.random() < options.telephone:
-        band = tuple(float(rng.uniform(*edges)) for edges in TELEPHONE_HZ)
+        band = tuple(rng.uniform(*edges) for edges in TELEPHONE_HZ)
     return PlannedMixture(
         tuple(talkers[:count]), seconds, float(overlap_ratio(*spans)), target, noise, room, band)
 
@@ -373,7 +373,7 @@ def room_responses(number: int) -> list[tuple[np.ndarray, int]]:
     import pyroomacoustics
 
     rng = np.random.default_rng([number, 1979])
-    sides, rt60 = rng.uniform(*ROOM_METRES), float(rng.uniform(*ROOM_RT60))
+    sides, rt60 = rng.uniform(*ROOM_METRES), rng.uniform(*ROOM_RT60)
     floor = rng.uniform(WALL_DISTANCE, sides[:2] - WALL_DISTANCE, size=(1 + MOUTHS, 2))
     microphone = np.array([*floor[0], TABLE_HEIGHT])
     mouths = np.column_stack([floor[1:], rng.uniform(*MOUTH_HEIGHT, size=MOUTHS)])
