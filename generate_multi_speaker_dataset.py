@@ -350,7 +350,9 @@ def split_speech(utterances: list[Utterance], split_by: str, seed: int) -> dict[
 
 def mixing_options(values: dict) -> MixingOptions:
     """Return options from JSON or the command line, where several values are a list."""
-    return MixingOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    several = (*PAIRS, "as_recorded")
+    return MixingOptions(**{
+        k: tuple(v) if k in several and v is not None else v for k, v in values.items()})
 
 
 def pick_device(name: str) -> str:
