@@ -1855,7 +1855,7 @@ def training_mixtures(options: TrainOptions, train_set, talkers: int) -> Dataset
     if options.crop_seconds and not (options.remix and train_set.has_recordings):
         raise ValueError("--crop_seconds takes parts of fresh mixtures of recordings: it is not "
                          "for features, nor with --no_remix")
-    if options.crop_seconds and operator.gt(*options.crop_seconds):
+    if options.crop_seconds and options.crop_seconds[0] > options.crop_seconds[1]:
         raise ValueError("--crop_seconds takes the shorter length first")
     if not options.remix or not (train_set.is_sum or train_set.has_recordings):
         return train_set
