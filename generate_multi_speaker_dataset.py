@@ -170,17 +170,19 @@ def _read_manifest(manifest: Path) -> list[Utterance]:
     try:
         with open(manifest, encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    row = json.loads(line)
-                    audio, speaker = manifest.parent / row["audio"], sys.intern(str(row["speaker"]))
-                    if row["speaker"] in (None, ""):
-                        raise ValueError("speaker is empty")
-                    if not os.path.isfile(audio):
-                        raise FileNotFoundError(
-                            f"{manifest}, line {number}: no such audio file: {audio}")
-                    text, *names = ("" if row.get(key) is None else str(row[key])
-                                    for key in ("text", "split", "corpus"))
-                    utterances.append(Utterance(audio, speaker, text, *map(sys.intern, names)))
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                audio = manifest.parent / row["audio"]
+                if row["speaker"] in (None, ""):
+                    raise ValueError("speaker is empty")
+                if not os.path.isfile(audio):
+                    raise FileNotFoundError(
+                        f"{manifest}, line {number}: no such audio file: {audio}")
+                text, *names = ("" if row.get(key) is None else str(row[key])
+                                for key in ("text", "speaker", "split", "corpus"))
+                speaker, split, corpus = map(sys.intern, names)  # a million lines repeat them
+                utterances.append(Utterance(audio, speaker, text, split, corpus))
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ValueError(
             f"{manifest}, line {number}: no JSON with audio and speaker ({error})") from None
