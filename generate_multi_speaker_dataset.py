@@ -609,9 +609,11 @@ def generate_dataset(args, command_line: str) -> None:
     for old in (output_dir / split for split in sizes):
         if old.exists() and not (old / "metadata.json").is_file():
             raise ValueError(f"{old} exists and is no dataset; choose another --output_dir")
-    about = output_dir / "dataset.json"
-    if about.is_file() and '"kind":' not in about.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"{about} is not of a dataset made here; choose another --output_dir")
+    description = output_dir / "dataset.json"
+    if (description.is_file()
+            and '"kind":' not in description.read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(
+            f"{description} is not of a dataset made here; choose another --output_dir")
     if args.speech_dir:
         speech = Path(args.speech_dir)
         if is_hub_dataset(args.speech_dir) or any(speech.glob("*.parquet")):

@@ -1139,7 +1139,7 @@ class RemixedRecordings(RemixedDataset):
         It needs no plan, so that batches are sorted by length at little cost.
         """
         rng, count = self.draw_count(number)
-        share = rng.random()  # always drawn: parts are of the mixtures that are drawn whole
+        share = rng.random()  # drawn in any case: crop_seconds does not change the mixtures
         if self.crop_seconds is None:
             return rng, count, math.inf
         least, most = self.crop_seconds
@@ -1503,7 +1503,8 @@ def leave(status: int) -> int:
     """
     if process_rank()[1] > 1:
         sys.stderr.flush()
-        time.sleep(2 * (process_rank()[0] == 0))
+        if process_rank()[0] == 0:
+            time.sleep(2)
         os._exit(status)
     return status
 
@@ -2809,20 +2810,23 @@ def no_rows(ids, asked: dict):
 
 def freeze(separator: nn.Module) -> None:
     """Keep a separator from learning while it is in a model; ``thaw`` restores it."""
-    needed = [weight.requires_grad for weight in separator.parameters()]
-    models, *before = vars(separator).get("_frozen", (0, separator.training, needed))
-    separator._frozen = (models + 1, *before)
+    if not hasattr(separator, "_frozen"):
+        needed = [weight.requires_grad for weight in separator.parameters()]
+        separator._frozen = {"models": 0, "training": separator.training, "needed": needed}
+    separator._frozen["models"] += 1
     separator.eval().requires_grad_(False)
 
 
 def thaw(separator: nn.Module) -> None:
     """Restore what ``freeze`` changed, once the separator is in no model any more."""
-    models, was_training, needed = vars(separator).pop("_frozen")
-    if models > 1:
-        separator._frozen = (models - 1, was_training, needed)
+    frozen = separator._frozen
+    frozen["models"] -= 1
+    if frozen["models"] > 0:
         return
-    for weight, before in zip(separator.train(was_training).parameters(), needed, strict=True):
-        weight.requires_grad_(before)
+    separator.train(frozen["training"])
+    for weight, needed in zip(separator.parameters(), frozen["needed"], strict=True):
+        weight.requires_grad_(needed)
+    del separator._frozen
 
 
 class Integration:
@@ -2836,7 +2840,9 @@ class Integration:
         encoder = getattr(config, "audio_config", config)
         # Mel frames in the model's window, and mel frames to a frame that the separator reads.
         self.mel_frames = 2 * getattr(encoder, "max_source_positions", math.inf)
-        self.stride = 1 if separator.is_spectrogram else 4 if self.is_qwen and layer is None else 2
+        self.stride = 4 if self.is_qwen and layer is None else 2  # its output is pooled
+        if separator.is_spectrogram:
+            self.stride = 1
         freeze(separator)
         # A library (accelerate) may have put its own generate on the object: call and restore it.
         self.own_generate, self.original_generate = vars(model).get("generate"), model.generate
@@ -2850,7 +2856,7 @@ class Integration:
         mixture = features.transpose(1, 2)
         if self.is_qwen and mel_mask is not None:
             inside = mel_mask.bool()
-        else:  # Whisper's processor gives a mask only if asked: audio ends where the floor begins
+        else:  # Whisper's processor gives a mask only if asked: set all up to the last with sound
             inside = sounding_frames(mixture.float()).flip(1).cummax(1).values.flip(1)
         if not self.separator.is_spectrogram:
             mixture, inside = tower_front(audio_tower_of(self.model), features, inside, self.layer)
@@ -2983,8 +2989,11 @@ def warn_of_other_features(separator, source: dict) -> None:
     trained = {} if separator.is_spectrogram else separator.feature_source
     for key, name in (("kind", "{} features"), ("encoder", "features of {}"),
                       ("layer", "features after layer {}")):
-        before, now = (Path(str(s.get(key, trained.get(key)))).name for s in (trained, source))
-        if key in trained and before != now:
+        if key not in trained:
+            continue
+        values = trained[key], source.get(key, trained[key])
+        before, now = (Path(str(value)).name for value in values)  # folders by their last name
+        if before != now:
             print(f"warning: the separator was trained on {name.format(before)} and gets "
                   f"{name.format(now)}: its streams will mean nothing; for recordings use a "
                   "spectrogram separator", file=sys.stderr)
@@ -3418,8 +3427,9 @@ def infer_file(args, path: Path, folder: Path, separator, checkpoint: str, encod
     about = {"input": str(path), "checkpoint": checkpoint, **about}
     write_separation(folder, about, mixture, talkers, separator.is_spectrogram)
     probabilities = about.get("probabilities") or [facts["probability"] for facts, *_ in talkers]
-    listed = ", ".join(f"{p:.2f}" for p in probabilities)
-    listed = f" ({'stream ' * is_features}probabilities {listed})" * bool(probabilities)
+    numbers = ", ".join(f"{p:.2f}" for p in probabilities)
+    kind = "stream probabilities" if is_features else "probabilities"
+    listed = f" ({kind} {numbers})" if probabilities else ""
     print(f"{len(talkers)} talker{'s' * (len(talkers) != 1)}{listed} -> {folder} "
           f"(separator {checkpoint})")
     append_line(args.jsonl, {"input": str(path), "output_dir": str(folder),
