@@ -72,6 +72,7 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
 BOUNDS = {name: (low, high) for name, (_, low, high, _) in MIXING.items()}
 PAIRS = ("join", "overlap", "speed", "formants", "snr_db")  # drawn between two values
 SPEAKER_COLUMNS, TEXT_COLUMNS = ("speaker", "speaker_id", "client_id"), ("text", "sentence")
+FETCHED = "fetched_speech"  # in a dataset: what was copied from the hub
 REPLACING = ".replacing"  # holds a dataset while it is moved to its place
 
 
@@ -205,13 +206,12 @@ def _read_speaker_folders(path: Path) -> list[Utterance]:
             name, _, text = line.partition(" ")
             transcripts[listing.parent / name] = text
         chapters.add(listing.parent)
-    datasets = {about.parent for about in path.rglob("dataset.json")  # that this script made
-                if (about.parent / "train/metadata.json").is_file()}
+    mixed = {about.parent / part for about in path.rglob("dataset.json")  # that this script made
+             if (about.parent / "train/metadata.json").is_file()
+             for part in ("train", "val", FETCHED)}
     utterances = []
     for audio in recordings:
-        separated = audio.name.startswith("speaker_") and (  # by infer
-            audio.parent / "separation.json").is_file()
-        if separated or not datasets.isdisjoint(audio.parents):  # mixtures are nobody's speech
+        if not mixed.isdisjoint(audio.parents):  # mixtures are nobody's speech
             continue
         parts = audio.relative_to(path).parts  # [subset,] speaker, chapter, file in LibriSpeech
         speaker = parts[-3] if audio.parent in chapters and len(parts) > 3 else parts[0]
@@ -385,6 +385,9 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
     for split, samples in sizes.items():
         talkers = group_by_speaker(splits[split])
         source = SpeechSource(options, talkers, noises, split)
+        if not source.by_speaker:
+            raise ValueError(f"the {split} split has no speakers: add some to --speech_dir; a "
+                             "manifest that names splits needs train and val")
         if len(source.by_speaker) < args.max_speakers:
             hint = ", or use --split_by utterance" if args.split_by == "speaker" else ""
             raise ValueError(
@@ -541,8 +544,10 @@ def print_statistics(split: str, entries: list[dict]) -> None:
     counts = [entry["num_speakers"] for entry in entries]
     talkers = len({s["speaker_id"] for entry in entries for s in entry["speakers"]})
     spread = ", ".join(f"{n} talkers: {c}" for n, c in sorted(Counter(counts).items()))
-    overlaps = [e["overlap"] for e in entries if "overlap_target" in e]
-    overlap = f", overlap {min(overlaps):.2f} to {max(overlaps):.2f}" if overlaps else ""
+    overlap = ""
+    if any("overlap_target" in entry for entry in entries):
+        overlaps = [entry["overlap"] for entry in entries if entry["num_speakers"] > 1]
+        overlap = f", overlap {min(overlaps):.2f} to {max(overlaps):.2f}"
     print(f"{split}: {len(counts)} mixtures of {talkers} different talkers, "
           f"{np.mean(counts):.2f} talkers on average ({spread}){overlap}")
 
@@ -617,7 +622,7 @@ def generate_dataset(args, command_line: str) -> None:
     if args.speech_dir:
         speech = Path(args.speech_dir)
         if is_hub_dataset(args.speech_dir) or any(speech.glob("*.parquet")):
-            speech = fetch_speech(args.speech_dir, output_dir / "fetched_speech")
+            speech = fetch_speech(args.speech_dir, output_dir / FETCHED)
         splits = split_speech(read_speech(speech), args.split_by, args.seed)
         check_apart(splits)
         utterances = chain(*splits.values())

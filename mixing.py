@@ -23,6 +23,7 @@ import torch
 from audio import SAMPLING_RATE, audio_info, change_voices, istft, read_audio, stft
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"}
+OTHER_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mkv", ".mov"}  # unreadable
 SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
 CACHED_RECORDINGS, CACHED_SECONDS = 8192, 20.0  # decoded recordings kept in memory, 16 bits each
 EQUALIZER = np.tile([1.5, 3.0, 4.5, 6.0], 2)  # of a random curve: finer parts are weaker
@@ -98,11 +99,18 @@ def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utteranc
 
 
 def list_recordings(folder: Path, pattern: str) -> list[Path]:
-    """Return the recordings in a folder that match a pattern, sorted; hidden files are none."""
+    """Return the recordings in a folder that match a pattern, sorted; print what is left out.
+
+    Hidden files are none, nor are the talkers that ``infer`` wrote.
+    """
+    files = [path for path in folder.glob(pattern)
+             if path.is_file() and not any(p[0] == "." for p in path.relative_to(folder).parts)]
+    suffixes = [path.suffix.lower() for path in files]
+    if others := OTHER_SUFFIXES.intersection(suffixes):
+        print(f"left out the {', '.join(sorted(others))} files in {folder}: convert them to .wav")
     return sorted(
-        path for path in folder.glob(pattern)
-        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts))
+        path for path, suffix in zip(files, suffixes, strict=True) if suffix in AUDIO_SUFFIXES
+        and not (path.name.startswith("speaker_") and path.with_name("separation.json").is_file()))
 
 
 def list_noises(noise_dir: str | None) -> list[str]:

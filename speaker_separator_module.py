@@ -44,6 +44,7 @@ if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C wo
 import argparse
 import contextlib
 import copy
+import hashlib
 import importlib
 import json
 import math
@@ -59,7 +60,7 @@ import warnings
 import zipfile
 from collections import namedtuple
 from functools import cache, cached_property, partial
-from itertools import compress, islice, permutations
+from itertools import compress, islice, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1000,6 +1001,11 @@ class MultiSpeakerDataset(Dataset):
             raise ValueError(f"{path} misses an entry: {error}") from None
         except (AttributeError, TypeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells datasets apart: SHA-256 of the metadata."""
+        return hashlib.sha256(json.dumps(self.samples).encode()).hexdigest()
 
     @cached_property
     def is_sum(self) -> bool:
@@ -2209,6 +2215,9 @@ def start_run(
         config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
         separator = build_separator(config, checkpoint["model_state_dict"], folder)
         check_data(f"the checkpoint in {folder}", config, train_set, val_set)
+        if checkpoint.get("validation_data", val_set.digest) != val_set.digest:
+            raise ValueError(f"the run in {folder} was validated on other mixtures than those in "
+                             f"{val_set.folder}: give its --data_dir, or train anew elsewhere")
     elif options.init_from:
         separator = started_separator(options, train_set, val_set)
     else:
@@ -2298,6 +2307,7 @@ def checkpoint_of(run: Run) -> dict:
         "train_history": run.history, "training_state_dict": run.separator.state_dict(),
         "steps": int(run.averaged.n_averaged), "options": run.options._asdict(),
         "model_config": separator.config | {"threshold": threshold},
+        "validation_data": run.val_set.digest,
         **({"progress": run.progress} if run.progress else {}),
     }
 
@@ -3177,11 +3187,20 @@ def check_writable(*files: str | None, inputs=()) -> None:
             raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")
 
 
-def resume_results(file: str | None, key: str, model: str | None = None) -> dict[str, dict]:
+def result_options(args) -> dict:
+    """Return the options that a recording's results depend on, for its line of JSON."""
+    names = ("checkpoint", "encoder", "layer", "threshold", "num_speakers", "mode",
+             "prompt", "language", "max_new_tokens")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def resume_results(
+    file: str | None, key: str, options: dict, model: str | None = None
+) -> dict[str, dict]:
     """Return the results in a file of JSON lines by input; remove a half-written last line.
 
     ``key`` is in every line that the command at hand writes; ValueError if a line lacks it, or
-    names another ``model``.
+    names another ``model`` or other ``options``.
     """
     if file is None or not Path(file).is_file():
         return {}
@@ -3198,6 +3217,9 @@ def resume_results(file: str | None, key: str, model: str | None = None) -> dict
             raise ValueError("another command's lines")
         if any(row.get("model", model) != model for row in done.values()):
             raise ValueError("another model's answers")
+        for row, name in product(done.values(), options):
+            if row.get("options", options).get(name) != options[name]:
+                raise ValueError(f"a line was made with another --{name}")
     if rest:
         os.truncate(file, len(content) - len(rest))
     elif len(content) > Path(file).stat().st_size:
@@ -3211,6 +3233,16 @@ def append_line(file: str | None, row: dict) -> None:
     if file is not None:
         with open(file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps(row) + "\n")
+
+
+def check_recording(path) -> None:
+    """Fail unless a recording can be read; warn where it has half of the band that speech needs."""
+    from audio import audio_info, recording_length
+
+    recording_length(path)
+    if (rate := audio_info(path).samplerate) <= 8000:
+        print(f"warning: {path} has {rate} samples a second, nothing above {rate // 2000} kHz: the "
+              "number of talkers found is less reliable; give --num_speakers", file=sys.stderr)
 
 
 def question_options(args) -> dict:
@@ -3358,6 +3390,11 @@ def cmd_evaluate(args) -> None:
           f"{chosen}\n")
     print("\n".join(scoring.score_table(scores)))
     print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
+    if args.picture:
+        scoring.plot_streams(
+            args.picture, sample_panels(separator, dataset, device),
+            separator.feature_source.get("frame_rate"), separator.is_spectrogram)
+    write_json(args.json, scores)  # kept if the model fails
     if args.model:
         model, processor = load_model(args.model, device, args.dtype)
         with running(args.model):
@@ -3366,11 +3403,7 @@ def cmd_evaluate(args) -> None:
                 num_speakers=args.num_speakers, **question_options(args))
         scores["words"] = scoring.word_scores(rows)
         print("\n" + "\n".join(scoring.word_table(scores["words"])))
-    write_json(args.json, scores)
-    if args.picture:
-        scoring.plot_streams(
-            args.picture, sample_panels(separator, dataset, device),
-            separator.feature_source.get("frame_rate"), separator.is_spectrogram)
+        write_json(args.json, scores)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3399,9 +3432,7 @@ def holds_features(path: Path) -> bool:
     if path.suffix == ".npy":
         open_features(path)
         return True
-    from audio import recording_length
-
-    recording_length(path)
+    check_recording(path)
     return False
 
 
@@ -3432,15 +3463,16 @@ def infer_file(args, path: Path, folder: Path, separator, checkpoint: str, encod
     listed = f" ({kind} {numbers})" if probabilities else ""
     print(f"{len(talkers)} talker{'s' * (len(talkers) != 1)}{listed} -> {folder} "
           f"(separator {checkpoint})")
-    append_line(args.jsonl, {"input": str(path), "output_dir": str(folder),
-                             "num_speakers": len(talkers), "probabilities": probabilities})
+    append_line(args.jsonl, {
+        "input": str(path), "output_dir": str(folder), "num_speakers": len(talkers),
+        "probabilities": probabilities, "options": result_options(args)})
 
 
 def cmd_infer(args) -> None:
     """Separate a mixture, or each in a folder, into a file per talker."""
     device, source = pick_device(args.device), Path(args.input)
     check_writable(args.jsonl)
-    done = resume_results(args.jsonl, "output_dir")
+    done = resume_results(args.jsonl, "output_dir", result_options(args))
     folders = {path: Path(args.output_dir, path.name if source.is_dir() else "")
                for path in list_inputs(source) if str(path) not in done}
     if not folders:
@@ -3478,12 +3510,12 @@ def load_integrated(args, separator, device: str, layer: int | None = None):
 
 def cmd_integrate(args) -> None:
     """Print what each talker of a recording says."""
-    from audio import load_config, recording_length
+    from audio import load_config
 
     device, config = pick_device(args.device), load_config(args.model)
     check_writable(args.json, args.jsonl, inputs=(
         *args.audio, args.checkpoint, SHIPPED_SEPARATOR, args.model))
-    done = resume_results(args.jsonl, "answers", args.model)
+    done = resume_results(args.jsonl, "answers", result_options(args), args.model)
     answers = {audio: done[audio]["answers"] for audio in args.audio if audio in done}
     pending = [audio for audio in dict.fromkeys(args.audio) if audio not in done]
     if not pending:
@@ -3491,7 +3523,7 @@ def cmd_integrate(args) -> None:
         write_json(args.json, answers)
         return
     for audio in pending:
-        recording_length(audio)  # what cannot be read fails before the model is loaded
+        check_recording(audio)  # before the model is loaded
     separator, checkpoint = open_separator(args, spectrograms=True, device="cpu")
     check_fit(separator, getattr(config, "audio_config", config), args.layer)
     check_prompt(args, config)
@@ -3500,8 +3532,8 @@ def cmd_integrate(args) -> None:
     for audio in pending:
         with running(args.model):
             answers[audio] = answer(audio, num_speakers=args.num_speakers, mode=args.mode)
-        append_line(
-            args.jsonl, {"input": audio, "model": args.model, "answers": answers[audio]})
+        append_line(args.jsonl, {"input": audio, "model": args.model, "answers": answers[audio],
+                                 "options": result_options(args)})
         if len(args.audio) > 1:
             print(audio)
         for row in answers[audio]:

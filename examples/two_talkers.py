@@ -25,11 +25,15 @@ from scoring import DECIBELS, decibels, draw_features  # noqa: E402
 
 LEVEL = 0.05  # root mean square of each talker
 LATER = SAMPLING_RATE // 2  # samples between the talkers' starts
+LONGEST = 30  # seconds that Whisper reads at a time
 
 
 def mix(one: Path, other: Path) -> np.ndarray:
     """Return the sum [samples] of two recordings at equal levels, the second one later."""
     talkers = [read_audio(path) for path in (one, other)]
+    for path, samples, start in zip((one, other), talkers, (0, LATER), strict=True):
+        if not samples.any() or len(samples) + start > LONGEST * SAMPLING_RATE:
+            raise ValueError(f"{path} is silent or, with its start, longer than {LONGEST} s")
     talkers = [samples * (LEVEL / np.sqrt(np.mean(samples**2) + 1e-12)) for samples in talkers]
     mixture = np.zeros(max(len(talkers[0]), len(talkers[1]) + LATER), np.float32)
     mixture[: len(talkers[0])] += talkers[0]

@@ -782,6 +782,56 @@ def test_infer_folder(spectrogram_checkpoint, tmp_path, capsys):
     assert_fails(capsys, infer_flags(spectrogram_checkpoint, tmp_path / "empty", out), "a folder")
 
 
+def test_lines_of_other_options_are_not_answers(
+    spectrogram_checkpoint, recording, whisper_folder, tmp_path, capsys
+):
+    """Those of a call without an option are not what a call with it asks for, nor of another."""
+    lines = tmp_path / "lines.jsonl"
+    calls = [
+        infer_flags(spectrogram_checkpoint, recording, tmp_path / "out", f"--jsonl={lines}"),
+        integrate_flags(whisper_folder, spectrogram_checkpoint, [recording], f"--jsonl={lines}")]
+    copied = shutil.copy(spectrogram_checkpoint, tmp_path / "other.pt")
+    for argv, others in zip(calls, (["--threshold=0.3"], ["--max_new_tokens=5"]), strict=True):
+        assert ssm.main(argv) == 0
+        before = lines.read_text()
+        for option in (*others, "--num_speakers=1", f"--checkpoint={copied}"):
+            name = option.split("=")[0]
+            assert_fails(capsys, [*argv, option], "lines.jsonl", f"with another {name}")
+        assert lines.read_text() == before
+        rows = map(json.loads, before.splitlines())  # as an earlier version wrote them
+        lines.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "options"}) + "\n"
+                                 for row in rows))
+        assert ssm.main([*argv, "--num_speakers=1"]) == 0
+        assert "every recording already" in capsys.readouterr().out
+        lines.unlink()
+
+
+def test_infer_leaves_out_its_own_talkers_and_says_what_it_cannot_read(
+    spectrogram_checkpoint, recording, tmp_path, capsys
+):
+    folder = tmp_path / "meetings"
+    assert ssm.main(infer_flags(spectrogram_checkpoint, recording, folder, "--threshold=0")) == 0
+    assert len(list(folder.glob("speaker_*.wav"))) == 3
+    shutil.copy(recording, folder / "first.wav")
+    (folder / "second.M4A").write_bytes(b"")
+    out = tmp_path / "out"
+    assert ssm.main(infer_flags(spectrogram_checkpoint, folder, out)) == 0
+    assert [path.name for path in out.iterdir()] == ["first.wav"]
+    assert f"left out the .m4a files in {folder}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(8000, True), (11025, False)])
+def test_half_a_band_is_warned_of(
+    rate, warned, spectrogram_checkpoint, whisper_folder, tmp_path, capsys
+):
+    path = write_wav(tmp_path / "call.wav", sine(0.4, 150, rate), rate)
+    for argv in (infer_flags(spectrogram_checkpoint, path, tmp_path / "out"),
+                 integrate_flags(whisper_folder, spectrogram_checkpoint, [path])):
+        assert ssm.main(argv) == 0
+        errors = capsys.readouterr().err
+        assert (f"{path} has 8000 samples a second, nothing above 4 kHz" in errors) is warned
+
+
 def test_infer_keeps_what_is_listed(spectrogram_checkpoint, recording, tmp_path, capsys):
     """A second input must not take the folder of the first, which --jsonl says is done."""
     out, lines = tmp_path / "out", tmp_path / "lines.jsonl"

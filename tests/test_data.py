@@ -1027,6 +1027,14 @@ def test_a_dataset_moves_with_the_recordings_in_its_folder(ten_speakers, tmp_pat
         assert paths and all(path.is_file() and path.is_relative_to(home) for path in paths)
 
 
+def test_a_dataset_in_the_folder_of_its_speech(ten_speakers, tmp_path):
+    speech = Path(shutil.copytree(ten_speakers, tmp_path / "speech"))
+    listed = generator.read_speech(speech)
+    assert generator.main([f"--speech_dir={speech}", f"--output_dir={speech}", "--train_samples=1",
+                           "--val_samples=1", "--max_speakers=2"]) == 0
+    assert generator.read_speech(speech) == listed
+
+
 def test_a_listing_that_is_replaced_meanwhile(recordings, tmp_path):
     folder = shutil.copytree(recordings, tmp_path / "data")
     talkers = generator.load_source(folder, "train").by_speaker

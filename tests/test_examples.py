@@ -122,6 +122,12 @@ def test_two_talkers_from_any_two_recordings(qwen_folder, spectrogram_checkpoint
     for name in ("speaker_1.wav", "speaker_2.wav"):
         assert len(audio.read_audio(tmp_path / "out" / name)) == len(mixture)
     assert (tmp_path / "out/two_talkers.png").stat().st_size > 10_000
+    write_wav(tmp_path / "long.wav", sine(29.6, 200))
+    write_wav(tmp_path / "none.wav", 0 * sine(0.4, 200))
+    before = (tmp_path / "out/two_talkers.png").read_bytes()
+    for bad in ("long.wav", "none.wav"):  # the other starts half a second later
+        assert_fails(capsys, [argv[0], bad, *argv[2:]], bad, "30 s", main=two_talkers.main)
+    assert (tmp_path / "out/two_talkers.png").read_bytes() == before
     assert_fails(capsys, ["gone.wav", *argv[1:]], "gone.wav", main=two_talkers.main)
     assert_fails(capsys, ["out/mixture.wav", *argv[1:]], "overwritten", main=two_talkers.main)
 

@@ -365,6 +365,26 @@ def test_overlap_that_does_not_fit_is_said(speech_dir, tmp_path, capsys):
         assert ("another overlap than was asked for" in capsys.readouterr().out) is not fits
 
 
+def test_overlap_is_told_of_all_mixtures_where_some_take_turns(speech_dir, tmp_path, capsys):
+    argv = flags_for(speech_dir, tmp_path / "data", "--turns=0.4", "--train_samples=8")
+    assert generator.main(argv) == 0
+    entries = [e for e in metadata(tmp_path / "data", "train") if e["num_speakers"] > 1]
+    assert 0 < sum("overlap_target" in entry for entry in entries) < len(entries)
+    overlaps = [entry["overlap"] for entry in entries]
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train:")]
+    assert line.endswith(f", overlap {min(overlaps):.2f} to {max(overlaps):.2f}")
+
+
+def test_a_manifest_without_a_split(speech_dir, tmp_path, capsys):
+    rows = [{"audio": str(path), "speaker": path.parent.name, "split": "val"}
+            for path in speech_dir.glob("*/*.wav")]
+    manifest = tmp_path / "speech.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [f"--speech_dir={manifest}", f"--output_dir={tmp_path / 'data'}", "--max_speakers=1"]
+    assert_fails(capsys, [*argv, "--min_speakers=1"], "the train split has no speakers", "manifest",
+                 main=generator.main)
+
+
 def test_silence(by_speaker, noise_dir):
     (quiet,) = plans(by_speaker, 1, talkers=0)
     sources, mixture = render_mixture(quiet)

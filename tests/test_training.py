@@ -604,6 +604,17 @@ def test_resume_on_data_of_another_kind(run_folder, recordings, capsys):
     assert_fails(capsys, argv, "spectrograms", run_folder)
 
 
+def test_resume_on_other_validation_mixtures(run_folder, tmp_path, capsys):
+    """Their losses would not compare; the same ones in another place do."""
+    other = make_dataset(tmp_path / "other", "--seed=43")
+    before = snapshot(run_folder)
+    argv = train_flags(other, run_folder, "--resume", "--epochs=4")
+    assert_fails(capsys, argv, "validated on other mixtures", other, "--data_dir")
+    assert snapshot(run_folder) == before
+    same = make_dataset(tmp_path / "same")
+    assert ssm.main(train_flags(same, run_folder, "--resume", "--epochs=4")) == 0
+
+
 # --------------------------------------------------------------------------------------------------
 # Starting from a separator
 
