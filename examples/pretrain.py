@@ -79,7 +79,7 @@ def make_data(args) -> Path:
         "--max_onset=1.5", "--max_gap=0.6", "--max_seconds=17", "--level_difference=5",
         "--same_corpus=0.8", "--turns=0.1", f"--noise_dir={make_noises(args)}", "--snr_db", 4, 45,
         "--reverb", 0.3, "--speed", 0.75, 1.35, "--formants", 0.85, 1.18, "--equalizer", 3.5,
-        "--as_recorded", "fsdd")
+        "--telephone", 0.2, "--as_recorded", "fsdd")
 
 
 def build_parser() -> argparse.ArgumentParser:
