@@ -118,9 +118,14 @@ def kill_training(rng, folder: Path, kills: int) -> tuple[Counter, Counter]:
                 except ValueError:
                     found["unreadable"] += 1
         more = ["--resume"] if ssm.list_checkpoints(here) else []
-        found["resume refused"] += run(ssm.main, [*argv, f"--checkpoint_dir={here}", *more]) != 0
-        equal = same(torch.load(here / last), torch.load(folder / "whole" / last))
-        found["series that ended equal" if equal else "series that ended otherwise"] += 1
+        status = run(ssm.main, [*argv, f"--checkpoint_dir={here}", *more],
+                     errors=str(folder / "errors"))
+        found["resume refused"] += status != 0
+        if status:
+            print("resumed", status, (folder / "errors").read_text()[-1000:], flush=True)
+        else:
+            equal = same(torch.load(here / last), torch.load(folder / "whole" / last))
+            found["series that ended equal" if equal else "series that ended otherwise"] += 1
         shutil.rmtree(here)
     return signals, found
 
