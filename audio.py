@@ -25,6 +25,7 @@ SAMPLING_RATE = 16000  # what every Whisper and Qwen2-Audio reads
 N_FFT, HOP_LENGTH = 400, 160  # samples: 25 ms every 10 ms
 FRAME_RATE = SAMPLING_RATE // HOP_LENGTH  # spectrogram frames per second
 READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
+CANCELLED = 1e-4  # 40 dB below the loudest channel: recorded in opposite phase
 RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; samples whose squares float32 can add up
 SIZED = {b"RIFF": "little", b"RIFX": "big", b"FORM": "big"}  # WAV and AIFF: byte order of the size
 HEADER_SLACK, STREAM_SIZE = 1024, 0x7FFF0000  # bytes it may be off; from there on it is unknown
@@ -73,6 +74,15 @@ def _reading(path):
             os.close(nowhere)
 
 
+@np.errstate(all="ignore")  # of samples that are no numbers, which are refused later
+def _mix_channels(block: np.ndarray) -> np.ndarray:
+    """Average the channels of ``block [samples, channels]``, or take the loudest if they cancel."""
+    mean, powers = block.mean(axis=1), np.square(block).sum(axis=0)
+    if np.square(mean).sum() < CANCELLED * powers.max():
+        return block[:, powers.argmax()]
+    return mean
+
+
 def _blocks_of_file(path) -> Iterator[np.ndarray]:
     """Yield a file's samples block by block, the channels averaged."""
     with _reading(path) as soundfile:
@@ -80,12 +90,12 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
     size, missing = READ_BLOCK // file.channels, file.frames
     with file:
         while True:
-            with _reading(path), np.errstate(all="ignore"):
-                block = file.read(size, dtype="float32", always_2d=True).mean(axis=1)
+            with _reading(path):
+                block = file.read(size, dtype="float32", always_2d=True)
             if not len(block):
                 break
             missing -= len(block)
-            yield block
+            yield _mix_channels(block)
         if missing > file.samplerate:  # the headers of some kinds are not exact
             raise ValueError(f"cannot read audio from {path}: it breaks off, {missing} samples are "
                              "missing")

@@ -33,6 +33,16 @@ def test_read_audio(tmp_path):
     assert audio.read_audio([0.5, -0.5]).tolist() == [0.5, -0.5]
 
 
+@pytest.mark.parametrize(
+    ("other", "heard"), [(-0.999, 1.0), (-1.001, -1.001), (-0.9, 0.05), (0.0, 0.5)])
+def test_channels_in_opposite_phase_do_not_cancel(other, heard, tmp_path):
+    """Where their mean is 40 dB below the louder channel, that one is read."""
+    samples = sine(0.4, 200)
+    path = tmp_path / "stereo.wav"
+    soundfile.write(path, np.stack([samples, other * samples], axis=1), 16000)
+    np.testing.assert_allclose(audio.read_audio(path), heard * samples, atol=1e-4)
+
+
 @pytest.mark.parametrize("rate", [16000, 8000, 44100])
 def test_blocks_are_the_whole(rate, tmp_path, monkeypatch):
     """A file read and resampled block by block equals one resampled at once."""
