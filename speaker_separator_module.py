@@ -2341,17 +2341,6 @@ def stop_run(run: Run, folder: Path):
                   f"stopped {where}; train --resume goes on from there ({folder / INTERRUPTED})")
 
 
-def save_epoch(run: Run, folder: Path, best: int, stop: bool) -> None:
-    """Write the checkpoints that are due after an epoch."""
-    epoch, options = len(run.history), run.options
-    names = ["best_model.pt"] * (epoch == best)
-    if stop or epoch == options.epochs or epoch % options.save_every == 0:
-        names.append(f"checkpoint_epoch_{epoch}.pt")
-    for name in names:
-        save_checkpoint(folder / name, checkpoint_of(run))
-        (folder / INTERRUPTED).unlink(missing_ok=True)  # this one is further on
-
-
 def best_epoch(history: list[dict]) -> int:
     """Return the epoch with the least validation loss; 0 before the first."""
     return min(history, key=lambda row: row["val"]["total"], default={"epoch": 0})["epoch"]
@@ -2360,6 +2349,19 @@ def best_epoch(history: list[dict]) -> int:
 def patience_is_over(history: list[dict], patience: int | None) -> bool:
     """Return whether the last ``patience`` epochs brought no better one."""
     return patience is not None and len(history) - best_epoch(history) >= patience
+
+
+def save_epoch(run: Run, folder: Path, missing: bool = False) -> None:
+    """Write the checkpoints that are due after the last epoch; only the ``missing`` ones if set."""
+    epoch, options = len(run.history), run.options
+    stop = patience_is_over(run.history, options.patience)
+    names = ["best_model.pt"] * (epoch == best_epoch(run.history))
+    if stop or epoch == options.epochs or epoch % options.save_every == 0:
+        names.append(f"checkpoint_epoch_{epoch}.pt")
+    for name in names:
+        if not (missing and (folder / name).is_file()):
+            save_checkpoint(folder / name, checkpoint_of(run))
+            (folder / INTERRUPTED).unlink(missing_ok=True)  # this one is further on
 
 
 def run_epochs(run: Run, folder: Path) -> None:
@@ -2377,12 +2379,12 @@ def run_epochs(run: Run, folder: Path) -> None:
             if row is None:
                 stop_run(run, folder)
             history.append(row)
-            best, stop = best_epoch(history), patience_is_over(history, options.patience)
             if writes:
-                save_epoch(run, folder, best, stop)
+                save_epoch(run, folder)
             print(format_epoch(row, options.epochs), flush=True)
-            if stop:
-                print(f"no better epoch in {options.patience}; stopped, the best was {best}")
+            if patience_is_over(history, options.patience):
+                print(f"no better epoch in {options.patience}; stopped, the best was "
+                      f"{best_epoch(history)}")
                 return
             if epoch < options.epochs and asked_to_stop(run):
                 stop_run(run, folder)
@@ -2416,6 +2418,8 @@ def train_speaker_separator(
     with locked(folder) if writes else contextlib.nullcontext():
         run = start_run(options, train_set, val_set, folder, checkpoint)
         checkpoint = None  # as large as all that the run holds
+        if writes and run.history and not run.progress:  # a kill came between two checkpoints
+            save_epoch(run, folder, missing=True)
         is_over = patience_is_over(run.history, options.patience)
         if is_over or len(run.history) >= options.epochs:
             print(f"{len(run.history)} epochs are done already; ask for more with "

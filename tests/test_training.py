@@ -599,6 +599,22 @@ def test_resume_of_a_finished_run_changes_nothing(trained, dataset, tmp_path, ca
     assert snapshot(folder) == snapshot(trained)
 
 
+def test_resume_writes_what_a_kill_left_out(trained, dataset, tmp_path):
+    """It came after best_model.pt and before the last epoch's own checkpoint."""
+    folder = Path(shutil.copytree(trained, tmp_path / "run"))
+    whole, best = (torch.load(folder / name) for name in ("checkpoint_epoch_3.pt", "best_model.pt"))
+    assert best["epoch"] == whole["epoch"] == 3
+    (folder / "checkpoint_epoch_3.pt").unlink()
+    train_tiny(dataset, folder, epochs=3, resume=True)
+    made = torch.load(folder / "checkpoint_epoch_3.pt")
+    assert made.keys() == whole.keys()
+    for part in ("model_state_dict", "training_state_dict"):
+        for name, weight in whole[part].items():
+            assert torch.equal(made[part][name], weight)
+    assert made["scheduler_state_dict"] == whole["scheduler_state_dict"]
+    assert made["train_history"] == whole["train_history"] and made["steps"] == whole["steps"]
+
+
 def test_resume_on_data_of_another_kind(run_folder, recordings, capsys):
     argv = train_flags(recordings, run_folder, "--resume", "--epochs=4")
     assert_fails(capsys, argv, "spectrograms", run_folder)
