@@ -515,12 +515,6 @@ def write_mixture(
     return entry | {"speakers": speakers} | more
 
 
-def _listed_path(audio: Path, output_dir: Path) -> str:
-    """Return a recording's path: relative in the dataset's folder, which may move, or absolute."""
-    path, home = Path(os.path.abspath(audio)), os.path.abspath(output_dir)
-    return str(path.relative_to(home) if path.is_relative_to(home) else path)
-
-
 def write_split(
     folder: Path, split: str, samples: int, mixtures: Iterator[dict],
     utterances: list[Utterance], output_dir: Path,
@@ -532,8 +526,9 @@ def write_split(
                for index in tqdm(range(samples), split, leave=False, disable=None)]
     (folder / "metadata.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     if utterances:  # one a line, so that each can be read alone
-        rows = ({"audio": _listed_path(u.audio, output_dir), "speaker": u.speaker, "text": u.text,
-                 "corpus": u.corpus} for u in utterances)
+        home = os.path.join(os.path.abspath(output_dir), "")  # may move: relative paths in it
+        rows = ({"audio": os.path.abspath(u.audio).removeprefix(home), "speaker": u.speaker,
+                 "text": u.text, "corpus": u.corpus} for u in utterances)
         listing = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
         (folder / "utterances.json").write_text(listing, encoding="utf-8")
     return entries

@@ -476,8 +476,8 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
     if plan.noise:
         mixture += render_noise(plan.noise, mixture)
     if plan.band:
-        *sources, mixture = _on_telephone(np.stack([*sources, mixture]), plan.band)
-        sources = np.array(sources, np.float32).reshape(-1, length)  # also without talkers
+        narrow = _on_telephone(np.concatenate([sources, mixture[None]]), plan.band)
+        sources, mixture = narrow[:-1], narrow[-1]
     peak = max(max(x.max(initial=0), -x.min(initial=0)) for x in (sources, mixture))
     if peak > 1:  # a .wav holds no more than full scale
         sources, mixture = sources / peak, mixture / peak
