@@ -284,7 +284,11 @@ class StrictHubMixin(PyTorchModelHubMixin):
     def save_pretrained(self, save_directory, *, config=None, **options):
         """Save weights and configuration, with the threshold as it is now."""
         config = config or self.config | {"threshold": self.threshold}
-        return super().save_pretrained(save_directory, config=config, **options)
+        folder = Path(save_directory)
+        saved = super().save_pretrained(folder, config=config, **options)
+        # safetensors lets nobody but the owner read what it writes
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")
+        return saved
 
 
 class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
