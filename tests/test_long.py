@@ -548,6 +548,9 @@ def test_a_whisper_that_repeats_itself_decodes_again(listener):
         setattr(changed, name, value)
         changed = {"generation_config": changed}
         assert "task" not in long_recordings.answer_options(model, processor, changed)
+    model.generation_config.is_multilingual = False
+    with pytest.raises(ValueError, match="writes English alone: give no language"):
+        long_recordings.answer_options(model, processor, {"language": "de"})
     hidden = make_separator("output")
     ssm.integrate_speaker_separator(model, None, hidden)
     assert "temperature" not in long_recordings.answer_options(model, processor, {})  # cannot
