@@ -351,9 +351,6 @@ def answer_options(model, processor, options: dict) -> dict:
         settings = options.get("generation_config") or model.generation_config
         multilingual, tasks, task = (getattr(settings, name, None)
                                      for name in ("is_multilingual", "task_to_id", "task"))
-        if multilingual is False and options.get("language"):
-            raise ValueError(
-                f"{processor.tokenizer.name_or_path} writes English alone: give no language")
         if multilingual and tasks and not task:  # transformers has none where it detects a language
             suited["task"] = "transcribe"
         integration = integration_of(model)

@@ -3277,6 +3277,16 @@ def check_prompt(args, config) -> None:
         raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
 
 
+def open_model(args, device: str):
+    """Load the model asked for and its processor; fail if it cannot write the --language."""
+    from audio import load_model
+
+    model, processor = load_model(args.model, device, args.dtype)
+    if args.language and getattr(model.generation_config, "is_multilingual", None) is False:
+        raise ValueError(f"{args.model} writes English alone: leave out --language")
+    return model, processor
+
+
 def open_separator(args, spectrograms: bool, device: str):
     """Load the separator asked for, else the default of this input; return it and its path."""
     default = SHIPPED_SEPARATOR if spectrograms else Path(DEFAULT_CHECKPOINT_DIR) / "best_model.pt"
@@ -3382,7 +3392,7 @@ def cmd_evaluate(args) -> None:
     check_data(f"the separator {checkpoint}", separator.config, dataset)
     warn_of_other_features(separator, dataset.source)
     if args.model:
-        from audio import load_config, load_model
+        from audio import load_config
 
         transcribed_samples(dataset)
         check_prompt(args, load_config(args.model))
@@ -3404,7 +3414,7 @@ def cmd_evaluate(args) -> None:
             separator.feature_source.get("frame_rate"), separator.is_spectrogram)
     write_json(args.json, scores)  # kept if the model fails
     if args.model:
-        model, processor = load_model(args.model, device, args.dtype)
+        model, processor = open_model(args, device)
         with running(args.model):
             rows = evaluate_words(
                 separator, dataset, model, processor, threshold=args.threshold,
@@ -3507,10 +3517,9 @@ def cmd_infer(args) -> None:
 
 def load_integrated(args, separator, device: str, layer: int | None = None):
     """Put a separator into a model; return ``answer_per_talker`` of it with the options given."""
-    from audio import load_model
     from long_recordings import answer_per_talker
 
-    model, processor = load_model(args.model, device, args.dtype)
+    model, processor = open_model(args, device)
     integrate_speaker_separator(
         model, separator_checkpoint=separator, layer=layer, threshold=args.threshold)
     return partial(answer_per_talker, model, processor, **question_options(args))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from conftest import (
     SHARED,
     WIDTH,
     assert_fails,
+    edit_json,
     save_tiny_checkpoint,
     sine,
     tiny_extractor,
@@ -548,9 +550,6 @@ def test_a_whisper_that_repeats_itself_decodes_again(listener):
         setattr(changed, name, value)
         changed = {"generation_config": changed}
         assert "task" not in long_recordings.answer_options(model, processor, changed)
-    model.generation_config.is_multilingual = False
-    with pytest.raises(ValueError, match="writes English alone: give no language"):
-        long_recordings.answer_options(model, processor, {"language": "de"})
     hidden = make_separator("output")
     ssm.integrate_speaker_separator(model, None, hidden)
     assert "temperature" not in long_recordings.answer_options(model, processor, {})  # cannot
@@ -706,6 +705,10 @@ def test_the_command_with_whisper(checkpoint, whisper_path, long_file, tmp_path,
     for flag in ("--prompt=Who speaks?", "--mode=joint"):
         assert_fails(capsys, [*argv, flag], "Qwen2-Audio", "Whisper")
     assert_fails(capsys, [*argv, "--language=klingon"], "Unsupported language: klingon")
+    english = shutil.copytree(whisper_path, tmp_path / "english")
+    edit_json(english / "generation_config.json", lambda about: about.update(is_multilingual=False))
+    argv = integrate_flags(english, checkpoint, second, more=["--language=de"])
+    assert_fails(capsys, argv, f"{english} writes English alone: leave out --language")
 
 
 @either
