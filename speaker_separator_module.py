@@ -3244,10 +3244,13 @@ def append_line(file: str | None, row: dict) -> None:
 
 
 def check_recording(path) -> None:
-    """Fail unless a recording can be read; warn where it has half of the band that speech needs."""
-    from audio import audio_info, recording_length
+    """Fail unless a recording can be read; warn of half a band, and of a talker per channel."""
+    from audio import audio_info, channels_take_turns, recording_length
 
     recording_length(path)
+    if channels_take_turns(path):
+        print(f"warning: {path} seems to have a talker per channel, as a recorded call has; its "
+              "channels are averaged here: better make a file of each", file=sys.stderr)
     if (rate := audio_info(path).samplerate) <= 8000:
         print(f"warning: {path} has {rate} samples a second, nothing above {rate // 2000} kHz: the "
               "number of talkers found is less reliable; give --num_speakers", file=sys.stderr)

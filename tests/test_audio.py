@@ -43,6 +43,24 @@ def test_channels_in_opposite_phase_do_not_cancel(other, heard, tmp_path):
     np.testing.assert_allclose(audio.read_audio(path), heard * samples, atol=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "found"), [
+    ("call", True), ("call of 8 dB", False), ("call with a silent third", True),
+    ("one side", False), ("mono", False), ("twice the same", False), ("silence", False),
+    ("short", False)])
+def test_channels_that_take_turns(kind, found, tmp_path):
+    """Two talkers of 3 s, one after the other; in a call each is 12 dB softer in the other's."""
+    first, second = np.zeros((2, 6 * 8000))
+    first[:24000], second[24000:] = sine(3, 200, 8000), sine(3, 300, 8000)
+    bleed = 0.4 if kind == "call of 8 dB" else 0.25
+    left, right = first + bleed * second, second + bleed * first
+    channels = {
+        "call with a silent third": [left, right, 0 * left], "one side": [first, 0.25 * first],
+        "mono": [left], "twice the same": [left, left], "silence": [0 * left, 0 * left],
+        "short": [left[23000:25000], right[23000:25000]]}.get(kind, [left, right])
+    soundfile.write(tmp_path / "a.wav", np.stack(channels, axis=1), 8000)
+    assert audio.channels_take_turns(tmp_path / "a.wav") is found
+
+
 @pytest.mark.parametrize("rate", [16000, 8000, 44100])
 def test_blocks_are_the_whole(rate, tmp_path, monkeypatch):
     """A file read and resampled block by block equals one resampled at once."""

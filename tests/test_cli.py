@@ -9,6 +9,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import (
     CPU_FLAGS,
@@ -830,6 +831,16 @@ def test_half_a_band_is_warned_of(
         assert ssm.main(argv) == 0
         errors = capsys.readouterr().err
         assert (f"{path} has 8000 samples a second, nothing above 4 kHz" in errors) is warned
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_talker_per_channel_is_warned_of(channels, spectrogram_checkpoint, tmp_path, capsys):
+    path, call = tmp_path / "call.wav", np.zeros((32000, channels))
+    call[:16000, 0], call[16000:, -1] = sine(1, 150), sine(1, 250)
+    soundfile.write(path, call, 16000)
+    assert ssm.main(infer_flags(spectrogram_checkpoint, path, tmp_path / "out")) == 0
+    warning = f"warning: {path} seems to have a talker per channel"
+    assert (warning in capsys.readouterr().err) is (channels == 2)
 
 
 def test_infer_keeps_what_is_listed(spectrogram_checkpoint, recording, tmp_path, capsys):
