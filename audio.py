@@ -26,7 +26,7 @@ N_FFT, HOP_LENGTH = 400, 160  # samples: 25 ms every 10 ms
 FRAME_RATE = SAMPLING_RATE // HOP_LENGTH  # spectrogram frames per second
 READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
 CANCELLED = 1e-4  # 40 dB below the loudest channel: recorded in opposite phase
-LEAD, LEAD_SAMPLES = 10, 1 << 24  # 10 dB; 60 s of two channels at 48 kHz are 6 million samples
+LEAD, QUIET = 10, 1e-4  # in power: 10 dB above every other channel, 40 dB below the loudest part
 RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; samples whose squares float32 can add up
 SIZED = {b"RIFF": "little", b"RIFX": "big", b"FORM": "big"}  # WAV and AIFF: byte order of the size
 HEADER_SLACK, STREAM_SIZE = 1024, 0x7FFF0000  # bytes it may be off; from there on it is unknown
@@ -219,18 +219,19 @@ def recording_length(audio) -> int:
 def channels_take_turns(path) -> bool:
     """Return whether channels of a file are loud in turn, as the two sides of a recorded call are.
 
-    They are if at least two lead, each in over a tenth of the half seconds that hold sound: by
-    ``LEAD`` over every other channel. The first minute is read.
+    They are if at least two lead by ``LEAD``, each in over a tenth of the half seconds that hold
+    sound. The first minute is read, less of many channels.
     """
     with _reading(path) as soundfile, soundfile.SoundFile(path) as file:
         if file.channels == 1:
             return False
         part = file.samplerate // 2
-        block = file.read(min(120 * part, LEAD_SAMPLES // file.channels), always_2d=True)
+        size = min(120 * part, 32 * READ_BLOCK // file.channels)
+        block = file.read(size, dtype="float32", always_2d=True)
     parts = block[: len(block) // part * part].reshape(-1, part, block.shape[1])
     powers = np.square(parts).mean(axis=1)  # [half seconds, channels]
     second, loudest = np.sort(powers, axis=1)[:, -2:].T
-    sounds = loudest > CANCELLED * loudest.max(initial=0)
+    sounds = loudest > QUIET * loudest.max(initial=0)
     leaders = powers.argmax(axis=1)[sounds & (loudest > LEAD * second)]
     return int((np.bincount(leaders) > sounds.sum() / 10).sum()) > 1
 
