@@ -20,10 +20,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from audio import SAMPLING_RATE, audio_info, change_voices, istft, read_audio, stft
+from audio import (
+    OTHER_SUFFIXES,
+    SAMPLING_RATE,
+    audio_info,
+    change_voices,
+    istft,
+    read_audio,
+    stft,
+)
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"}
-OTHER_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mkv", ".mov"}  # unreadable
 SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
 CACHED_RECORDINGS, CACHED_SECONDS = 8192, 20.0  # decoded recordings kept in memory, 16 bits each
 EQUALIZER = np.tile([1.5, 3.0, 4.5, 6.0], 2)  # of a random curve: finer parts are weaker

@@ -127,6 +127,13 @@ def test_samples_without_a_header(tmp_path):
         audio.audio_info(tmp_path / "a.raw")
 
 
+def test_a_kind_that_needs_to_be_converted(tmp_path):
+    path = tmp_path / "new memo.M4A"
+    path.write_bytes(b"\0\0\0\x20ftypM4A ")
+    with pytest.raises(ValueError, match=rf"convert it: ffmpeg -i '{path}' '.*/new memo\.wav'"):
+        audio.audio_info(path)
+
+
 def test_half_precision_tensor_that_asks_for_gradients():
     wave = torch.tensor([0.5, -0.5], dtype=torch.bfloat16, requires_grad=True)
     assert audio.read_audio(wave).tolist() == [0.5, -0.5]
