@@ -2412,6 +2412,9 @@ def train_speaker_separator(
     if options.resume:
         checkpoint = newest_checkpoint(folder)
         options = resumed_options(given, checkpoint, folder)
+        if not any(Path(data_dir).glob("*/metadata.json")):
+            raise FileNotFoundError(f"no dataset at {data_dir}: --resume needs the --data_dir that "
+                                    "the run began with")
     elif options.init_from and is_inside(options.init_from, folder / PREVIOUS_RUN):
         raise ValueError(f"{options.init_from} would be replaced: choose another --checkpoint_dir")
     check_limits(options._asdict())

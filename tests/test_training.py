@@ -1024,7 +1024,7 @@ def test_resume_from_foreign_checkpoint(kind, best, dataset, tmp_path, capsys):
 def test_resume_makes_no_dataset(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["train", "--resume", f"--checkpoint_dir={trained}", *CPU_FLAGS]
-    assert_fails(capsys, argv, "no dataset at multi_speaker_data")
+    assert_fails(capsys, argv, "no dataset at multi_speaker_data: --resume needs the --data_dir")
     assert not list(tmp_path.iterdir())
 
 
