@@ -31,7 +31,7 @@ LEAD, QUIET = 10, 1e-4  # in power: 10 dB above every other channel, 40 dB below
 RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; samples whose squares float32 can add up
 SIZED = {b"RIFF": "little", b"RIFX": "big", b"FORM": "big"}  # WAV and AIFF: byte order of the size
 HEADER_SLACK, STREAM_SIZE = 1024, 0x7FFF0000  # bytes it may be off; from there on it is unknown
-OTHER_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mkv", ".mov"}  # unreadable
+UNREADABLE_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mkv", ".mov"}
 OGG_PAGE = 1 << 16  # bytes that hold the last page's header
 LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotary base
 LARGEST = {"chunk_length": 300, "feature_size": 1000, "num_beams": 100, "num_return_sequences": 100}
@@ -71,7 +71,7 @@ def _reading(path):
         except (soundfile.SoundFileError, TypeError, UnicodeError) as error:
             # TypeError: no header; UnicodeError: a name that is not UTF-8
             reason = first_line(error)
-            if Path(path).suffix.lower() in OTHER_SUFFIXES:
+            if Path(path).suffix.lower() in UNREADABLE_SUFFIXES:
                 files = str(path), str(Path(path).with_suffix(".wav"))
                 reason = f"convert it: {shlex.join(('ffmpeg', '-i', *files))}"
             raise ValueError(f"cannot read audio from {path}: {reason}") from None

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from audio import (
-    OTHER_SUFFIXES,
     SAMPLING_RATE,
+    UNREADABLE_SUFFIXES,
     audio_info,
     change_voices,
     istft,
@@ -113,7 +113,7 @@ def list_recordings(folder: Path, pattern: str) -> list[Path]:
     files = [path for path in folder.glob(pattern)
              if path.is_file() and not any(p[0] == "." for p in path.relative_to(folder).parts)]
     suffixes = [path.suffix.lower() for path in files]
-    if others := OTHER_SUFFIXES.intersection(suffixes):
+    if others := UNREADABLE_SUFFIXES.intersection(suffixes):
         print(f"left out the {', '.join(sorted(others))} files in {folder}: convert them to .wav")
     return sorted(
         path for path, suffix in zip(files, suffixes, strict=True) if suffix in AUDIO_SUFFIXES
