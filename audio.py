@@ -242,6 +242,18 @@ def channels_take_turns(path) -> bool:
     return int((np.bincount(leaders) > sounds.sum() / 10).sum()) > 1
 
 
+def recording_doubts(path) -> list[str]:
+    """Return why separating a file may disappoint, without its name: channels, half a band."""
+    doubts, rate = [], audio_info(path).samplerate
+    if channels_take_turns(path):
+        doubts.append("seems to have a talker per channel, as a recorded call has; its channels "
+                      "are averaged here: better make a file of each")
+    if rate <= 8000:
+        doubts.append(f"has {rate} samples a second, nothing above {rate // 2000} kHz: the number "
+                      "of talkers found is less reliable; give it if you know it")
+    return doubts
+
+
 def write_wav(path, samples: np.ndarray) -> None:
     """Write samples at 16 kHz in 24 bits, turned down together if they exceed full scale."""
     import soundfile

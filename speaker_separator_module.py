@@ -3247,16 +3247,12 @@ def append_line(file: str | None, row: dict) -> None:
 
 
 def check_recording(path) -> None:
-    """Fail unless a recording can be read; warn of half a band, and of a talker per channel."""
-    from audio import audio_info, channels_take_turns, recording_length
+    """Fail unless a recording can be read; warn of what makes it hard to separate."""
+    from audio import recording_doubts, recording_length
 
     recording_length(path)
-    if channels_take_turns(path):
-        print(f"warning: {path} seems to have a talker per channel, as a recorded call has; its "
-              "channels are averaged here: better make a file of each", file=sys.stderr)
-    if (rate := audio_info(path).samplerate) <= 8000:
-        print(f"warning: {path} has {rate} samples a second, nothing above {rate // 2000} kHz: the "
-              "number of talkers found is less reliable; give --num_speakers", file=sys.stderr)
+    for doubt in recording_doubts(path):
+        print(f"warning: {path} {doubt}", file=sys.stderr)
 
 
 def question_options(args) -> dict:

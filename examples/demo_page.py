@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from audio import FRAME_RATE, SAMPLING_RATE
+from audio import FRAME_RATE, SAMPLING_RATE, recording_doubts
 from scoring import plot_streams
 
 
@@ -29,8 +29,8 @@ def talkers_of(recording: str, separate: Callable, ask: Callable | None, count: 
     """Separate a recording of ``count`` talkers (None: find out how many).
 
     ``separate`` and ``ask`` take the recording and ``num_speakers``; they are ``infer_recording``
-    and ``answer_per_talker`` with everything else given. Returns a picture and, for each talker, a
-    title, int16 samples at 16 kHz and the text (None without ``ask``). Raises as they do.
+    and ``answer_per_talker`` with everything else given. Returns warnings, a picture and, for each
+    talker, a title, int16 samples at 16 kHz and the text (None without ``ask``). Raises as they do.
     """
     _, mixture, talkers = separate(recording, num_speakers=count)
     answers = ask(recording, num_speakers=count) if ask and talkers else []
@@ -39,7 +39,8 @@ def talkers_of(recording: str, separate: Callable, ask: Callable | None, count: 
     for number, (_, _, audio) in enumerate(talkers, start=1):
         samples = (32767 * audio).short().numpy()  # gradio would make all equally loud
         rows.append((f"speaker {number}", samples, texts.get(number, "") if ask else None))
-    return look_at(mixture, talkers), rows
+    warnings = [f"This recording {doubt}." for doubt in recording_doubts(recording)]
+    return warnings, look_at(mixture, talkers), rows
 
 
 def build_page(separate: Callable, ask: Callable | None, most: int, count: int | None = None):
@@ -58,12 +59,12 @@ def build_page(separate: Callable, ask: Callable | None, most: int, count: int |
             if not recording:
                 return
             try:
-                picture, talkers = talkers_of(recording, separate, ask, count or None)
+                warnings, picture, talkers = talkers_of(recording, separate, ask, count or None)
             except (ValueError, OSError) as error:
                 gradio.Markdown(f"**{error}**")
                 return
-            if not talkers:
-                gradio.Markdown("no talker found")
+            for text in warnings + ["no talker found"] * (not talkers):
+                gradio.Markdown(text)
             gradio.Image(picture, show_label=False, format="png", buttons=["fullscreen"])
             for title, samples, text in talkers:
                 gradio.Audio((SAMPLING_RATE, samples), label=title, buttons=["download"])

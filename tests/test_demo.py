@@ -8,6 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import soundfile
 from conftest import (
     CPU_FLAGS,
     RATE,
@@ -52,7 +53,7 @@ def ask(qwen_folder, separator):
 
 
 def test_talkers_on_the_page(recording, separate, ask):
-    picture, rows = demo_page.talkers_of(recording, separate, ask, 2)
+    warnings, picture, rows = demo_page.talkers_of(recording, separate, ask, 2)
     _, _, talkers = separate(recording, num_speakers=2)
     answers = ask(recording, num_speakers=2)
     assert [title for title, _, _ in rows] == ["speaker 1", "speaker 2"]
@@ -60,14 +61,24 @@ def test_talkers_on_the_page(recording, separate, ask):
     for (_, samples, _), (_, _, audio) in zip(rows, talkers, strict=True):
         assert samples.dtype == np.int16 and len(samples) == 0.4 * RATE
         np.testing.assert_allclose(samples / 32767, audio.numpy(), atol=1 / 32767)
-    _, wider = demo_page.talkers_of(recording, separate, None, 3)
+    _, _, wider = demo_page.talkers_of(recording, separate, None, 3)
     assert [text for _, _, text in wider] == [None] * 3
-    assert picture.ndim == 3 and picture.std() > 10
+    assert warnings == [] and picture.ndim == 3 and picture.std() > 10
+
+
+def test_a_call_on_the_page(tmp_path, separate):
+    call = np.zeros((2 * 8000, 2))
+    call[:8000, 0], call[8000:, 1] = sine(1, 150, 8000), sine(1, 250, 8000)
+    soundfile.write(tmp_path / "call.wav", call, 8000)
+    warnings, _, _ = demo_page.talkers_of(tmp_path / "call.wav", separate, None, 1)
+    assert ["a talker per channel" in text for text in warnings] == [True, False]
+    assert ["nothing above 4 kHz" in text for text in warnings] == [False, True]
 
 
 def test_nobody_on_the_page(recording, separate):
-    picture, rows = demo_page.talkers_of(recording, partial(separate, threshold=1.0), None, None)
-    assert rows == [] and picture.ndim == 3
+    nobody = partial(separate, threshold=1.0)
+    warnings, picture, rows = demo_page.talkers_of(recording, nobody, None, None)
+    assert warnings == rows == [] and picture.ndim == 3
 
 
 @pytest.fixture
