@@ -3598,6 +3598,11 @@ def cmd_demo(args) -> None:
 # Command line: options
 
 
+def unslashed(name: str) -> str:
+    """Return a name without the slash that a shell adds to a folder's: both name one model."""
+    return name.rstrip("/") or name
+
+
 def add_train_arguments(add) -> None:
     """Add the options of ``train``.
 
@@ -3624,7 +3629,8 @@ def add_evaluate_arguments(add) -> None:
     add("--data_dir",       default=DEFAULT_DATA_DIR, help="dataset")
     add("--split",          default="val", choices=["val", "train"], help="which mixtures to score")
     add("--batch_size",     default=8, type=int, help="mixtures per step")
-    add("--model",          metavar="PATH_OR_ID", help="also count word errors of this model")
+    add("--model",          metavar="PATH_OR_ID", type=unslashed,
+        help="also count word errors of this model")
     add("--json",           metavar="FILE", help="also write every number to this file")
     add("--picture",        metavar="FILE", help="also draw mixtures, talkers and streams (.png)")
 
@@ -3633,13 +3639,15 @@ def add_infer_arguments(add) -> None:
     """Add the options of ``infer``."""
     add("--input",      required=True, help="features [T, D] as .npy, audio, or a folder of either")
     add("--jsonl",      metavar="FILE", help="add a line for each input; skip paths that have one")
-    add("--encoder",    help="model that makes the features (default: the checkpoint's)")
+    add("--encoder",    type=unslashed,
+        help="model that makes the features (default: the checkpoint's)")
     add("--output_dir", default="separated", help="where speaker_1.npy ... go")
 
 
 def add_integrate_arguments(add) -> None:
     """Add the options of ``integrate``."""
-    add("--model",          required=True, help="Qwen2-Audio or Whisper: a folder or a hub id")
+    add("--model",          required=True, type=unslashed,
+        help="Qwen2-Audio or Whisper: a folder or a hub id")
     add("--audio",          required=True, nargs="+", action="extend", help="recordings")
     add("--mode",           default="separate", choices=["separate", "joint"],
         help="an answer per talker, or one about all of them in one prompt")
@@ -3650,7 +3658,8 @@ def add_integrate_arguments(add) -> None:
 
 def add_demo_arguments(add) -> None:
     """Add the options of ``demo``."""
-    add("--model",          metavar="PATH_OR_ID", help="also show what this model answers")
+    add("--model",          metavar="PATH_OR_ID", type=unslashed,
+        help="also show what this model answers")
     add("--port",           type=int,
         help="port of 127.0.0.1 (default: the first free one from 7860 on)")
 
@@ -3658,7 +3667,7 @@ def add_demo_arguments(add) -> None:
 def add_shared_arguments(name: str, add) -> None:
     """Add the options that several commands have."""
     if name != "train":
-        add("--checkpoint",
+        add("--checkpoint", type=unslashed,
             help="separator (default: the shipped one for audio, else checkpoints/best_model.pt)")
         add("--threshold", type=float,
             help="lowest probability of a talker (default: the checkpoint's); in recordings the "

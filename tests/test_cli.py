@@ -745,8 +745,10 @@ def test_integrate_goes_on_in_a_file_of_lines(
     assert "150.wav" not in capsys.readouterr().out
     lines.write_text(whole[:-1])  # as an editor leaves it
     capsys.readouterr()
-    assert ssm.main(argv) == 0 and lines.read_text() == whole
-    assert "every recording already" in capsys.readouterr().out
+    slashes = [f"--model={whisper_folder}/", f"--checkpoint={spectrogram_checkpoint}/"]
+    for more in ([], slashes):
+        assert ssm.main([*argv, *more]) == 0 and lines.read_text() == whole
+        assert "every recording already" in capsys.readouterr().out
     answers = tmp_path / "answers.json"
     assert ssm.main([*argv, f"--json={answers}"]) == 0  # what was answered before is in it
     assert json.loads(answers.read_text()) == {row["input"]: row["answers"] for row in rows}
