@@ -23,8 +23,8 @@ def main(folder: str, manifest: str) -> int:
     if not recordings:
         print(f"error: no recordings named like 7_theo_3.wav in {folder}", file=sys.stderr)
         return 2
-    if not Path(manifest).resolve().parent.is_dir():
-        print(f"error: no folder to write {manifest} into", file=sys.stderr)
+    if not Path(manifest).resolve().parent.is_dir() or Path(manifest).is_dir():
+        print(f"error: no folder to write a file {manifest} into", file=sys.stderr)
         return 2
     with open(manifest, "w", encoding="utf-8") as lines:
         for path in recordings:

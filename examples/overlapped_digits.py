@@ -9,6 +9,7 @@ project, printed as it would be typed. Run again, it goes on where it stopped.
 """
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -57,6 +58,39 @@ def make_folder(folder: Path) -> None:
         fail(error)
 
 
+def read_manifest(manifest: Path) -> list[dict]:
+    """Return the rows of a manifest, with absolute paths; fail where a line is no such row."""
+    rows, number = [], 0
+    try:
+        lines = io.StringIO(existing(manifest).read_text(encoding="utf-8-sig"))
+        for line in lines:
+            number += 1
+            if line.strip():
+                row = json.loads(line)
+                rows.append(row | {"audio": str((manifest.parent / row["audio"]).resolve())})
+    except (ValueError, TypeError, KeyError) as error:
+        fail(f"{manifest}, line {number}: no JSON with audio ({error})")
+    return rows
+
+
+def write_manifest(manifest: Path, text: str) -> Path:
+    """Write a manifest; fail where there is another, since what was made of that is there too."""
+    if manifest.is_file() and manifest.read_text(encoding="utf-8") != text:
+        fail(f"{manifest} lists other recordings: choose another --work_dir")
+    manifest.write_text(text, encoding="utf-8")
+    return manifest
+
+
+def list_digits(args) -> Path:
+    """Write a manifest of the digits into the working folder."""
+    listing = args.work_dir / "digits.part"
+    if digits_manifest.main(args.fsdd, listing):
+        sys.exit(2)
+    text = listing.read_text(encoding="utf-8")
+    listing.unlink()
+    return write_manifest(args.work_dir / "digits.jsonl", text)
+
+
 def make_dataset(folder: Path, *words) -> Path:
     """Make a dataset, unless the same command made the one that is there."""
     words = [f"--output_dir={folder}", *map(str, words)]
@@ -66,32 +100,26 @@ def make_dataset(folder: Path, *words) -> Path:
     return folder
 
 
-def generate(args, name: str, *flags) -> Path:
-    """Make one dataset of digits."""
-    return make_dataset(args.work_dir / name, f"--speech_dir={args.work_dir / 'digits.jsonl'}",
-                        "--max_seconds=4", *flags)
-
-
 def make_data(args) -> tuple[Path, dict[str, Path]]:
     """Make the training data and a test set of every kind; return it and the test sets by name."""
-    manifest, noises = args.work_dir / "digits.jsonl", args.work_dir / "noises"
-    if not manifest.is_file() and digits_manifest.main(args.fsdd, manifest):
-        sys.exit(2)
+    digits = [f"--speech_dir={list_digits(args)}", "--max_seconds=4"]
+    noises = args.work_dir / "noises"
     make_noises(noises / "train", seed=1)
     make_noises(noises / "test", seed=0)
-    train = generate(
-        args, "data", "--min_speakers=1", "--join", 1, 8, "--min_seconds=2", "--max_onset=0.5",
-        "--train_samples=10", "--val_samples=120", f"--noise_dir={noises / 'train'}",
-        "--snr_db", 15, 60)
+    train = make_dataset(
+        args.work_dir / "data", *digits, "--min_speakers=1", "--join", 1, 8, "--min_seconds=2",
+        "--max_onset=0.5", "--train_samples=10", "--val_samples=120",
+        f"--noise_dir={noises / 'train'}", "--snr_db", 15, 60)
     tests = {}
     kinds = {"": [], ", noise": [f"--noise_dir={noises / 'test'}"], ", room": ["--reverb"]}
     for kind, flags in kinds.items():
         for talkers in TALKERS:
             name = f"{talkers} talker{'s' * (talkers > 1)}{kind}"
-            tests[name] = generate(
-                args, name.replace(", ", "_").replace(" ", "_"), f"--min_speakers={talkers}",
-                f"--max_speakers={talkers}", "--train_samples=1", "--join", 3, 6, "--seed=5",
-                f"--val_samples={args.test_samples}", "--overlap", 0.81, 1, *flags)
+            tests[name] = make_dataset(
+                args.work_dir / name.replace(", ", "_").replace(" ", "_"), *digits,
+                f"--min_speakers={talkers}", f"--max_speakers={talkers}", "--train_samples=1",
+                "--join", 3, 6, "--seed=5", f"--val_samples={args.test_samples}", "--overlap", 0.81,
+                1, *flags)
     return train, tests
 
 

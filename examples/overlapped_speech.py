@@ -15,7 +15,14 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from overlapped_digits import existing, fail, make_dataset, make_folder, run  # noqa: E402
+from overlapped_digits import (  # noqa: E402
+    fail,
+    make_dataset,
+    make_folder,
+    read_manifest,
+    run,
+    write_manifest,
+)
 
 import speaker_separator_module as ssm  # noqa: E402
 from scoring import markdown_table, word_table  # noqa: E402
@@ -23,16 +30,13 @@ from scoring import markdown_table, word_table  # noqa: E402
 
 def select_corpus(args) -> Path:
     """Write the manifest's lines of one corpus, with absolute paths; return the new manifest."""
-    source = existing(Path(args.speech) / "manifest.jsonl")
-    with open(source, encoding="utf-8-sig") as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
-    rows = [row | {"audio": str((source.parent / row["audio"]).resolve())} for row in rows
-            if (row.get("corpus") or "").startswith(args.corpus)]
+    source = Path(args.speech) / "manifest.jsonl"
+    rows = [row for row in read_manifest(source)
+            if str(row.get("corpus") or "").startswith(args.corpus)]
     if not rows:
         fail(f"no line of {source} has a corpus that starts with {args.corpus}")
-    manifest = args.work_dir / f"{args.corpus}.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return manifest
+    return write_manifest(args.work_dir / f"{args.corpus.replace('/', '_')}.jsonl",
+                          "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_test_set(args, talkers: int) -> Path:
@@ -44,9 +48,8 @@ def make_test_set(args, talkers: int) -> Path:
         "--overlap", 0.81, 1, "--max_seconds=17", "--seed=5", *["--telephone=1"] * args.telephone)
 
 
-def evaluate(args, talkers: int) -> dict:
-    """Return the scores of one test set."""
-    data = make_test_set(args, talkers)
+def evaluate(args, talkers: int, data: Path) -> dict:
+    """Return the scores of a test set of so many talkers."""
     scores = data / "scores.json"
     known = ["--num_speakers", talkers] if args.known_count else []
     run(ssm, "evaluate", f"--checkpoint={args.checkpoint}", f"--data_dir={data}",
@@ -79,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     make_folder(args.work_dir)
     if args.corpus:
         args.speech = select_corpus(args)
-    scores = {f"{n} talker{'s' * (n > 1)}": evaluate(args, n) for n in args.talkers}
+    tests = {n: make_test_set(args, n) for n in args.talkers}
+    scores = {f"{n} talker{'s' * (n > 1)}": evaluate(args, n, tests[n]) for n in tests}
     rows = [{**row["words"][0], "of": name} for name, row in scores.items()]
     print("\n" + "\n".join(word_table(rows)) + "\n")
     audio = [[name, f"{row['si_sdr_improvement']:.1f}"] for name, row in scores.items()

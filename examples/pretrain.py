@@ -8,7 +8,6 @@ command of this project, printed as it would be typed. Run again, it goes on whe
 """
 
 import argparse
-import io
 import json
 import shutil
 import sys
@@ -16,10 +15,18 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-import digits_manifest  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from overlapped_digits import existing, fail, make_dataset, make_folder, run  # noqa: E402
+from overlapped_digits import (  # noqa: E402
+    existing,
+    fail,
+    list_digits,
+    make_dataset,
+    make_folder,
+    read_manifest,
+    run,
+    write_manifest,
+)
 
 import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, write_wav  # noqa: E402
@@ -30,28 +37,19 @@ PARTS = 8  # of a step where memory is small: whole it takes up to 27 GB
 SIZES = ["--dim=240", "--num_heads=4", "--ff_dim=640"]  # 5.9 million weights, 12 MB in bfloat16
 
 
-def write_manifest(args) -> Path:
+def list_speech(args) -> Path:
     """Write a manifest of speech and digits, those of corpora in ``TIMES`` as often as it says.
 
     Digits are for training alone: their few speakers would make validation look easy.
     """
-    manifest, digits = args.work_dir / "speech.jsonl", args.work_dir / "digits.jsonl"
-    speech = existing(Path(args.speech) / "manifest.jsonl")
+    speech = read_manifest(Path(args.speech) / "manifest.jsonl")
     if not (Path(args.speech) / "noise").is_dir():
         fail(f"no {Path(args.speech) / 'noise'}")
-    if digits_manifest.main(args.fsdd, digits):
-        sys.exit(2)
-    with open(manifest, "w", encoding="utf-8") as lines:
-        for listing in (speech, digits):
-            for line in filter(str.strip, io.StringIO(listing.read_text(encoding="utf-8-sig"))):
-                row = json.loads(line)
-                row["audio"] = str((listing.parent / row["audio"]).resolve())
-                training = row.get("split") == "train"
-                if listing == digits and not training:
-                    continue
-                times = TIMES.get(row.get("corpus"), 1) if training else 1
-                lines.write((json.dumps(row) + "\n") * times)
-    return manifest
+    digits, lines = read_manifest(list_digits(args)), []
+    for row in speech + [row for row in digits if row["split"] == "train"]:
+        times = TIMES.get(str(row.get("corpus")), 1) if row.get("split") == "train" else 1
+        lines += [json.dumps(row) + "\n"] * times
+    return write_manifest(args.work_dir / "speech.jsonl", "".join(lines))
 
 
 def make_noises(args) -> Path:
@@ -74,7 +72,7 @@ def make_noises(args) -> Path:
 def make_data(args) -> Path:
     """Make the dataset, whose recordings are mixed anew in training, unless it is there."""
     return make_dataset(
-        args.work_dir / "data", f"--speech_dir={write_manifest(args)}", "--train_samples=10",
+        args.work_dir / "data", f"--speech_dir={list_speech(args)}", "--train_samples=10",
         "--val_samples=120", "--min_speakers=1", "--join", 1, 3, "--min_seconds=3",
         "--max_onset=1.5", "--max_gap=0.6", "--max_seconds=17", "--level_difference=5",
         "--same_corpus=0.8", "--turns=0.1", f"--noise_dir={make_noises(args)}", "--snr_db", 4, 45,

@@ -47,6 +47,15 @@ def shrink(monkeypatch, module, *flags):
     monkeypatch.setattr(module, "make_dataset", make_small)
 
 
+def ends(capsys, example, argv, *words):
+    """An example ends with status 2 and one line that holds these words."""
+    with pytest.raises(SystemExit) as ended:
+        example.main(argv)
+    errors = capsys.readouterr().err
+    assert ended.value.code == 2 and errors.count("\n") == 1
+    assert all(word in errors for word in words)
+
+
 def test_overlapped_digits_tells_the_whole_story(
     fsdd, qwen_folder, tmp_path, capsys, monkeypatch
 ):
@@ -66,6 +75,8 @@ def test_overlapped_digits_tells_the_whole_story(
     overlapped_digits.main([*argv[:-1], "--test_samples=2"])  # other test sets, the same training
     other = capsys.readouterr().out
     assert " train " not in other and "| 3 talkers, room | 2 |" in other
+    (fsdd / "0_s0_1.wav").unlink()
+    ends(capsys, overlapped_digits, argv, "digits.jsonl lists other recordings", "--work_dir")
 
 
 def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
@@ -151,10 +162,20 @@ def test_overlapped_speech_takes_one_corpus(
     assert json.loads((data / "dataset.json").read_text())["mixing"]["telephone"] == telephone
     score = json.loads((data / "scores.json").read_text())
     assert f"| 2 talkers | {score['si_sdr_improvement']:.1f} |" in printed
-    with pytest.raises(SystemExit) as ended:
-        overlapped_speech.main([f"--speech={tmp_path}", "--corpus=bok", "--model=none"])
-    assert ended.value.code == 2
-    assert "has a corpus that starts with bok" in capsys.readouterr().err
+    argv = [f"--speech={tmp_path}", "--corpus=book", "--model=none", "--talkers", "1", "7"]
+    ends(capsys, overlapped_speech, argv, "mixtures of 7 were asked for")
+    ends(capsys, overlapped_speech, [*argv, "--corpus=bok"], "a corpus that starts with bok")
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(rows[1]))
+    ends(capsys, overlapped_speech, argv, "book.jsonl lists other recordings", "--work_dir")
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"audio": 1}'])
+def test_overlapped_speech_of_an_odd_manifest(line, tmp_path, capsys):
+    (tmp_path / "manifest.jsonl").write_text(f"\n{line}\n")
+    argv = [f"--speech={tmp_path}", "--corpus=a/b", "--model=none"]
+    ends(capsys, overlapped_speech, argv, "manifest.jsonl, line 2", "no JSON with audio")
+    (tmp_path / "manifest.jsonl").write_text('{"audio": "a.wav", "speaker": "s", "corpus": "a/b"}')
+    ends(capsys, overlapped_speech, argv, "no such audio file")
 
 
 @pytest.mark.parametrize("example", [pretrain, overlapped_speech])
