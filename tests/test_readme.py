@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,29 +12,46 @@ import generate_multi_speaker_dataset
 import speaker_separator_module as ssm
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import overlapped_digits  # noqa: E402
+import overlapped_speech  # noqa: E402
+import two_talkers  # noqa: E402
+
 PARSERS = {
+    "examples/overlapped_digits.py": overlapped_digits.build_parser(),
+    "examples/overlapped_speech.py": overlapped_speech.build_parser(),
+    "examples/two_talkers.py": two_talkers.build_parser(),
     "speaker_separator_module.py": ssm.build_parser(),
     "generate_multi_speaker_dataset.py": generate_multi_speaker_dataset.build_parser(),
 }
 
 
 def readme_commands(name="README.md") -> list[list[str]]:
-    """Every `python SCRIPT.py ...` of the README as words, also behind `$` and `&&`."""
-    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    parts = [part.strip().removeprefix("$ ") for line in lines for part in line.split("&&")]
-    return [shlex.split(part) for part in parts if part.startswith("python ") and ".py" in part]
+    """Every `python SCRIPT.py ...` of the README as words from the script on.
+
+    It is behind `$`, `&&` or `torchrun ...` in a block, or in backticks in a sentence.
+    """
+    pieces = (ROOT / name).read_text(encoding="utf-8").split("```")
+    blocks, prose = pieces[1::2], pieces[::2]
+    parts = [part.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()
+             for part in line.split("&&")]
+    parts += [" ".join(span.split()) for text in prose for span in re.findall("`([^`]+)`", text)]
+    commands = [re.fullmatch(r"(?:python|torchrun)(?: --\S+)* (\S+\.py(?: .*)?)", part)
+                for part in parts]
+    return [shlex.split(command[1]) for command in commands if command and "..." not in command[0]]
 
 
 @pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
 def test_command_is_understood(command):
-    script, arguments = command[1], command[2:]
+    script, *arguments = command
     assert (ROOT / script).is_file()
     if script in PARSERS:
         PARSERS[script].parse_args(arguments)
 
 
 def test_every_command_of_the_module_but_none_more_is_shown():
-    shown = {command[2] for command in readme_commands() if "separator_module" in command[1]}
+    shown = {command[1] for command in readme_commands() if "separator_module" in command[0]}
     assert {"train", "evaluate", "infer", "integrate"} <= shown <= set(ssm.COMMANDS)
 
 
