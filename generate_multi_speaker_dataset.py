@@ -65,7 +65,7 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),
     "formants": (float, 0.5, 2, "factor that scales a talker's formants, training split only"),
     "equalizer": (float, 0, 30, "dB of a random equalizer per talker, training split only"),
-    "snr_db": (float, -100, 100, "dB from the noise up to all talkers together"),
+    "snr_db": (float, -100, 100, "dB from the noise up to all talkers, before a telephone"),
     "reverb": (float, 0, 1, "share of mixtures in a simulated room; a bare --reverb means all"),
     "telephone": (float, 0, 1, "share of mixtures that come through a telephone"),
     "max_seconds": (float, 0.001, 1e6, "length that no mixture exceeds; recordings are left out")}
@@ -602,16 +602,22 @@ def write_dataset(
     return entries
 
 
+def _holds(file: Path, text: str) -> bool:
+    if not file.is_file():
+        return False
+    with open(file, encoding="utf-8", errors="replace") as content:
+        return text in content.read(1 << 16)
+
+
 def generate_dataset(args, command_line: str) -> None:
     """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
     output_dir, splits = Path(args.output_dir), {}
     sizes = {"train": args.train_samples, "val": args.val_samples}
     for old in (output_dir / split for split in sizes):
-        if old.exists() and not (old / "metadata.json").is_file():
+        if old.exists() and not _holds(old / "metadata.json", '"num_speakers":'):
             raise ValueError(f"{old} exists and is no dataset; choose another --output_dir")
     description = output_dir / "dataset.json"
-    if (description.is_file()
-            and '"kind":' not in description.read_text(encoding="utf-8", errors="replace")):
+    if description.is_file() and not _holds(description, '"kind":'):
         raise ValueError(
             f"{description} is not of a dataset made here; choose another --output_dir")
     if args.speech_dir:
@@ -630,6 +636,8 @@ def generate_dataset(args, command_line: str) -> None:
         entries = write_dataset(output_dir, sizes, mixtures, splits, about)
     except FileNotFoundError:  # a recording is gone
         raise
+    except torch.OutOfMemoryError as error:  # a RuntimeError too
+        raise MemoryError(f"out of memory, --device=cpu has more: {error}") from None
     except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot write the dataset to {output_dir}: {reason}") from None
@@ -737,7 +745,7 @@ def main(argv: list[str] | None = None) -> int:
         generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))
     except (Exception, KeyboardInterrupt) as error:
         if signals or isinstance(error, KeyboardInterrupt):  # in numpy it becomes a TypeError
-            print("stopped; an earlier dataset is intact", file=sys.stderr)
+            print("stopped; an earlier dataset stays until a new one is whole", file=sys.stderr)
             return 128 + (signals or [signal.SIGINT])[0]
         if not isinstance(error, (ValueError, OSError, MemoryError)):
             raise

@@ -122,11 +122,13 @@ def score_table(scores: dict) -> list[str]:
 
 
 def write_report(
-    folder: Path, settings: dict, weights: dict, train_set, val_set, history: list[dict]
+    folder: Path, settings: dict, weights: dict, train_set, val_set, history: list[dict],
+    mixed: int = 0,
 ) -> None:
     """Write training_report.md: what was run, on what, and how it scored beside trivial outputs.
 
-    ``settings`` and ``weights`` (of the loss parts) are those that were used.
+    ``settings`` and ``weights`` (of the loss parts) are those that were used. ``mixed`` talkers
+    were mixed anew in training, 0 if none were.
     """
     last, best = history[-1], min(history, key=lambda row: row["val"]["total"])
     settings = settings | {"threshold": best["val"]["threshold"]}
@@ -152,6 +154,7 @@ def write_report(
         "", f"## Data: {train_set.data_dir}", "",
         *markdown_table(["split", "mixtures", "talkers", "mean per mixture",
                          "mixtures by talkers"], data),
+        *["", f"Training drew fresh mixtures of {mixed} talkers."] * (mixed > 0),
         "", f"## Validation, best epoch ({best['epoch']})", "", *score_table(best["val"]),
         "", "Talkers are counted in every other mixture; the threshold was chosen on the rest.",
         "", "## Loss by epoch", "",

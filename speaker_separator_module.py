@@ -2324,11 +2324,13 @@ def write_results(run: Run, folder: Path, train_set) -> None:
     """Write report and curves."""
     if scoring := import_sibling("scoring"):
         used = run.options._asdict() | run.averaged.module.config | run.separator.feature_source
-        used |= {"lr": run.history[0]["lr"], "mixtures_per_epoch": len(run.loader.dataset)}
+        drawn_from, rate = run.loader.dataset, run.options.lr or run.history[0]["lr"]
+        used |= {"lr": rate, "mixtures_per_epoch": len(drawn_from)}
         used.pop("feature_source", None)
         used |= {f"{part}_weight": value for part, value in run.weights._asdict().items()}
         terms = {"separation": 1.0, **run.weights._asdict()}
-        scoring.write_report(folder, used, terms, train_set, run.val_set, run.history)
+        scoring.write_report(folder, used, terms, train_set, run.val_set, run.history,
+                             len(getattr(drawn_from, "talkers", ())))
         scoring.plot_history(folder / "training_curves.png", run.history)
 
 
@@ -3760,7 +3762,8 @@ def build_parser() -> argparse.ArgumentParser:
 def tell_stop(args, message: str) -> None:
     """Say how what was stopped goes on."""
     if message == "stopped" and getattr(args, "command", "") == "train":
-        message += ("; train --resume goes on from the last checkpoint"
+        message += (f"; train --resume goes on from the last checkpoint in {args.checkpoint_dir}"
+                    ", an earlier run's if this one has made none"
                     if list_checkpoints(Path(args.checkpoint_dir)) else
                     " before the first checkpoint: start again without --resume")
     if process_rank()[0] == 0:

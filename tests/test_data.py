@@ -131,6 +131,16 @@ def test_earlier_dataset_is_replaced_and_other_files_stay(own_dataset, capsys):
     assert len(list((own_dataset / "train/mixed").iterdir())) == 2
 
 
+@pytest.mark.parametrize("about", [None, '[{"mine": 1}]'])
+def test_a_folder_of_somebody_else_stays(about, tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/mine.txt").touch()
+    if about:
+        (tmp_path / "train/metadata.json").write_text(about)
+    assert_fails(capsys, [f"--output_dir={tmp_path}"], "is no dataset", main=generator.main)
+    assert (tmp_path / "train/mine.txt").is_file()
+
+
 @pytest.mark.parametrize("killed_at", range(1, 7))
 def test_a_run_killed_while_it_replaces_a_dataset(killed_at, own_dataset, monkeypatch):
     """The next run finds a whole dataset, the new one or the earlier one."""

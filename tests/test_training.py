@@ -189,7 +189,8 @@ def test_patience(dataset, tmp_path, monkeypatch, capsys):
     assert len(train_tiny(dataset, tmp_path, epochs=20, resume=True)) == 4  # stays stopped
     assert "more with --patience" in capsys.readouterr().out
     assert (tmp_path / "training_report.md").is_file()
-    assert len(train_tiny(dataset, tmp_path, epochs=20, patience=3, resume=True)) == 5
+    assert len(train_tiny(dataset, tmp_path, epochs=20, patience=3, resume=True, lr=5e-3)) == 5
+    assert "| lr | 0.005 |" in (tmp_path / "training_report.md").read_text()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", torch.bfloat16])
@@ -748,6 +749,7 @@ def test_checkpoint_of_recordings(recordings, tmp_path):
     report = (tmp_path / "training_report.md").read_text()
     assert "| dim | 16 |" in report and "| activity_weight |" in report
     assert "50 dB" in report  # what training and validation losses leave out differs
+    assert "fresh mixtures of 5 talkers" in report  # the dataset's own mixtures have fewer
 
 
 def test_best_model_has_the_lowest_validation_loss(trained, dataset, best):
