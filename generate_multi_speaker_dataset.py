@@ -199,7 +199,7 @@ def _read_text(path: Path) -> str:
 
 def _read_speaker_folders(path: Path) -> list[Utterance]:
     transcripts, chapters = {}, set()
-    recordings = mixing.list_recordings(path, "*/**/*")
+    recordings = [audio for audio in mixing.list_recordings(path) if audio.parent != path]
     folders = {audio.parent for audio in recordings}  # rglob would not follow links as that does
     for listing in chain.from_iterable(folder.glob("*.trans.txt") for folder in folders):
         for line in _read_text(listing).splitlines():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -105,12 +106,24 @@ def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utteranc
     return groups
 
 
-def list_recordings(folder: Path, pattern: str) -> list[Path]:
-    """Return the recordings in a folder that match a pattern, sorted; print what is left out.
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield the files in a folder and below it, also behind links; no folder is read twice."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place, name) for name in names)
+
+
+def list_recordings(folder: Path, below: bool = True) -> list[Path]:
+    """Return the recordings in a folder, or in it and below it, sorted; print what is left out.
 
     Hidden files are none, nor are the talkers that ``infer`` wrote.
     """
-    files = [path for path in folder.glob(pattern)
+    files = [path for path in (_files_below(folder) if below else folder.iterdir())
              if path.is_file() and not any(p[0] == "." for p in path.relative_to(folder).parts)]
     suffixes = [path.suffix.lower() for path in files]
     if others := UNREADABLE_SUFFIXES.intersection(suffixes):
@@ -126,7 +139,7 @@ def list_noises(noise_dir: str | None) -> list[str]:
         return []
     if not Path(noise_dir).is_dir():
         raise FileNotFoundError(f"no noise folder at {noise_dir}")
-    noises = list_recordings(Path(noise_dir), "**/*")
+    noises = list_recordings(Path(noise_dir))
     if not noises:
         raise ValueError(f"{noise_dir} holds no recordings ({', '.join(sorted(AUDIO_SUFFIXES))})")
     return [str(path) for path in noises]

@@ -3463,7 +3463,7 @@ def list_inputs(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     mixing = import_sibling("mixing")
-    recordings = mixing.list_recordings(path, "*") if mixing else []
+    recordings = mixing.list_recordings(path, below=False) if mixing else []
     if paths := recordings or sorted(path.glob("*.npy")):
         return paths
     raise ValueError(f"no such audio file: {path} is a folder without recordings or .npy files; "

@@ -1017,6 +1017,11 @@ def test_librispeech_layout(tmp_path, ten_speakers):
         (tmp_path / "linked" / speaker).symlink_to(tmp_path / "speech" / speaker)
     linked = generator.read_speech(tmp_path / "linked")
     assert [(u.speaker, u.text) for u in linked] == [(u.speaker, u.text) for u in read]
+    (tmp_path / "deep/all").mkdir(parents=True)
+    (tmp_path / "deep/all/below").symlink_to(tmp_path / "speech")
+    (tmp_path / "deep/all/again").symlink_to(tmp_path / "deep")  # round in a circle
+    deep = generator.read_speech(tmp_path / "deep")
+    assert sorted(u.text for u in deep) == sorted(u.text for u in read)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "speech").rename(tmp_path / "corpus/dev-clean")  # all subsets at once
     assert {u.speaker for u in generator.read_speech(tmp_path / "corpus")} == {"19", "26"}
