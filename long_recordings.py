@@ -43,6 +43,8 @@ WINDOW_BATCH = 4  # windows separated at once: a GPU is kept busy, and memory st
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30  # limits of a model folder's chat template
 TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
 ABSENT = -LOG_MEL_RANGE  # gain of a talker in windows without it: 80 dB down
+# A talker is not heard 50 dB below its own loudest bin, nor 25 dB below the mixture's at the time.
+SILENT, DROWNED = LOG_MEL_RANGE * 50 / 80, LOG_MEL_RANGE * 25 / 80
 UNSPACED = "\u3000-\u30ff\u3400-\u9fff\uff00-\uffef"  # characters of Chinese and Japanese
 DEFAULT_PROMPT = "What does the person say?"
 MORE_THAN_TEXT = ("num_return_sequences", "return_dict_in_generate", "return_segments",
@@ -414,6 +416,21 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
 # Answers for each talker of a recording of any length
 
 
+def _heard(stream: Tensor, mixture: Tensor, segments: list[dict]) -> list[dict]:
+    """Return the segments in which the talker of a stream [T, D] is heard in the mixture [T, D].
+
+    In silence Whisper makes words up, and faint rests of other talkers are no words of this one.
+    """
+    heard = []
+    for part in segments:
+        frames = slice(int(part["start"] * FRAME_RATE), math.ceil(part["end"] * FRAME_RATE))
+        if len(stream[frames]):
+            loudest = stream[frames].max()
+            least = max(stream.max() - SILENT, mixture[frames].max() - DROWNED)
+            heard += [part] * bool(loudest > least)
+    return heard
+
+
 def _decode_streams(
     integration, processor, recording: SeparatedRecording, options: dict
 ) -> list[dict]:
@@ -435,8 +452,12 @@ def _decode_streams(
     for i, (talker, text) in enumerate(zip(recording.talkers, texts, strict=True)):
         parts = [(0.0, frames / FRAME_RATE, text)]
         if is_long:
+            heard = _heard(streams[i].T, recording.mixture, output["segments"][i])
             parts = [(float(part["start"]), float(part["end"]),
-                      decode(processor, [part["tokens"]])[0]) for part in output["segments"][i]]
+                      decode(processor, [part["tokens"]])[0]) for part in heard]
+            if len(heard) < len(output["segments"][i]):
+                tokens = [token for part in heard for token in part["tokens"].tolist()]
+                text = decode(processor, [tokens])[0]
         windows = [{"start": start, "end": end, "probability": talker.probability, "text": words}
                    for start, end, words in parts]
         rows.append({"speaker": talker.number, "probability": talker.probability, "text": text,
@@ -514,7 +535,8 @@ def answer_per_talker(
 
     Returns one dict per talker: ``speaker`` (from 1), ``probability`` (the highest), ``text`` and
     ``windows``, dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``, one per
-    window, or per segment where Whisper itself decodes a recording beyond its window. With
+    window, or, where Whisper itself decodes a recording beyond its window, per segment in which
+    the talker is heard. With
     ``mode="joint"`` one about all talkers, with ``speakers``, a list, for ``speaker``. Raises
     FileNotFoundError or ValueError if the recording cannot be read or arguments do not fit.
     """

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -583,6 +584,31 @@ def test_whisper_decodes_each_talkers_spectrogram(listener, long_file, short_win
         assert all(part["end"] == pytest.approx(part["start"] + 0.4) for part in row["windows"])
         assert {part["probability"] for part in row["windows"]} == {row["probability"]}
     assert len({row["text"] for row in rows}) > 1
+
+
+def test_what_whisper_makes_up_in_silence_is_left_out():
+    """Of segments of one second the second talker is silent in the first, faint in the last."""
+    frames, segments = 3 * audio.FRAME_RATE, []
+    for row in (0, 10):
+        segments.append([{"start": torch.tensor(float(s)), "end": torch.tensor(s + 1.0),
+                          "tokens": torch.tensor([row + s])} for s in range(3)])
+    late = torch.zeros(frames, 16)
+    late[: frames // 2] = long_recordings.ABSENT
+    late[-audio.FRAME_RATE :] = -0.75  # 30 dB
+    talkers = [long_recordings.Talker(number, gains, [{"probability": 0.9}])
+               for number, gains in ((1, torch.zeros(frames, 16)), (2, late))]
+    recording = long_recordings.SeparatedRecording(
+        torch.rand(frames, 16), talkers, audio.FRAME_RATE, 3)
+    integration = SimpleNamespace(
+        model=SimpleNamespace(device="cpu", dtype=torch.float32),
+        original_generate=lambda **_: {
+            "sequences": [[0, 1, 2], [10, 11, 12]], "segments": segments})
+    processor = SimpleNamespace(
+        feature_extractor=SimpleNamespace(nb_max_frames=frames // 3),
+        decode=lambda row, **_: " ".join(str(int(token)) for token in row))
+    rows = long_recordings._decode_streams(integration, processor, recording, {})
+    assert [row["text"] for row in rows] == ["0 1 2", "11"]
+    assert [(part["start"], part["text"]) for part in rows[1]["windows"]] == [(1.0, "11")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
