@@ -31,7 +31,8 @@ from audio import (
     stft,
 )
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff"}
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".wave", ".aifc",
+                  ".au", ".caf", ".oga", ".rf64", ".sph", ".w64"}  # what libsndfile reads
 SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
 CACHED_RECORDINGS, CACHED_SECONDS = 8192, 20.0  # decoded recordings kept in memory, 16 bits each
 EQUALIZER = np.tile([1.5, 3.0, 4.5, 6.0], 2)  # of a random curve: finer parts are weaker

@@ -11,6 +11,7 @@ import torch
 from conftest import RATE, WIDTH, sine, tower_states
 
 import audio
+from mixing import list_recordings
 from speaker_separator_module import audio_tower_of
 
 RECORDINGS = [sine(0.9, 150), sine(0.35, 420), sine(0.61, 260)]
@@ -78,6 +79,16 @@ def test_blocks_are_the_whole(rate, tmp_path, monkeypatch):
 def test_the_rate_of_a_file_is_its_own(tmp_path):
     soundfile.write(tmp_path / "a.wav", sine(0.5, 300, 8000), 8000)
     assert len(audio.read_audio(tmp_path / "a.wav", sampling_rate=44100)) == RATE // 2
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [
+    ("wave", "WAV"), ("aifc", "AIFF"), ("au", "AU"), ("caf", "CAF"), ("oga", "OGG"),
+    ("rf64", "RF64"), ("sph", "NIST"), ("w64", "W64")])  # fmt: skip
+def test_a_folder_has_every_kind_that_is_read(suffix, kind, tmp_path):
+    path = tmp_path / f"a.{suffix}"
+    soundfile.write(path, sine(0.4, 150), RATE, format=kind)
+    assert list_recordings(tmp_path) == [path]
+    assert len(audio.read_audio(path)) == 0.4 * RATE
 
 
 @pytest.mark.parametrize("kind", ["wav", "aiff", "ogg", "opus", "flac", "mp3"])
