@@ -2577,12 +2577,13 @@ def infer_features(path: Path, separator, threshold, num_speakers) -> tuple[dict
 
 def infer_recording(
     audio, separator, encoder=None, threshold: float | None = None,
-    num_speakers: int | None = None, sampling_rate: int | None = None,
+    num_speakers: int | None = None, sampling_rate: int | None = None, num_bins: int = 80,
 ) -> tuple[dict, Tensor, list]:
     """Separate a recording of any length: a path, or samples at 16 kHz or ``sampling_rate``.
 
     Returns facts (``frame_rate``, ``num_windows``), the mixture's spectrogram [T, D] and, for each
     talker, facts (``probability``, ``windows``), spectrogram [T, D] and audio [samples] at 16 kHz.
+    Spectrograms have ``num_bins`` mel bins; a model with other bins may count otherwise in doubt.
     Audio beyond full scale is turned down, that of all talkers by the same factor. A separator of
     hidden features needs ``encoder`` and gives no audio. The separator stays in evaluation mode.
     Raises as ``read_audio`` does.
@@ -2597,7 +2598,7 @@ def infer_recording(
         audio, sampling_rate = samples, None
     recording = separate_recording(
         window_separator(separator, threshold, num_speakers), audio, encoder,
-        num_speakers=num_speakers, sampling_rate=sampling_rate)
+        num_bins, num_speakers, sampling_rate)
     talkers = []
     for talker in recording.talkers:
         values, waveform = talker.values, None
@@ -3588,6 +3589,8 @@ def cmd_demo(args) -> None:
         raise ValueError(f"{checkpoint} reads features: the page needs a spectrogram separator")
     answer = load_integrated(args, separator, device) if args.model else None
     infer = partial(infer_recording, separator=separator, threshold=args.threshold)
+    if answer:  # separate what the model is given
+        infer.keywords["num_bins"] = answer.args[1].feature_extractor.feature_size
     print(f"separator {checkpoint}")
     page = build_page(infer, answer, separator.max_speakers, args.num_speakers)
     _, address, _ = page.launch(server_name="127.0.0.1", server_port=args.port, inbrowser=True,

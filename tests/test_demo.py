@@ -89,7 +89,9 @@ def gradio(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", module)
 
 
-def test_command_serves_on_this_machine_alone(gradio, separator, tmp_path, monkeypatch, capsys):
+def test_command_serves_on_this_machine_alone(
+    gradio, separator, recording, qwen_folder, tmp_path, monkeypatch, capsys
+):
     checkpoint = save_tiny_checkpoint(tmp_path / "a.pt", separator)
     launched, pages = {}, []
 
@@ -105,6 +107,9 @@ def test_command_serves_on_this_machine_alone(gradio, separator, tmp_path, monke
     assert pages[0][1:] == (None, 3, 2) and pages[1] == "waits"
     printed = capsys.readouterr().out
     assert f"separator {checkpoint}" in printed and "page http://127.0.0.1:7999/" in printed
+    assert ssm.main([*argv, f"--model={qwen_folder}"]) == 0
+    mixtures = [pages[number][0](recording)[1] for number in (0, 2)]
+    assert [mixture.shape[1] for mixture in mixtures] == [80, 16]  # the bins that the model reads
 
 
 def test_command_refuses(gradio, whisper_folder, tmp_path, monkeypatch, capsys):
