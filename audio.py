@@ -55,6 +55,11 @@ def first_line(error: Exception) -> str:
 _STANDARD_ERROR = threading.Lock()  # a second thread would keep, and restore, the one that is shut
 
 
+def _conversion(path) -> str:
+    files = str(path), str(Path(path).with_suffix(".wav"))
+    return f"convert it: {shlex.join(('ffmpeg', '-i', *files))}"
+
+
 @contextmanager
 def _reading(path):
     """Yield soundfile; its errors become ValueErrors that name the file.
@@ -64,7 +69,11 @@ def _reading(path):
     import soundfile
 
     with _STANDARD_ERROR:
-        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            kept = os.dup(2)
+        except OSError:  # it is closed, and libsndfile reads no file that takes its number
+            kept = os.open(os.devnull, os.O_WRONLY)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 2)
         try:
             yield soundfile
@@ -72,8 +81,7 @@ def _reading(path):
             # TypeError: no header; UnicodeError: a name that is not UTF-8
             reason = first_line(error)
             if Path(path).suffix.lower() in UNREADABLE_SUFFIXES:
-                files = str(path), str(Path(path).with_suffix(".wav"))
-                reason = f"convert it: {shlex.join(('ffmpeg', '-i', *files))}"
+                reason = _conversion(path)
             raise ValueError(f"cannot read audio from {path}: {reason}") from None
         finally:
             os.dup2(kept, 2)
@@ -143,6 +151,8 @@ def audio_info(path):
         info = soundfile.info(str(path))
     if not info.frames:
         raise ValueError(f"{path} has no samples")
+    if info.frames > 1 << 62:  # a FLAC file that was written to a pipe
+        raise ValueError(f"{path} does not say how long it is: {_conversion(path)}")
     check_rate(path, info.samplerate)
     if _breaks_off(path):
         raise ValueError(f"cannot read audio from {path}: it breaks off")

@@ -41,13 +41,13 @@ def mix(one: Path, other: Path) -> np.ndarray:
     return mixture
 
 
-def answer(args, mixture: np.ndarray) -> tuple[str, list[str]]:
-    """Return the model's answer to the mixture as it is, and its answer for each talker."""
+def answer(args, mixture: np.ndarray) -> tuple[str, list[str], int]:
+    """Return the model's answer to the mixture, those for each talker, and its mel bins."""
     model, processor = load_model(args.model)
     (alone,) = ask(model, processor, [mixture], max_new_tokens=128)
     ssm.integrate_speaker_separator(model, separator_checkpoint=args.checkpoint)
     rows = answer_per_talker(model, processor, mixture, num_speakers=2, max_new_tokens=128)
-    return alone, [row["text"] for row in rows]
+    return alone, [row["text"] for row in rows], processor.feature_extractor.feature_size
 
 
 def picture(path: Path, panels: list[tuple[str, object, str]]) -> None:
@@ -61,7 +61,8 @@ def picture(path: Path, panels: list[tuple[str, object, str]]) -> None:
         image = draw_features(axes, decibels(values, top), FRAME_RATE, DECIBELS, True)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_ylabel("kHz", fontsize=8)
-        axes.set_xlabel("\n".join(["seconds", *textwrap.wrap(text, 100)]), fontsize=9)
+        words = "\n".join(["seconds", *textwrap.wrap(text, 100)])
+        axes.set_xlabel(words, fontsize=9, parse_math=False)  # a text may hold prices in dollars
     bar = figure.colorbar(image, ax=list(column), pad=0.01, aspect=60)
     bar.set_label("dB, 0 at the peak", fontsize=8)
     bar.ax.tick_params(labelsize=7)
@@ -93,9 +94,9 @@ def main(argv: list[str] | None = None) -> int:
         mixture = mix(args.one, args.other)
         write_wav(args.output_dir / "mixture.wav", mixture)
         separator = ssm.load_separator(args.checkpoint)
+        alone, per_talker, bins = answer(args, mixture)
         _, spectrogram, talkers = ssm.infer_recording(
-            args.output_dir / "mixture.wav", separator, num_speakers=2)
-        alone, per_talker = answer(args, mixture)
+            args.output_dir / "mixture.wav", separator, num_speakers=2, num_bins=bins)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

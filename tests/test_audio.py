@@ -1,14 +1,17 @@
 """Reading and writing audio, log-mel spectrograms, gains back to audio, frozen encoders."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import soundfile
 import soxr
 import torch
-from conftest import RATE, WIDTH, sine, tower_states
+from conftest import RATE, ROOT, WIDTH, sine, tower_states
 
 import audio
 from mixing import list_recordings
@@ -79,6 +82,24 @@ def test_blocks_are_the_whole(rate, tmp_path, monkeypatch):
 def test_the_rate_of_a_file_is_its_own(tmp_path):
     soundfile.write(tmp_path / "a.wav", sine(0.5, 300, 8000), 8000)
     assert len(audio.read_audio(tmp_path / "a.wav", sampling_rate=44100)) == RATE // 2
+
+
+def test_a_flac_file_from_a_pipe_is_answered_with_its_conversion(tmp_path):
+    soundfile.write(tmp_path / "a.flac", sine(0.4, 150), RATE)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[21] &= 0xF0  # its number of samples: unknown
+    content[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(content)
+    with pytest.raises(ValueError, match=r"convert it: ffmpeg -i \S+a\.flac \S+a\.wav"):
+        audio.read_audio(tmp_path / "a.flac")
+
+
+def test_a_recording_is_read_where_standard_error_is_closed(tmp_path):
+    soundfile.write(tmp_path / "a.wav", sine(0.4, 150), RATE)
+    code = "import os, audio; os.close(2); print(len(audio.read_audio('a.wav')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.stdout == f"{round(0.4 * RATE)}\n"
 
 
 @pytest.mark.parametrize(("suffix", "kind"), [

@@ -116,6 +116,12 @@ def test_pretrain_without_the_device_asked_for(tmp_path, capsys, monkeypatch):
     assert "error: no cuda device here" in capsys.readouterr().err
 
 
+def test_a_picture_of_prices(tmp_path):
+    spectrogram = torch.rand(50, 16)
+    two_talkers.picture(tmp_path / "a.png", [("$", spectrogram, "$100 and 5% of $7")] * 2)
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
 @pytest.mark.pictures
 def test_two_talkers_from_any_two_recordings(qwen_folder, spectrogram_checkpoint, tmp_path, capsys):
     one = write_wav(tmp_path / "one.wav", sine(0.7, 200))
