@@ -536,9 +536,9 @@ def answer_per_talker(
     Returns one dict per talker: ``speaker`` (from 1), ``probability`` (the highest), ``text`` and
     ``windows``, dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``, one per
     window, or, where Whisper itself decodes a recording beyond its window, per segment in which
-    the talker is heard. With
-    ``mode="joint"`` one about all talkers, with ``speakers``, a list, for ``speaker``. Raises
-    FileNotFoundError or ValueError if the recording cannot be read or arguments do not fit.
+    the talker is heard. With ``mode="joint"`` one about all talkers, with ``speakers``, a list, for
+    ``speaker``. Raises FileNotFoundError or ValueError if the recording cannot be read or arguments
+    do not fit.
     """
     integration = integration_of(model)
     if mode not in ("separate", "joint"):

@@ -9,6 +9,7 @@ project, printed as it would be typed. Run again, it goes on where it stopped.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import sys
@@ -84,8 +85,9 @@ def write_manifest(manifest: Path, text: str) -> Path:
 def list_digits(args) -> Path:
     """Write a manifest of the digits into the working folder."""
     listing = args.work_dir / "digits.part"
-    if digits_manifest.main(args.fsdd, listing):
-        sys.exit(2)
+    with contextlib.redirect_stdout(None):  # the file that it names does not stay
+        if digits_manifest.main(args.fsdd, listing):
+            sys.exit(2)
     text = listing.read_text(encoding="utf-8")
     listing.unlink()
     return write_manifest(args.work_dir / "digits.jsonl", text)
