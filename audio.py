@@ -29,7 +29,9 @@ READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
 CANCELLED = 1e-4  # 40 dB below the loudest channel: recorded in opposite phase
 LEAD, QUIET = 10, 1e-4  # in power: 10 dB above every other channel, 40 dB below the loudest part
 RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; samples whose squares float32 can add up
-SIZED = {b"RIFF": "little", b"RIFX": "big", b"FORM": "big"}  # WAV and AIFF: byte order of the size
+# Where a file's header has its size and in which byte order: WAV, AIFF, AU, RF64 and W64.
+SIZED = {b"RIFF": (4, 8, "little"), b"RIFX": (4, 8, "big"), b"FORM": (4, 8, "big"),
+         b".snd": (8, 12, "big"), b"RF64": (20, 28, "little"), b"riff": (16, 24, "little")}
 HEADER_SLACK, STREAM_SIZE = 1024, 0x7FFF0000  # bytes it may be off; from there on it is unknown
 UNREADABLE_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mkv", ".mov"}
 OGG_PAGE = 1 << 16  # bytes that hold the last page's header
@@ -119,17 +121,20 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
 def _breaks_off(path) -> bool:
     """Say whether a file is shorter than its header says, or lacks the last page of Ogg.
 
-    libsndfile reads what is there of such a WAV, AIFF or Ogg file as if that were all.
+    libsndfile reads what is there of such a file as if that were all.
     """
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
-        kind, declared = file.read(4), file.read(4)
+        header = file.read(28)
+        kind = header[:4]
         if kind == b"OggS":
             file.seek(max(0, size - OGG_PAGE))
             page = file.read().rpartition(kind)[2]
             return len(page) < 2 or not page[1] & 4  # the flag of the last one
-    declared = int.from_bytes(declared, SIZED.get(kind, "little"))
-    return kind in SIZED and size + HEADER_SLACK < declared < STREAM_SIZE
+    if kind not in SIZED:
+        return False
+    start, end, order = SIZED[kind]
+    return size + HEADER_SLACK < int.from_bytes(header[start:end], order) < STREAM_SIZE
 
 
 def check_rate(name, rate: int) -> None:

@@ -102,6 +102,15 @@ def test_a_recording_is_read_where_standard_error_is_closed(tmp_path):
     assert done.stdout == f"{round(0.4 * RATE)}\n"
 
 
+@pytest.mark.parametrize("kind", ["AU", "RF64", "W64"])
+def test_a_file_of_a_rarer_kind_that_breaks_off(kind, tmp_path):
+    soundfile.write(tmp_path / "a", sine(0.4, 150), RATE, format=kind)
+    content = (tmp_path / "a").read_bytes()
+    (tmp_path / "a").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="breaks off"):
+        audio.read_audio(tmp_path / "a")
+
+
 @pytest.mark.parametrize(("suffix", "kind"), [
     ("wave", "WAV"), ("aifc", "AIFF"), ("au", "AU"), ("caf", "CAF"), ("oga", "OGG"),
     ("rf64", "RF64"), ("sph", "NIST"), ("w64", "W64")])  # fmt: skip
