@@ -427,7 +427,8 @@ def _heard(stream: Tensor, mixture: Tensor, segments: list[dict]) -> list[dict]:
         if len(stream[frames]):
             loudest = stream[frames].max()
             least = max(stream.max() - SILENT, mixture[frames].max() - DROWNED)
-            heard += [part] * bool(loudest > least)
+            if loudest > least:
+                heard.append(part)
     return heard
 
 

@@ -3590,7 +3590,7 @@ def cmd_demo(args) -> None:
     answer = load_integrated(args, separator, device) if args.model else None
     infer = partial(infer_recording, separator=separator, threshold=args.threshold)
     if answer:  # separate what the model is given
-        infer.keywords["num_bins"] = answer.args[1].feature_extractor.feature_size
+        infer = partial(infer, num_bins=answer.args[1].feature_extractor.feature_size)
     print(f"separator {checkpoint}")
     page = build_page(infer, answer, separator.max_speakers, args.num_speakers)
     _, address, _ = page.launch(server_name="127.0.0.1", server_port=args.port, inbrowser=True,

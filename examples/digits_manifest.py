@@ -16,25 +16,32 @@ from pathlib import Path
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
-def main(folder: str, manifest: str) -> int:
-    """Write the manifest; returns 0, or 2 where there are no recordings."""
+def digit_rows(folder: str, start: Path) -> list[dict]:
+    """Return the rows of a manifest that lies in the folder ``start``; ValueError if none are."""
     recordings = sorted(path for path in Path(folder).glob("*.wav")
                         if re.fullmatch(r"\d_[^_]+_\d+", path.stem))
     if not recordings:
-        print(f"error: no recordings named like 7_theo_3.wav in {folder}", file=sys.stderr)
+        raise ValueError(f"no recordings named like 7_theo_3.wav in {folder}")
+    rows = []
+    for path in recordings:
+        digit, speaker, index = path.stem.split("_")
+        rows.append({"audio": os.path.relpath(path, start.resolve()), "speaker": speaker,
+                     "text": WORDS[int(digit)], "split": "val" if int(index) < 10 else "train",
+                     "corpus": "fsdd"})
+    return rows
+
+
+def main(folder: str, manifest: str) -> int:
+    """Write the manifest; returns 0, or 2 where there are no recordings."""
+    try:
+        rows = digit_rows(folder, Path(manifest).parent)
+        if not Path(manifest).resolve().parent.is_dir() or Path(manifest).is_dir():
+            raise ValueError(f"no folder to write a file {manifest} into")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    if not Path(manifest).resolve().parent.is_dir() or Path(manifest).is_dir():
-        print(f"error: no folder to write a file {manifest} into", file=sys.stderr)
-        return 2
-    with open(manifest, "w", encoding="utf-8") as lines:
-        for path in recordings:
-            digit, speaker, index = path.stem.split("_")
-            audio = os.path.relpath(path, Path(manifest).resolve().parent)
-            split = "val" if int(index) < 10 else "train"
-            row = {"audio": audio, "speaker": speaker, "text": WORDS[int(digit)], "split": split,
-                   "corpus": "fsdd"}
-            lines.write(json.dumps(row) + "\n")
-    print(f"{len(recordings)} recordings -> {manifest}")
+    Path(manifest).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{len(rows)} recordings -> {manifest}")
     return 0
 
 

@@ -9,7 +9,6 @@ project, printed as it would be typed. Run again, it goes on where it stopped.
 """
 
 import argparse
-import contextlib
 import io
 import json
 import sys
@@ -74,23 +73,21 @@ def read_manifest(manifest: Path) -> list[dict]:
     return rows
 
 
-def write_manifest(manifest: Path, text: str) -> Path:
+def write_manifest(manifest: Path, rows: list[dict]) -> Path:
     """Write a manifest; fail where there is another, since what was made of that is there too."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     if manifest.is_file() and manifest.read_text(encoding="utf-8") != text:
         fail(f"{manifest} lists other recordings: choose another --work_dir")
     manifest.write_text(text, encoding="utf-8")
     return manifest
 
 
-def list_digits(args) -> Path:
-    """Write a manifest of the digits into the working folder."""
-    listing = args.work_dir / "digits.part"
-    with contextlib.redirect_stdout(None):  # the file that it names does not stay
-        if digits_manifest.main(args.fsdd, listing):
-            sys.exit(2)
-    text = listing.read_text(encoding="utf-8")
-    listing.unlink()
-    return write_manifest(args.work_dir / "digits.jsonl", text)
+def list_digits(args) -> list[dict]:
+    """Return the rows of the digits, as a manifest in the working folder has them."""
+    try:
+        return digits_manifest.digit_rows(args.fsdd, args.work_dir)
+    except ValueError as error:
+        fail(error)
 
 
 def make_dataset(folder: Path, *words) -> Path:
@@ -104,8 +101,8 @@ def make_dataset(folder: Path, *words) -> Path:
 
 def make_data(args) -> tuple[Path, dict[str, Path]]:
     """Make the training data and a test set of every kind; return it and the test sets by name."""
-    digits = [f"--speech_dir={list_digits(args)}", "--max_seconds=4"]
-    noises = args.work_dir / "noises"
+    manifest = write_manifest(args.work_dir / "digits.jsonl", list_digits(args))
+    digits, noises = [f"--speech_dir={manifest}", "--max_seconds=4"], args.work_dir / "noises"
     make_noises(noises / "train", seed=1)
     make_noises(noises / "test", seed=0)
     train = make_dataset(

@@ -35,8 +35,7 @@ def select_corpus(args) -> Path:
             if str(row.get("corpus") or "").startswith(args.corpus)]
     if not rows:
         fail(f"no line of {source} has a corpus that starts with {args.corpus}")
-    return write_manifest(args.work_dir / f"{args.corpus.replace('/', '_')}.jsonl",
-                          "".join(json.dumps(row) + "\n" for row in rows))
+    return write_manifest(args.work_dir / f"{args.corpus.replace('/', '_')}.jsonl", rows)
 
 
 def make_test_set(args, talkers: int) -> Path:

@@ -8,7 +8,6 @@ command of this project, printed as it would be typed. Run again, it goes on whe
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -45,11 +44,13 @@ def list_speech(args) -> Path:
     speech = read_manifest(Path(args.speech) / "manifest.jsonl")
     if not (Path(args.speech) / "noise").is_dir():
         fail(f"no {Path(args.speech) / 'noise'}")
-    digits, lines = read_manifest(list_digits(args)), []
-    for row in speech + [row for row in digits if row["split"] == "train"]:
+    digits = [row | {"audio": str((args.work_dir / row["audio"]).resolve())}
+              for row in list_digits(args) if row["split"] == "train"]
+    rows = []
+    for row in speech + digits:
         times = TIMES.get(str(row.get("corpus")), 1) if row.get("split") == "train" else 1
-        lines += [json.dumps(row) + "\n"] * times
-    return write_manifest(args.work_dir / "speech.jsonl", "".join(lines))
+        rows += [row] * times
+    return write_manifest(args.work_dir / "speech.jsonl", rows)
 
 
 def make_noises(args) -> Path:
