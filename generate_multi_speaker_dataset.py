@@ -366,12 +366,16 @@ def pick_device(name: str) -> str:
     return best if name == "auto" else name
 
 
-def _with_features(plans: list, rendered: Iterator, encoder) -> Iterator[dict]:
-    """Yield arguments of ``write_mixture`` for rendered mixtures, encoded by an encoder if any."""
+def _with_features(plans: list, rendered: Iterator, encoder, longest: float) -> Iterator[dict]:
+    """Yield arguments of ``write_mixture`` for rendered mixtures, encoded by an encoder if any.
+
+    A talker of more than ``longest`` seconds was cut and has no text: nobody says the end of it.
+    """
     for plan, (sources, mixture) in zip(plans, rendered, strict=True):
         waveforms = [mixture, *sources]
         features = [f.cpu().numpy() for f in encoder.encode(waveforms)] if encoder else None
-        speakers = [{"speaker_id": t.utterances[0].speaker, "text": t.text} for t in plan.talkers]
+        speakers = [{"speaker_id": t.utterances[0].speaker,
+                     "text": t.text if t.seconds <= longest else ""} for t in plan.talkers]
         about = {"overlap": plan.overlap, "overlap_target": plan.overlap_target,
                  "snr_db": plan.noise and plan.noise.snr_db, "room": plan.room,
                  "band": plan.band or None}
@@ -398,7 +402,7 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
                   for _ in tqdm(range(samples), f"plan {split}", leave=False, disable=None)]
     longest = options.max_seconds or np.inf
     if cut := {t.utterances for plan in plans for t in plan.talkers if t.seconds > longest}:
-        print(f"cut to {round(longest, 2):g} s, with the whole text: {len(cut)} recordings")
+        print(f"cut to {round(longest, 2):g} s, without their text: {len(cut)} recordings")
     if missed := sum(p.overlap_target is not None and
                      abs(p.overlap - p.overlap_target) > mixing.OVERLAP_TOLERANCE for p in plans):
         print(f"another overlap than was asked for, which did not fit: {missed} mixtures")
@@ -423,7 +427,8 @@ def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator
     seconds = sum((1 + len(plan.talkers)) * plan.seconds for plan in plans)
     check_space(Path(args.output_dir), round(seconds * rate))
     rendered = mixing.render_mixtures(plans, options.max_seconds, args.workers)
-    return _with_features(plans, rendered, encoder), about | {"mixing": options._asdict()}
+    longest = options.max_seconds or np.inf
+    return _with_features(plans, rendered, encoder, longest), about | {"mixing": options._asdict()}
 
 
 def _utterance(row: dict, listing: Path) -> Utterance:

@@ -25,9 +25,10 @@ def normalize_words(text: str, english: bool | None = None) -> list[str]:
     """Return the words of a text for counting errors.
 
     ``english`` text (default: see ``is_english``) goes through Whisper's English normaliser, which
-    writes numerals and contractions one way; its numbers are then split into digits, since "three
-    one nine" and "3, 1, 9" say the same. Other text goes through Whisper's basic normaliser, and
-    Chinese and Japanese are counted by characters.
+    writes numerals and contractions one way, but without its list of British spellings, which not
+    every model has; its numbers are then split into digits, since "three one nine" and "3, 1, 9"
+    say the same. Other text goes through Whisper's basic normaliser, and Chinese and Japanese are
+    counted by characters.
     """
     from transformers.models.whisper.english_normalizer import (
         BasicTextNormalizer,
@@ -35,7 +36,10 @@ def normalize_words(text: str, english: bool | None = None) -> list[str]:
     )
 
     if is_english(text) if english is None else english:
-        text = EnglishTextNormalizer({})(text.replace("\u2019", "'"))  # a printer's apostrophe
+        text = text.replace("\u2019", "'")  # a printer's apostrophe
+        # The normaliser would drop the zeros that a number begins with.
+        text = re.sub(r"(?<![\d.,])0+(?=\d)", lambda zeros: " ".join(zeros[0]) + " ", text)
+        text = EnglishTextNormalizer({})(text)
         words = re.sub(r"(\d)", r" \1 ", text).split()
         return ["1" if word == "one" else word for word in words]  # the only digit left as a word
     text = BasicTextNormalizer()(text)
@@ -111,12 +115,14 @@ def word_table(scores: list[dict]) -> list[str]:
 
 def score_table(scores: dict) -> list[str]:
     """Return the table that stands in the report and that ``evaluate`` prints."""
-    rows = [[name, f"{value:.3f}", "-" if name == "zeros" else "0.0", "-"]
+    gain = scores["si_sdr_improvement"]  # None without mixtures of several talkers
+    as_it_is, improvement = ("-", "-") if gain is None else ("0.0", f"{gain:.1f}")
+    rows = [[name, f"{value:.3f}", "-" if name == "zeros" else as_it_is, "-"]
             for name, value in scores["trivial_mse"].items()]
     commonest = f"{scores['majority_count_accuracy']:.1%}"
     rows.append(["always the commonest count", "-", "-", commonest])
-    rows.append(["**separator**", f"{scores['separation']:.3f}",
-                 f"{scores['si_sdr_improvement']:.1f}", f"{scores['count_accuracy']:.1%}"])
+    rows.append(["**separator**", f"{scores['separation']:.3f}", improvement,
+                 f"{scores['count_accuracy']:.1%}"])
     return markdown_table(
         ["output", "separation error", "SI-SDR improvement (dB)", "talker count right"], rows)
 

@@ -1798,6 +1798,13 @@ def check_data(name: str, config: dict, *datasets: MultiSpeakerDataset) -> None:
                              f"{data.max_speakers} talkers")
 
 
+def check_readable(data: MultiSpeakerDataset) -> None:
+    """Fail unless all mixtures can be read: else the first epoch would be lost."""
+    rank, ranks = process_rank()
+    for number in progress_bar(range(rank, len(data), ranks), "check"):
+        data[number]
+
+
 def feature_source(data: MultiSpeakerDataset) -> dict:
     """Return what a separator of features keeps about the data that it was trained on."""
     keys = ("kind", "encoder", "layer", "frame_rate")
@@ -2059,7 +2066,8 @@ def check_history(history: list, epochs: int) -> None:
     for number, row in enumerate(history, start=1):
         train, val = row["train"], row["val"]
         values = [row["lr"], row["seconds"], *(train[part] for part in LOSS_PARTS),
-                  *(val[name] for name in (*LOSS_PARTS, "si_sdr_improvement", *COUNT_SCORES)),
+                  *(val[name] for name in (*LOSS_PARTS, *COUNT_SCORES)),
+                  val["si_sdr_improvement"] or 0,
                   *(val["trivial_mse"][name] for name in TRIVIAL_OUTPUTS)]
         if row["epoch"] != number or not all(is_number(v, -1e30, 1e30) for v in values):
             raise ValueError(f"epoch {number} of its history is damaged")
@@ -2265,6 +2273,13 @@ def start_run(
                averaged, optimizer, scheduler, loader, val_set, history, rest, [])
 
 
+def validate(run: Run) -> dict:
+    """Return what ``evaluate_separator`` says of the averaged weights, threshold calibrated."""
+    return evaluate_separator(
+        run.averaged.module, run.val_set, batch_size=min(8, run.options.batch_size),
+        device=run.device, dtype=run.dtype, calibrate=True, weights=run.weights)
+
+
 def run_epoch(run: Run, epoch: int) -> dict | None:
     """Train and validate once; return the epoch's row of the history, None if it was stopped."""
     started = time.perf_counter()
@@ -2272,9 +2287,7 @@ def run_epoch(run: Run, epoch: int) -> dict | None:
     train = train_epoch(run, epoch)
     if train is None:
         return None
-    val = evaluate_separator(
-        run.averaged.module, run.val_set, batch_size=min(8, run.options.batch_size),
-        device=run.device, dtype=run.dtype, calibrate=True, weights=run.weights)
+    val = validate(run)
     if not math.isfinite(val["total"]):
         raise ValueError(f"the validation loss is not finite in epoch {epoch}; earlier checkpoints "
                          "are intact: lower --lr or look at the validation data")
@@ -2286,17 +2299,20 @@ def run_epoch(run: Run, epoch: int) -> dict | None:
     return {"epoch": epoch, "lr": rate, "seconds": seconds, "train": train, "val": val}
 
 
-def format_epoch(row: dict, epochs: int) -> str:
-    """Return one line of the training log."""
-    train, val = row["train"], row["val"]
+def format_validation(val: dict) -> str:
+    """Return the validation scores in a line of the training log."""
     parts = " ".join(f"{part} {val[part]:.3f}" for part in LOSS_PARTS[1:])
     trivial = ", ".join(f"{name} {mse:.3f}" for name, mse in val["trivial_mse"].items())
     best = min(val["trivial_mse"].values())  # 0 where every mixture is one talker or silence
     relative = f"{val['separation'] / best:.2f}" if best else "-"
-    return (
-        f"epoch {row['epoch']:3d}/{epochs}  train {train['total']:.3f}  val {val['total']:.3f} "
-        f"({parts})  count {val['count_accuracy']:.0%}  MSE / best trivial {relative} "
-        f"({trivial})  lr {row['lr']:.1e}  {row['seconds']:.0f} s")
+    return (f"val {val['total']:.3f} ({parts})  count {val['count_accuracy']:.0%}  "
+            f"MSE / best trivial {relative} ({trivial})")
+
+
+def format_epoch(row: dict, epochs: int) -> str:
+    """Return one line of the training log."""
+    return (f"epoch {row['epoch']:3d}/{epochs}  train {row['train']['total']:.3f}  "
+            f"{format_validation(row['val'])}  lr {row['lr']:.1e}  {row['seconds']:.0f} s")
 
 
 def checkpoint_of(run: Run) -> dict:
@@ -2373,6 +2389,7 @@ def save_epoch(run: Run, folder: Path, missing: bool = False) -> None:
 def run_epochs(run: Run, folder: Path) -> None:
     """Train until the last epoch, or until a signal, or no better epoch, stops it."""
     history, options, writes = run.history, run.options, process_rank()[0] == 0
+    start = None
 
     def note(number: int, _):
         run.signals.append(number)
@@ -2380,6 +2397,9 @@ def run_epochs(run: Run, folder: Path) -> None:
             raise Stopped(number)
 
     with handling_signals(note):
+        if options.init_from and not (history or run.progress):
+            start = validate(run)
+            print(f"before training  {format_validation(start)}", flush=True)
         for epoch in range(len(history) + 1, options.epochs + 1):
             row = run_epoch(run, epoch)
             if row is None:
@@ -2391,9 +2411,11 @@ def run_epochs(run: Run, folder: Path) -> None:
             if patience_is_over(history, options.patience):
                 print(f"no better epoch in {options.patience}; stopped, the best was "
                       f"{best_epoch(history)}")
-                return
+                break
             if epoch < options.epochs and asked_to_stop(run):
                 stop_run(run, folder)
+    if start and start["total"] <= min(row["val"]["total"] for row in history):
+        print(f"no epoch is better than {options.init_from} was: try a lower --lr")
 
 
 def train_speaker_separator(
@@ -2435,6 +2457,7 @@ def train_speaker_separator(
                   f"--{'patience' if is_over else 'epochs'}")
         else:
             # After every check, so that a refused command leaves an earlier run where it is.
+            check_readable(val_set)
             if writes and not options.resume:
                 move_earlier_run(folder)
             run_epochs(run, folder)
@@ -2495,7 +2518,8 @@ def evaluate_separator(
 
     Returns ``total, separation, reconstruction, activity`` over all mixtures, whatever the batch
     size; ``si_sdr_improvement`` in dB over mixtures of two or more talkers (of audio for
-    recordings, else of features); what ``count_scores`` returns; ``trivial_mse`` by name.
+    recordings, else of features), None if there are none; what ``count_scores`` returns;
+    ``trivial_mse`` by name.
     """
     separator.eval()
     device = device or separator.speaker_queries.device.type
@@ -2516,6 +2540,8 @@ def evaluate_separator(
         done += len(probs)
     sums, (probabilities, truths) = sum_over_processes(sums), sum_over_processes(found).cpu()
     scores = dict(zip(SCORES, (sums[0] / sums[1].clamp(min=1e-9)).tolist(), strict=True))
+    if not sums[1, SCORES.index("si_sdr_improvement")]:
+        scores["si_sdr_improvement"] = None
     scores["total"] = weights.total(*(scores[part] for part in LOSS_PARTS[1:]))
     scores["trivial_mse"] = {name: scores.pop(name) for name in TRIVIAL_OUTPUTS}
     truths = truths.bool()
@@ -3404,7 +3430,7 @@ def cmd_evaluate(args) -> None:
     scores = evaluate_separator(
         separator, dataset, batch_size=args.batch_size, device=device,
         dtype=pick_dtype(args.dtype, device)[0], threshold=args.threshold,
-        num_speakers=args.num_speakers)
+        num_speakers=args.num_speakers, weights=loss_weights(TrainOptions(), dataset))
     if process_rank()[0]:
         return
     chosen = (f"talkers from probability {scores['threshold']:.2f} on" if args.num_speakers is None
@@ -3797,6 +3823,10 @@ def main(argv: list[str] | None = None) -> int:
         if is_out_of_memory(error):
             error = MemoryError("out of memory: shorter recordings, a smaller --batch_size (train "
                                 "also has --recompute) or --device=cpu need less of it")
+        if str(error).startswith("DataLoader worker (pid"):
+            error = ChildProcessError("a process that loads or mixes died, out of memory? Use "
+                                      "fewer --workers; train --resume goes on from the last "
+                                      "checkpoint")
         if not isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryError)):
             raise
         if fails_first():

@@ -338,8 +338,9 @@ def test_recording_longer_than_the_limit_is_cut_and_said_once(
     assert generator.main(argv) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line for line in printed if "cut" in line] == [
-        f"cut to {seconds:g} s, with the whole text: 4 recordings"]
+        f"cut to {seconds:g} s, without their text: 4 recordings"]
     entry = metadata(tmp_path / "data", "train")[0]
+    assert {speaker["text"] for speaker in entry["speakers"]} == {""}  # its end is not said
     mixed, _ = soundfile.read(tmp_path / "data/train" / entry["mixed_wav"])
     assert len(mixed) / RATE == entry["seconds"] == pytest.approx(seconds, abs=0.0011)
     assert entry["overlap"] > 0.5

@@ -199,6 +199,24 @@ def test_a_worker_that_fails_is_told_in_one_line(own_dataset, tmp_path, capsys):
     assert_fails(capsys, argv, "mixed", "holds NaN")
 
 
+def test_a_worker_that_is_killed_is_told_in_one_line(dataset, tmp_path, capsys, monkeypatch):
+    """As the system kills one when memory runs out."""
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ssm.RemixedFeatures, "__getitem__", die)
+    argv = train_flags(dataset, tmp_path / "run", "--workers=1")
+    assert_fails(capsys, argv, "a process that loads or mixes died", "fewer --workers")
+
+
+def test_validation_data_are_read_before_training(own_dataset, tmp_path, capsys, monkeypatch):
+    """The epoch before would be lost, and an earlier run moved away."""
+    monkeypatch.delattr(ssm, "train_epoch")
+    path = next((own_dataset / "val/separated").glob("*.npy"))
+    np.save(path, np.full_like(np.load(path), np.nan))
+    assert_fails(capsys, train_flags(own_dataset, tmp_path / "run"), path, "holds NaN")
+
+
 def test_workers_outlast_signals_to_all_processes():
     """torch would make a traceback of a worker that ends before the main process."""
     numbers = (signal.SIGINT, signal.SIGTERM)

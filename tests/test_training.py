@@ -30,6 +30,7 @@ from conftest import (
 )
 
 import generate_multi_speaker_dataset as generator
+import scoring
 import speaker_separator_module as ssm
 
 KINDS = ["features", "recordings"]
@@ -429,6 +430,15 @@ def test_improvement_of_audio(scripted):
     assert ssm.si_sdr_improvement(lifted, batch).abs().max() < 0.05
 
 
+def test_single_talkers_have_no_improvement(tmp_path):
+    """The mixture is the talker: a number would say that the separator changed nothing."""
+    singles = make_dataset(tmp_path, "--min_speakers=1", "--max_speakers=1")
+    scores = ssm.evaluate_separator(
+        tiny_separator(), ssm.MultiSpeakerDataset(singles, "val"), batch_size=1)
+    assert scores["si_sdr_improvement"] is None
+    assert {row.split("|")[3].strip() for row in scoring.score_table(scores)[2:]} == {"-"}
+
+
 def test_the_likeliest_of_streams_alike_is_the_talker(recordings, scripted):
     """Of a talker alone every stream is the mixture; the one that errs by a trace more is likely.
 
@@ -645,7 +655,11 @@ def test_training_starts_from_a_separator(kind, data, tmp_path, capsys):
     flags = [f"--data_dir={data}", f"--checkpoint_dir={tmp_path / 'run'}", *CPU_FLAGS]
     assert ssm.main(["train", *flags, f"--init_from={tmp_path / 'start'}", "--epochs=1",
                      "--mixtures_per_epoch=2", "--lr=1e-12", "--dropout=0.2"]) == 0
-    assert f"parameters of {tmp_path / 'start'}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"parameters of {tmp_path / 'start'}" in printed
+    _, before, epoch, after, *_ = printed.splitlines()
+    assert before.startswith("before training  val ") and before.split("val")[1] in epoch
+    assert after == f"no epoch is better than {tmp_path / 'start'} was: try a lower --lr"
     tuned = ssm.load_separator(tmp_path / "run/best_model.pt")
     for name, weight in start.state_dict().items():
         torch.testing.assert_close(tuned.state_dict()[name], weight.bfloat16().float())
