@@ -199,7 +199,10 @@ def _read_text(path: Path) -> str:
 
 def _read_speaker_folders(path: Path) -> list[Utterance]:
     transcripts, chapters = {}, set()
-    recordings = [audio for audio in mixing.list_recordings(path) if audio.parent != path]
+    found = mixing.list_recordings(path)
+    recordings = [audio for audio in found if audio.parent != path]
+    if loose := len(found) - len(recordings):
+        print(f"left out the recordings in no speaker's folder, but in {path} itself: {loose}")
     folders = {audio.parent for audio in recordings}  # rglob would not follow links as that does
     for listing in chain.from_iterable(folder.glob("*.trans.txt") for folder in folders):
         for line in _read_text(listing).splitlines():
@@ -317,13 +320,13 @@ def _split_of_manifest(utterances: list[Utterance]) -> dict[str, list[Utterance]
 
 
 def check_apart(splits: dict[str, list[Utterance]]) -> None:
-    """Raise ValueError if a recording is in both splits."""
-    names = {u.audio.name for u in splits["val"]}  # to resolve all would be slow
-    train, val = ({u.audio.resolve() for u in group if u.audio.name in names}
-                  for group in splits.values())
-    if train & val:
-        raise ValueError(f"{min(train & val)} is in both splits: list it for one speaker, with one "
-                         "text and split")
+    """Raise ValueError if a recording is in both splits, under one name or two."""
+    held_out = {(file.st_dev, file.st_ino) for file in (u.audio.stat() for u in splits["val"])}
+    for utterance in splits["train"]:
+        file = utterance.audio.stat()
+        if (file.st_dev, file.st_ino) in held_out:
+            raise ValueError(f"{utterance.audio} is in both splits: list it for one speaker, with "
+                             "one text and split")
 
 
 def split_speech(utterances: list[Utterance], split_by: str, seed: int) -> dict[str, list]:
@@ -403,6 +406,10 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
     longest = options.max_seconds or np.inf
     if cut := {t.utterances for plan in plans for t in plan.talkers if t.seconds > longest}:
         print(f"cut to {round(longest, 2):g} s, without their text: {len(cut)} recordings")
+    if short := sum(t.seconds < options.min_seconds or len(t.utterances) < options.join[0]
+                    for plan in plans for t in plan.talkers):
+        print(f"talkers who say less than --min_seconds or --join asks for, which did not fit: "
+              f"{short}")
     if missed := sum(p.overlap_target is not None and
                      abs(p.overlap - p.overlap_target) > mixing.OVERLAP_TOLERANCE for p in plans):
         print(f"another overlap than was asked for, which did not fit: {missed} mixtures")
@@ -442,16 +449,21 @@ class ListedUtterances(Sequence):
 
     def __init__(self, listing: Path):
         self.listing, self.places = listing, array("q")  # bytes from the start of the file
+        self.version = self._version_of(os.stat(listing))
+
+    @staticmethod
+    def _version_of(file: os.stat_result) -> tuple[int, int]:
+        return file.st_ino, file.st_mtime_ns
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> Utterance:
         with open(self.listing, "rb") as lines:
+            if self._version_of(os.fstat(lines.fileno())) != self.version:
+                raise ValueError(f"{self.listing} was replaced while it was in use")
             lines.seek(self.places[index])
-            with contextlib.suppress(ValueError, KeyError):
-                return _utterance(json.loads(lines.readline().rstrip(b",\n")), self.listing)
-        raise ValueError(f"{self.listing} was replaced while it was in use")
+            return _utterance(json.loads(lines.readline().rstrip(b",\n")), self.listing)
 
 
 def _read_listing(listing: Path) -> dict[str, Sequence[Utterance]]:

@@ -2253,6 +2253,9 @@ def start_run(
                          f"{loader.batch_sampler.parts}: fewer processes or --accumulate")
     rank, ranks = process_rank()
     rest = dict((checkpoint or {}).get("progress", {}))
+    if rest and checkpoint.get("training_data", train_set.digest) != train_set.digest:
+        raise ValueError(f"the epoch that was stopped drew from other data than {train_set.folder} "
+                         "has now: give its --data_dir, or train anew elsewhere")
     if rest and rank:  # the first process holds the losses of all
         rest["rows"] = torch.zeros_like(rest["rows"])
     if rest and rest["step_size"] != loader.batch_sampler.step_size:
@@ -2318,6 +2321,7 @@ def format_epoch(row: dict, epochs: int) -> str:
 def checkpoint_of(run: Run) -> dict:
     """Return what a checkpoint holds: plain types and tensors."""
     separator, row = run.averaged.module, run.history[-1] if run.history else None
+    drawn_from = run.loader.dataset
     threshold = row["val"]["threshold"] if row else separator.threshold
     return {
         "epoch": len(run.history), "model_state_dict": separator.state_dict(),
@@ -2327,6 +2331,7 @@ def checkpoint_of(run: Run) -> dict:
         "train_history": run.history, "training_state_dict": run.separator.state_dict(),
         "steps": int(run.averaged.n_averaged), "options": run.options._asdict(),
         "model_config": separator.config | {"threshold": threshold},
+        "training_data": getattr(drawn_from, "base", drawn_from).digest,
         "validation_data": run.val_set.digest,
         **({"progress": run.progress} if run.progress else {}),
     }

@@ -1,6 +1,7 @@
 """The generator, the dataset classes, batches, and what bad input is answered with."""
 
 import json
+import os
 import pickle
 import shutil
 from itertools import pairwise
@@ -974,6 +975,12 @@ def test_recording_in_both_splits_of_a_manifest_is_refused(manifest, tmp_path, c
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, [*rows, twice])))
     argv = [f"--speech_dir={tmp_path / 'list.jsonl'}", f"--output_dir={tmp_path / 'data'}"]
     assert_fails(capsys, argv, twice["audio"], "in both splits", main=generator.main)
+    (tmp_path / "again.wav").symlink_to(manifest.parent / rows[0]["audio"])
+    os.link(manifest.parent / rows[0]["audio"], tmp_path / "and_again.wav")
+    for name in ("again.wav", "and_again.wav"):
+        twice["audio"] = str(tmp_path / name)
+        (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, [*rows, twice])))
+        assert_fails(capsys, argv, rows[0]["audio"], "in both splits", main=generator.main)
 
 
 @pytest.mark.parametrize("split_by", ["speaker", "utterance"])
@@ -1054,16 +1061,20 @@ def test_a_listing_that_is_replaced_meanwhile(recordings, tmp_path):
     folder = shutil.copytree(recordings, tmp_path / "data")
     talkers = generator.load_source(folder, "train").by_speaker
     listing = folder / "train/utterances.json"
-    listing.write_text(" " * listing.stat().st_size)
+    content = listing.read_bytes()
+    listing.unlink()
+    (tmp_path / "keeps the number of the file").touch()
+    listing.write_bytes(content)  # its lines may be another talker's
     with pytest.raises(ValueError, match=f"{listing} was replaced"):
         next(iter(talkers.values()))[0]
 
 
-def test_neither_datasets_nor_hidden_files_are_speech(tmp_path, ten_speakers):
+def test_neither_datasets_nor_hidden_files_are_speech(tmp_path, capsys):
     """A dataset in the folder that it was made of, what macOS leaves beside a file, and streams."""
     wav(tmp_path / "a/take.wav", sine(0.2, 200))
     (tmp_path / "a/take.txt").write_text("said", encoding="utf-8-sig")
     wav(tmp_path / "a/._take.wav", sine(0.2, 200))
+    wav(tmp_path / "nobody.wav", sine(0.2, 200))
     wav(tmp_path / ".ipynb_checkpoints/a/take.wav", sine(0.2, 200))
     wav(tmp_path / "a/separated/take.wav/speaker_1.wav", sine(0.2, 200))
     (tmp_path / "a/separated/take.wav/separation.json").write_text("{}")
@@ -1074,6 +1085,8 @@ def test_neither_datasets_nor_hidden_files_are_speech(tmp_path, ten_speakers):
         (tmp_path / name).write_text("{}")
     assert [(u.audio, u.text) for u in generator.read_speech(tmp_path)] == [
         (tmp_path / "a/take.wav", "said")]
+    assert capsys.readouterr().out == (
+        f"left out the recordings in no speaker's folder, but in {tmp_path} itself: 1\n")
 
 
 def write_parquet(folder, recordings, **columns):

@@ -366,6 +366,20 @@ def test_overlap_that_does_not_fit_is_said(speech_dir, tmp_path, capsys):
         assert ("another overlap than was asked for" in capsys.readouterr().out) is not fits
 
 
+def test_talkers_who_say_too_little_are_counted(speech_dir, tmp_path, capsys):
+    """A limit comes before the least seconds and the least number of recordings."""
+    for number, flags in enumerate((["--min_seconds=0.6"], ["--join", 3, 3])):
+        for limit in (60, 0.65):
+            folder = tmp_path / f"{number} {limit}"
+            argv = flags_for(speech_dir, folder, *flags, f"--max_seconds={limit}")
+            assert generator.main(argv) == 0
+            printed = capsys.readouterr().out
+            assert ("talkers who say less" in printed) is (limit < 1)
+    few = [s for split in ("train", "val") for entry in metadata(folder, split)
+           for s in entry["speakers"] if len(s["text"].split()) < 3]
+    assert f"which did not fit: {len(few)}\n" in printed
+
+
 def test_overlap_is_told_of_all_mixtures_where_some_take_turns(speech_dir, tmp_path, capsys):
     argv = flags_for(speech_dir, tmp_path / "data", "--turns=0.4", "--train_samples=8")
     assert generator.main(argv) == 0

@@ -307,17 +307,21 @@ def test_a_signal_in_the_last_epoch_ends_the_run(dataset, tmp_path, monkeypatch)
     assert (tmp_path / "run/training_report.md").is_file()
 
 
-def test_the_rest_of_an_epoch_keeps_its_batches(dataset, tmp_path, monkeypatch, capsys):
-    argv = train_flags(dataset, tmp_path / "run", *LONGER)
+def test_the_rest_of_an_epoch_keeps_its_batches(own_dataset, tmp_path, monkeypatch, capsys):
+    argv = train_flags(own_dataset, tmp_path / "run", *LONGER)
     with monkeypatch.context() as patch:
         signal_after(patch, 2)
         assert ssm.main(argv) == 130
     assert_fails(capsys, [*argv, "--resume", "--batch_size=3"], "steps of")
     path = tmp_path / "run/interrupted.pt"
+    whole = path.read_bytes()
     for change in ({"rows": torch.zeros(2, 3)}, {"step_size": 0}, {"step_size": "8"}):
         content = torch.load(path)
         torch.save({**content, "progress": content["progress"] | change}, path)
         assert_fails(capsys, [*argv, "--resume"], "cannot resume")
+    path.write_bytes(whole)
+    edit_json(own_dataset / "train/metadata.json", lambda samples: samples[:-1])
+    assert_fails(capsys, [*argv, "--resume"], "drew from other data", own_dataset / "train")
 
 
 def test_signals_where_there_is_nothing_to_save(dataset, tmp_path, monkeypatch, capsys):
