@@ -335,7 +335,7 @@ def build_prompt(processor, prompt: str) -> str:
 
 def integration_of(model):
     """Return what ``integrate_speaker_separator`` put into a model, or None."""
-    return vars(getattr(model, "_orig_mod", model)).get("_speaker_integration")
+    return getattr(model, "_speaker_integration", None)  # also of a compiled or wrapped one
 
 
 def decode(processor, ids: Tensor) -> list[str]:
@@ -350,8 +350,9 @@ def answer_options(model, processor, options: dict) -> dict:
         suited = {"max_new_tokens": QWEN_TOKENS}
     else:
         suited = {"max_new_tokens": min(WHISPER_TOKENS, model.config.max_target_positions // 2)}
-        settings = options.get("generation_config") or model.generation_config
-        multilingual, tasks, task = (getattr(settings, name, None)
+        own, given = (vars(c) if c else {} for c in (
+            model.generation_config, options.get("generation_config")))
+        multilingual, tasks, task = (own.get(name) if given.get(name) is None else given[name]
                                      for name in ("is_multilingual", "task_to_id", "task"))
         if multilingual and tasks and not task:  # transformers has none where it detects a language
             suited["task"] = "transcribe"
@@ -548,8 +549,9 @@ def answer_per_talker(
         raise ValueError("there is no separator in this model: integrate_speaker_separator first")
     if not integration.is_qwen and (prompt is not None or mode == "joint"):
         raise ValueError("Whisper writes down what is said and takes no prompt and no joint mode")
+    asked = integration.settings(options.get("generation_config"), options)
     for name in MORE_THAN_TEXT:
-        if (value := options.get(name)) and (value is True or value > 1):
+        if (value := asked.get(name)) and (value is True or value > 1):
             raise ValueError(f"{name} is for generate: there is one text for each talker here")
     if integration.separator.is_spectrogram and not integration.is_qwen:
         # The talkers' whole spectrograms go to Whisper's own generate, past the integration's.

@@ -797,9 +797,15 @@ def loss_sizes(batch: dict) -> Tensor:
 
 def check_num_speakers(num_speakers: int | None, streams: int) -> None:
     """Fail unless a known number of talkers fits a separator's streams."""
-    if num_speakers is not None and not 0 <= num_speakers <= streams:
+    if num_speakers is not None and num_speakers not in range(streams + 1):
         raise ValueError(f"num_speakers must be 0 to {streams}, not {num_speakers}: the separator "
                          "has no more streams")
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Fail unless a threshold, if given, is a probability."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be 0 to 1, not {threshold!r:.40}")
 
 
 def first_threshold(separator) -> float:
@@ -841,6 +847,7 @@ def choose_talkers(
     if not (values.isfinite().all() and probs.isfinite().all()):
         raise ValueError("the separator's output is not finite: its weights are damaged, or the "
                          "input is far too loud")
+    check_threshold(threshold)
     threshold = separator.threshold if threshold is None else threshold
     active = active_streams(
         probs, threshold, num_speakers, reach_threshold, first_threshold(separator))
@@ -2809,6 +2816,8 @@ def repeat_rows(kwargs: dict, recordings: list[int], A: int) -> dict:
         if isinstance(value, Tensor) and value.dim() > 1 and len(value) == A:
             repeated[name] = value[recordings]
         elif name == "language" and isinstance(value, (list, tuple)):
+            if len(value) != A:
+                raise ValueError(f"{len(value)} languages came with {A} recordings: give one each")
             repeated[name] = [value[recording] for recording in recordings]
     return repeated
 
@@ -2849,11 +2858,14 @@ def no_rows(ids, asked: dict):
     """Return what ``generate`` returns where there is no row, in the form that was asked for."""
     from transformers.generation import GenerateDecoderOnlyOutput
 
-    empty = torch.zeros(0, 0, dtype=torch.long) if ids is None else ids[:0]
-    if asked.get("return_segments"):
-        return {"sequences": empty, "segments": []}
+    empty, more = torch.zeros(0, 0, dtype=torch.long) if ids is None else ids[:0], {}
+    timed = asked.get("return_dict_in_generate") and asked.get("return_timestamps")
+    if asked.get("return_segments") or timed:
+        more["segments"] = []
     if asked.get("return_token_timestamps"):
-        return {"sequences": empty, "token_timestamps": empty.float()}
+        more["token_timestamps"] = empty.float()
+    if more:
+        return {"sequences": empty, **more}
     if asked.get("return_dict_in_generate"):
         return GenerateDecoderOnlyOutput(sequences=empty)
     return empty
@@ -2901,6 +2913,15 @@ class Integration:
         freeze(separator)
         # A library (accelerate) may have put its own generate on the object: call and restore it.
         self.own_generate, self.original_generate = vars(model).get("generate"), model.generate
+
+    def settings(self, config, given: dict) -> dict:
+        """Return options of ``generate``: the model's, then a configuration's, then those given.
+
+        As in transformers, what is None in a configuration is not set there.
+        """
+        configs = [getattr(self.model, "generation_config", None), config]
+        return {name: value for c in filter(None, configs) for name, value in vars(c).items()
+                if value is not None} | given
 
     @torch.no_grad()
     def separate(self, features: Tensor, mel_mask: Tensor | None):
@@ -2993,9 +3014,7 @@ class Integration:
         """
         model, ids, joint = self.model, None, mode == "joint"
         model.speaker_rows = None
-        config = kwargs.get("generation_config") or (
-            args[0] if args else getattr(model, "generation_config", None))
-        asked = (vars(config) if config else {}) | kwargs
+        asked = self.settings(kwargs.get("generation_config") or (args or [None])[0], kwargs)
         if self.is_qwen:
             ids, features = kwargs.pop("input_ids", inputs), kwargs.get("input_features")
         else:
@@ -3072,11 +3091,11 @@ def check_fit(separator, config, layer: int | None) -> None:
 
 def remove_speaker_separator(model):
     """Take the separator out again; the model is then what it was, bit for bit."""
-    attributes = vars(getattr(model, "_orig_mod", model))
-    integration = attributes.pop("_speaker_integration", None)
+    integration = getattr(model, "_speaker_integration", None)  # also of a wrapped model
     if integration is None:
         return model
-    for name in ("generate", "speaker_separator", "speaker_rows"):
+    attributes = vars(integration.model)
+    for name in ("_speaker_integration", "generate", "speaker_separator", "speaker_rows"):
         del attributes[name]
     if integration.own_generate is not None:
         attributes["generate"] = integration.own_generate
@@ -3115,13 +3134,17 @@ def integrate_speaker_separator(
     """
     whole = getattr(model, "_orig_mod", model)  # of a compiled one
     separator = separator_checkpoint
+    check_threshold(threshold)
     if separator is None:
         width = audio_tower_of(whole).config.d_model
         separator = SpeakerSeparatorTransformer(width, max_speakers or 3).eval()
         print("warning: this separator has random weights; give separator_checkpoint, for example "
               "that of load_separator()", file=sys.stderr)
-    elif not isinstance(separator, nn.Module):
+    elif isinstance(separator, str | os.PathLike):
         separator = load_separator(separator)
+    elif not hasattr(separator, "is_spectrogram"):
+        raise ValueError("separator_checkpoint must be a path, a hub id or a separator, not a "
+                         f"{type(separator).__name__}")
     if not callable(getattr(whole, "generate", None)):
         raise ValueError(f"{type(whole).__name__} has no generate to put a separator before")
     layer = separator.feature_source.get("layer") if layer is None else layer
@@ -3313,13 +3336,25 @@ def check_prompt(args, config) -> None:
         raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
 
 
+def check_language(model: str, language: str, config) -> None:
+    """Fail unless a Whisper of this generation configuration writes a language, by code or name."""
+    if getattr(config, "is_multilingual", None) is False:
+        raise ValueError(f"{model} writes English alone: leave out --language")
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    known = [token.strip("<|>") for token in getattr(config, "lang_to_id", None) or ()]
+    if known and TO_LANGUAGE_CODE.get(language, language.strip("<|>")) not in known:
+        raise ValueError(f"{model} writes no {language!r}; choose a --language from "
+                         f"{', '.join(sorted(known))}")
+
+
 def open_model(args, device: str):
     """Load the model asked for and its processor; fail if it cannot write the --language."""
     from audio import load_model
 
     model, processor = load_model(args.model, device, args.dtype)
-    if args.language and getattr(model.generation_config, "is_multilingual", None) is False:
-        raise ValueError(f"{args.model} writes English alone: leave out --language")
+    if args.language:
+        check_language(args.model, args.language.lower(), model.generation_config)
     return model, processor
 
 
@@ -3534,6 +3569,8 @@ def cmd_infer(args) -> None:
         return
     results = {row["output_dir"]: name for name, row in done.items()}
     for folder in map(str, folders.values()):
+        if Path(folder).is_file():
+            raise ValueError(f"{folder} is a file: choose another --output_dir")
         if folder in results:
             raise ValueError(f"{folder} holds what {args.jsonl} says of {results[folder]}: choose "
                              "another --output_dir")

@@ -27,6 +27,7 @@ from conftest import (
     train_flags,
     write_wav,
 )
+from transformers import GenerationConfig
 
 import speaker_separator_module as ssm
 from audio import load_model, read_audio
@@ -846,6 +847,13 @@ def test_whisper_nobody_and_refusals(kind, integrate, whisper):
     assert model.generate(**inputs, num_speakers=0, return_segments=True)["segments"] == []
     times = model.generate(**inputs, num_speakers=0, return_token_timestamps=True)
     assert times["token_timestamps"].shape == times["sequences"].shape == (0, 0)
+    both = {"return_segments": True, "return_token_timestamps": True}
+    assert set(model.generate(**inputs, num_speakers=0, **both)) == {*times, "segments"}
+    if kind == "spectrogram":  # the other one refuses timestamps
+        timed = {"return_dict_in_generate": True, "return_timestamps": True}
+        assert model.generate(**inputs, num_speakers=0, **timed)["segments"] == []
+        with pytest.raises(ValueError, match="3 languages came with 2 recordings"):
+            model.generate(listen(RECORDINGS[:2])["input_features"], language=["en", "de", "en"])
     with pytest.raises(ValueError, match="audio slot, as in Qwen2-Audio"):
         model.generate(**inputs, mode="joint")
     with pytest.raises(ValueError, match="200 mel frames.*answer_per_talker"):
@@ -898,6 +906,45 @@ def test_removal_restores_the_model(kind, integrate, qwen, processor):
     assert all(p.requires_grad for n, p in qwen.named_parameters() if "embed_positions" not in n)
     assert torch.equal(qwen.generate(**inputs, max_new_tokens=6), tokens)
     assert ssm.remove_speaker_separator(qwen) is qwen  # once more is no error
+
+
+class Wrapper(torch.nn.Module):
+    """Passes on what it lacks, as the wrappers of adapters do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model, name)
+
+
+def test_a_wrapped_model_is_the_model(integrate, qwen, processor):
+    """Its separator is found in it, replaced by another one and removed."""
+    inputs, wrapped = processed(processor, RECORDINGS[:1]), Wrapper(integrate(qwen))
+    once = answers(wrapped, inputs, max_new_tokens=2)
+    assert answer_per_talker(wrapped, processor, RECORDINGS[0], max_new_tokens=1)
+    assert answers(integrate(wrapped), inputs, max_new_tokens=2) == once
+    assert len(once) == 3
+    ssm.remove_speaker_separator(wrapped)
+    assert len(wrapped.generate(**inputs, max_new_tokens=2)) == 1
+    assert "generate" not in vars(qwen) and "generate" not in vars(wrapped)
+
+
+def test_a_configuration_leaves_the_rest_to_the_model(integrate, whisper):
+    """As in transformers: what it does not set is what the model's own says."""
+    model, inputs = integrate(whisper, 1), listen(RECORDINGS[:1])
+    allowed, given = 7, GenerationConfig(max_new_tokens=2)
+    words = range(model.config.vocab_size)
+    model.generation_config.suppress_tokens = [word for word in words if word != allowed]
+    model.generation_config.num_return_sequences = 2
+    model.generation_config.do_sample = True
+    ids = model.generate(**inputs, generation_config=given)
+    assert len(ids) == 6
+    assert set(ids[:, -2:].flatten().tolist()) == {allowed}
 
 
 def test_a_generate_of_ones_own_survives(integrate, qwen, processor):
@@ -989,6 +1036,26 @@ def test_checkpoint_brings_layer_and_threshold(kind, integrate, qwen, processor,
         model = ssm.integrate_speaker_separator(qwen, separator_checkpoint=path, layer=0)
         other = answers(integrate(qwen, 0, separator=separator), inputs, max_new_tokens=5)
         assert answers(model, inputs, max_new_tokens=5) == other != by_hand
+
+
+@pytest.mark.parametrize("origin", [{"model_state_dict": {}}, torch.nn.Linear(2, 2)])
+def test_what_is_no_separator(origin, qwen):
+    with pytest.raises(ValueError, match=f"or a separator, not a {type(origin).__name__}"):
+        ssm.integrate_speaker_separator(qwen, separator_checkpoint=origin)
+
+
+@pytest.mark.parametrize("threshold", [50, -1, float("nan")])
+def test_threshold_and_number_that_cannot_be(threshold, integrate, qwen, processor):
+    """Percentages would be taken for a rule that finds nobody."""
+    with pytest.raises(ValueError, match="threshold must be 0 to 1"):
+        integrate(qwen, threshold=threshold)
+    separator = make_separator("spectrogram")
+    with pytest.raises(ValueError, match="threshold must be 0 to 1"):
+        ssm.infer_recording(RECORDINGS[0], separator, threshold=threshold)
+    inputs = processed(processor, RECORDINGS[:1])
+    for number in (1.5, [2], threshold):
+        with pytest.raises(ValueError, match="num_speakers must be 0 to 3"):
+            integrate(qwen).generate(**inputs, num_speakers=number)
 
 
 @pytest.mark.parametrize("streams", [1, 2, 5])
