@@ -264,7 +264,7 @@ def recording_doubts(path) -> list[str]:
         doubts.append("seems to have a talker per channel, as a recorded call has; its channels "
                       "are averaged here: better make a file of each")
     if rate <= 8000:
-        doubts.append(f"has {rate} samples a second, nothing above {rate // 2000} kHz: the number "
+        doubts.append(f"has {rate} samples a second, nothing above {rate / 2000:g} kHz: the number "
                       "of talkers found is less reliable; give it if you know it")
     return doubts
 
@@ -300,7 +300,7 @@ def mel_bin(hertz: np.ndarray, num_bins: int) -> np.ndarray:
 
 
 def stft(waveforms: Tensor) -> Tensor:
-    """Return the complex spectrum [..., frequencies, T + 1] of waveforms [..., samples]."""
+    """Return the complex spectrum [..., frequencies, T + 1] of waveforms [samples], or several."""
     window = torch.hann_window(N_FFT, device=waveforms.device)
     pad_mode = "reflect" if waveforms.shape[-1] > N_FFT // 2 else "constant"
     return torch.stft(waveforms, N_FFT, HOP_LENGTH, window=window, pad_mode=pad_mode,
@@ -308,7 +308,7 @@ def stft(waveforms: Tensor) -> Tensor:
 
 
 def istft(spectra: Tensor, samples: int) -> Tensor:
-    """Return waveforms [..., samples] of complex spectra [..., frequencies, T + 1]."""
+    """Return the waveforms [samples] of one or several spectra [frequencies, T + 1]."""
     window = torch.hann_window(N_FFT, device=spectra.device)
     return torch.istft(spectra, N_FFT, HOP_LENGTH, window=window, length=samples)
 
@@ -325,7 +325,7 @@ def log_mel_of(spectra: Tensor, num_bins: int = 80) -> Tensor:
 
 
 def log_mel(waveforms: Tensor, num_bins: int = 80) -> Tensor:
-    """Return log-mel spectrograms of waveforms [..., samples], a frame per 160: ``log_mel_of``."""
+    """Return the ``log_mel_of`` one or several waveforms [samples], a frame per 160 samples."""
     return log_mel_of(stft(waveforms), num_bins)
 
 

@@ -58,17 +58,17 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "join": (int, 1, 1000, "recordings said in a row by each talker"),
     "min_seconds": (float, 0, 1000, "fewest seconds of each talker; recordings are added"),
     "max_gap": (float, 0, 1000, "longest pause between its recordings in seconds"),
-    "max_onset": (float, 0, 1000, "latest start in seconds; of the first talker with --overlap"),
+    "max_onset": (float, 0, 1000, "latest start in seconds, with --overlap that of the first"),
     "overlap": (float, 0, 1, "share of time with two or more talkers; else starts are random"),
-    "turns": (float, 0, 1, "share of the mixtures whose talkers take turns, without overlap"),
+    "turns": (float, 0, 1, "share of mixtures whose talkers take turns, if --max_seconds has room"),
     "level_difference": (float, 0, 1000, "most dB between two talkers"),
     "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),
     "formants": (float, 0.5, 2, "factor that scales a talker's formants, training split only"),
     "equalizer": (float, 0, 30, "dB of a random equalizer per talker, training split only"),
-    "snr_db": (float, -100, 100, "dB from the noise up to all talkers, before a telephone"),
+    "snr_db": (float, -100, 100, "dB by which all talkers exceed the noise, before the telephone"),
     "reverb": (float, 0, 1, "share of mixtures in a simulated room; a bare --reverb means all"),
     "telephone": (float, 0, 1, "share of mixtures that come through a telephone"),
-    "max_seconds": (float, 0.001, 1e6, "length that no mixture exceeds; recordings are left out")}
+    "max_seconds": (float, 0.001, 1e6, "longest mixture; recordings are left out or cut")}
 BOUNDS = {name: (low, high) for name, (_, low, high, _) in MIXING.items()}
 PAIRS = ("join", "overlap", "speed", "formants", "snr_db")  # drawn between two values
 SPEAKER_COLUMNS, TEXT_COLUMNS = ("speaker", "speaker_id", "client_id"), ("text", "sentence")
@@ -709,7 +709,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--noise_dir", type=os.path.abspath,
         help="recordings of noise to add to the mixtures, the same in both splits")
     add("--as_recorded", nargs="+", default=defaults.as_recorded, metavar="CORPUS",
-        help="corpora whose talkers keep their speed and voice: those to be met again")
+        help="corpora whose talkers keep their speed and voice, as those to be met in use do")
     for name, (kind, _, _, text) in MIXING.items():
         more = {"nargs": 2, "metavar": ("MIN", "MAX")} if name in PAIRS else {}
         if name == "reverb":

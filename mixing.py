@@ -1,8 +1,9 @@
 """Mixtures of recordings: a seeded plan first, then rendering, which draws nothing more.
 
-Overlap ratio: the share of a mixture's time in which two or more talk, each from the start of the
-first utterance to the end of the last, pauses included. Talkers who take turns have 0. In a room
-(``reverb``) the targets are the reverberant talkers: a mixture stays the sum of its targets.
+Overlap ratio: the share of the time from the first talker's start to the last one's end in which
+two or more talk, each from the first utterance to the last, pauses included. Talkers who take turns
+have 0. In a room (``reverb``) the targets are the reverberant talkers: a mixture stays the sum of
+its targets.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ Helpers stand above what calls them: read upwards from ``cmd_train`` or ``cmd_in
 there ``integrate`` goes to ``long_recordings.answer_per_talker``.
 
 Papers: permutation-invariant training (Yu et al., 2017, arXiv:1607.00325); talker queries that
-count and separate (SepTDA, Lee et al., 2024, arXiv:2401.12473); separation inside a frozen Whisper
-(Sidecar, Meng et al., 2023, arXiv:2302.09908) and on a recogniser's own spectrogram
-(VoiceFilter-Lite, Wang et al., 2020, arXiv:2009.04323).
+count and separate (SepTDA, Lee et al., 2024, arXiv:2401.12473); separation inside a frozen
+recogniser (Sidecar, Meng et al., 2023, arXiv:2302.09908, and in Whisper 2024, arXiv:2407.09817) and
+on its own spectrogram (VoiceFilter-Lite, Wang et al., 2020, arXiv:2009.04323).
 
 Deliberately absent: waveform separation, diarisation beyond "which talker is this stream", training
 of the frozen model, configuration files.
@@ -43,7 +43,6 @@ if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C wo
 
 import argparse
 import contextlib
-import copy
 import hashlib
 import importlib
 import json
@@ -100,7 +99,7 @@ OPTIONS = {  # of training: default (None: what suits the data), type, least, mo
     "dim": (None, int, 1, 1 << 14, "width of the blocks, recordings only (default: 256)"),
     "dropout": (None, float, 0, 1, "dropout in every block (default: 0.1)"),
     "max_speakers": (
-        None, int, 1, MAX_STREAMS, "streams (default: as many as the data has talkers)"),
+        None, int, 1, MAX_STREAMS, "streams (default: the most talkers in one mixture)"),
     "reconstruction_weight": (
         None, float, 0, 1e30, "weight of that loss part (default: 0.5 if features add up, else 0)"),
     "activity_weight": (
@@ -274,6 +273,14 @@ def check_sizes(config: dict, width_name: str) -> None:
         raise ValueError("its feature_source is damaged")
 
 
+def shareable(config: dict) -> dict:
+    """Return a separator's configuration in which an encoder on a disk is named by its folder."""
+    source = config.get("feature_source", {})
+    if not Path(source.get("encoder") or "").is_absolute():
+        return config
+    return config | {"feature_source": source | {"encoder": Path(source["encoder"]).name}}
+
+
 class StrictHubMixin(PyTorchModelHubMixin):
     """``from_pretrained`` that refuses weights which are missing, too many or of other shapes."""
 
@@ -283,7 +290,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
 
     def save_pretrained(self, save_directory, *, config=None, **options):
         """Save weights and configuration, with the threshold as it is now."""
-        config = config or self.config | {"threshold": self.threshold}
+        config = shareable(config or self.config | {"threshold": self.threshold})
         folder = Path(save_directory)
         saved = super().save_pretrained(folder, config=config, **options)
         # safetensors lets nobody but the owner read what it writes
@@ -548,9 +555,10 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     ``max_speakers`` talker queries attend to them. Each query then scales and shifts the frames
     into its stream. Half as many blocks process the streams, which read each other's mean after
     every block, and put out a gain of at most 0 dB for each bin. ``share_mixture`` raises the gains
-    until the talkers add up to the mixture. The level of the recording, silence around speech and
-    shifts in the window by an even number of frames change nothing. Outside training two passes,
-    half a stack of frames apart, share the queries; the gains are their average, softened by
+    until the talkers add up to the mixture. The level of the recording and shifts in the window by
+    an even number of frames change nothing, nor does silence around speech that begins and ends in
+    silence (one cut within speech clicks, see ``heard_frames``). Outside training two passes, half
+    a stack of frames apart, share the queries; the gains are their average, softened by
     ``SOFTENING``.
 
     A stream counts as a talker from the probability ``threshold`` on, the likeliest one from 0.5 on
@@ -809,7 +817,10 @@ def check_threshold(threshold: float | None) -> None:
 
 
 def first_threshold(separator) -> float:
-    """Return the highest threshold of the likeliest stream: recordings are rarely silent."""
+    """Return from where on the likeliest stream counts even if the threshold is higher.
+
+    Recordings are rarely silent.
+    """
     return 0.5 if separator.is_spectrogram else 1.0
 
 
@@ -1732,11 +1743,8 @@ def load_separator(path_or_id=SHIPPED_SEPARATOR, device: str = "cpu"):
 
 
 def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write config.json and model.safetensors; an encoder on a disk is named by its folder."""
-    config = copy.deepcopy(separator.config) | {"threshold": separator.threshold}
-    encoder = config.get("feature_source", {}).get("encoder")
-    if encoder and Path(encoder).is_absolute():
-        config["feature_source"]["encoder"] = Path(encoder).name
+    """Write config.json and model.safetensors, with weights in ``dtype``."""
+    config = separator.config | {"threshold": separator.threshold}
     exported = build_separator(config, separator.state_dict(), folder)
     exported.to(dtype).save_pretrained(folder)
 
@@ -2022,7 +2030,7 @@ def make_optimizer(separator, options: TrainOptions) -> torch.optim.Optimizer:
 
 
 def make_scheduler(optimizer, epochs: int, done: int = 0):
-    """Cosine per epoch from the optimizer's rate to a tenth of it, ``done`` epochs in."""
+    """Cosine per epoch from the optimizer's rate towards a tenth of it, ``done`` epochs in."""
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: 0.55 + 0.45 * math.cos(math.pi * epoch / epochs),
         last_epoch=done - 1)
@@ -2524,9 +2532,9 @@ def evaluate_separator(
 ) -> dict:
     """Score a separator on a dataset beside the outputs that need none.
 
-    Talkers are counted at ``threshold`` (default: the separator's own), or are the
-    ``num_speakers`` likeliest streams of every mixture. With ``calibrate`` the threshold that
-    counts best is found on every other mixture, and counting is scored on the rest.
+    Talkers are counted by ``active_streams`` at ``threshold`` (default: the separator's own), or
+    are the ``num_speakers`` likeliest streams of every mixture. With ``calibrate`` the threshold
+    that counts best is found on every other mixture, and counting is scored on the rest.
 
     Returns ``total, separation, reconstruction, activity`` over all mixtures, whatever the batch
     size; ``si_sdr_improvement`` in dB over mixtures of two or more talkers (of audio for
@@ -2583,8 +2591,8 @@ def separate(
 ) -> Separation:
     """Separate the features [T, D] of one recording.
 
-    Every stream from ``threshold`` (default: the separator's) on is a talker, or the
-    ``num_speakers`` likeliest are.
+    Every stream from ``threshold`` (default: the separator's) on is a talker, the likeliest of a
+    spectrogram from 0.5 on (``first_threshold``), or the ``num_speakers`` likeliest are.
     """
     if features.dim() != 2:
         raise ValueError(f"features must be [T, D], not {list(features.shape)}")
@@ -2621,7 +2629,8 @@ def infer_recording(
 
     Returns facts (``frame_rate``, ``num_windows``), the mixture's spectrogram [T, D] and, for each
     talker, facts (``probability``, ``windows``), spectrogram [T, D] and audio [samples] at 16 kHz.
-    Spectrograms have ``num_bins`` mel bins; a model with other bins may count otherwise in doubt.
+    Spectrograms have ``num_bins`` mel bins; where the number of talkers is uncertain, a model with
+    other bins may find another one.
     Audio beyond full scale is turned down, that of all talkers by the same factor. A separator of
     hidden features needs ``encoder`` and gives no audio. The separator stays in evaluation mode.
     Raises as ``read_audio`` does.
@@ -3121,7 +3130,8 @@ def integrate_speaker_separator(
     model : Qwen2AudioForConditionalGeneration or WhisperForConditionalGeneration
         Also compiled, in half precision or spread over devices; for a spectrogram separator any
         model whose ``generate`` takes Whisper's ``input_features``. The separator becomes
-        ``model.speaker_separator``, outside the ``state_dict``, and saves itself.
+        ``model.speaker_separator``; it is not in the model's ``state_dict`` and is saved by its own
+        ``save_pretrained``.
     max_speakers : int, optional
         Fail if the checkpoint has fewer streams; without a checkpoint, the number of streams.
     separator_checkpoint : path, hub id or separator, optional
@@ -3570,7 +3580,8 @@ def cmd_infer(args) -> None:
     results = {row["output_dir"]: name for name, row in done.items()}
     for folder in map(str, folders.values()):
         if Path(folder).is_file():
-            raise ValueError(f"{folder} is a file: choose another --output_dir")
+            raise ValueError(f"cannot write to {folder}, which is a file: choose another "
+                             "--output_dir")
         if folder in results:
             raise ValueError(f"{folder} holds what {args.jsonl} says of {results[folder]}: choose "
                              "another --output_dir")
@@ -3740,13 +3751,14 @@ def add_demo_arguments(add) -> None:
 def add_shared_arguments(name: str, add) -> None:
     """Add the options that several commands have."""
     if name != "train":
-        add("--checkpoint", type=unslashed,
-            help="separator (default: the shipped one for audio, else checkpoints/best_model.pt)")
+        more = "" if name in ("integrate", "demo") else " for audio, else checkpoints/best_model.pt"
+        add("--checkpoint", type=unslashed, help=f"separator (default: the shipped one{more})")
         add("--threshold", type=float,
             help="lowest probability of a talker (default: the checkpoint's); in recordings the "
-                 "likeliest stream counts from 0.5 on, even if this is higher")
+                 "likeliest stream counts from 0.5 on, even if this is higher, unless it is 1")
         add("--num_speakers", type=int,
-            help="how many talkers there are, when known; recordings beyond a window may get fewer")
+            help="how many talkers there are, when known; recordings longer than a window may get "
+                 "fewer")
     if name in ("infer", "integrate"):
         add("--layer", type=int, help="encoder block to separate after (default: the checkpoint's)")
     if name in ("evaluate", "integrate", "demo"):
@@ -3756,10 +3768,11 @@ def add_shared_arguments(name: str, add) -> None:
             help="length limit of each answer (default: 256; Whisper: 200)")
     default = argparse.SUPPRESS if name == "train" else "auto"
     add("--device", default=default, help="where to compute: auto, cpu, cuda or mps")
-    own = "that of a model's files"
-    auto = {"infer": "float32", "integrate": own, "demo": own}.get(name, "bfloat16 if it is fast")
+    own, fast = "that of a model's files", "bfloat16 if it is fast"
+    auto = {"infer": "float32", "train": fast, "evaluate": f"{fast}; for a --model {own}"}
     choices = ["auto", "float32"] if name == "infer" else ["auto", "float32", "bfloat16"]
-    add("--dtype", default=default, choices=choices, help=f"precision (auto: {auto})")
+    add("--dtype", default=default, choices=choices,
+        help=f"precision (auto: {auto.get(name, own)})")
 
 
 COMMANDS = {  # function, its options and an example
