@@ -845,6 +845,15 @@ def test_a_talker_per_channel_is_warned_of(channels, spectrogram_checkpoint, tmp
     assert (warning in capsys.readouterr().err) is (channels == 2)
 
 
+def test_a_folder_of_results_that_is_a_file(
+    spectrogram_checkpoint, recording, tmp_path, capsys, monkeypatch
+):
+    """The input's own folder is none to write to, which is said before anything is separated."""
+    monkeypatch.delattr(ssm, "infer_file")
+    argv = infer_flags(spectrogram_checkpoint, recording.parent, recording.parent)
+    assert_fails(capsys, argv, "cannot write to", recording, "--output_dir")
+
+
 def test_infer_keeps_what_is_listed(spectrogram_checkpoint, recording, tmp_path, capsys):
     """A second input must not take the folder of the first, which --jsonl says is done."""
     out, lines = tmp_path / "out", tmp_path / "lines.jsonl"
@@ -853,7 +862,6 @@ def test_infer_keeps_what_is_listed(spectrogram_checkpoint, recording, tmp_path,
     assert ssm.main(argv) == 0
     before = {path: path.read_bytes() for path in [lines, *out.iterdir()]}
     assert_fails(capsys, [*argv, f"--input={other}"], out, recording, "another --output_dir")
-    assert_fails(capsys, infer_flags(spectrogram_checkpoint, other, lines), "cannot write to", lines)
     assert {path: path.read_bytes() for path in before} == before
 
 

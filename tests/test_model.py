@@ -2,6 +2,7 @@
 
 import math
 from itertools import product
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -672,12 +673,13 @@ def test_export_holds_no_local_path(tmp_path):
                               ("openai/whisper-tiny.en", "openai/whisper-tiny.en")):
         source = {"encoder": encoder, "layer": 2, "frame_rate": 50.0}
         separator = tiny_separator(2, feature_source=source)
-        ssm.export_separator(separator, tmp_path / "weights")
-        loaded = ssm.load_separator(tmp_path / "weights")
-        assert loaded.feature_source == {**source, "encoder": exported}
-        assert separator.feature_source == source
-        for path in (tmp_path / "weights").iterdir():
-            assert str(tmp_path).encode() not in path.read_bytes(), path
+        for export in (partial(ssm.export_separator, separator), separator.save_pretrained):
+            export(tmp_path / "weights")
+            loaded = ssm.load_separator(tmp_path / "weights")
+            assert loaded.feature_source == {**source, "encoder": exported}
+            assert separator.feature_source == source
+            for path in (tmp_path / "weights").iterdir():
+                assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
 def test_folder_without_a_separator(tmp_path):
