@@ -1,8 +1,8 @@
 """Both separators: size, shapes, padding, position and level, gradients, saving."""
 
 import math
-from itertools import product
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
