@@ -104,7 +104,11 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
     """Yield a file's samples block by block, the channels averaged."""
     with _reading(path) as soundfile:
         file = soundfile.SoundFile(path)
+    # After every read of a file that can, soundfile seeks to where it is: inexact in MP3, and past
+    # what is damaged in Ogg.
+    file.seekable = lambda: False
     size, missing = READ_BLOCK // file.channels, file.frames
+    spare = 0 if file.format == "OGG" else file.samplerate  # other kinds' headers may be inexact
     with file:
         while True:
             with _reading(path):
@@ -113,13 +117,13 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
                 break
             missing -= len(block)
             yield _mix_channels(block)
-        if missing > file.samplerate:  # the headers of some kinds are not exact
+        if missing > spare:
             raise ValueError(f"cannot read audio from {path}: it breaks off, {missing} samples are "
                              "missing")
 
 
 def _breaks_off(path) -> bool:
-    """Say whether a file is shorter than its header says, or lacks the last page of Ogg.
+    """Say whether a file is shorter than its header says, or lacks the end of Ogg's last page.
 
     libsndfile reads what is there of such a file as if that were all.
     """
@@ -130,7 +134,8 @@ def _breaks_off(path) -> bool:
         if kind == b"OggS":
             file.seek(max(0, size - OGG_PAGE))
             page = file.read().rpartition(kind)[2]
-            return len(page) < 2 or not page[1] & 4  # the flag of the last one
+            sizes = page[23 : 23 + page[22]] if len(page) > 22 else b""  # of the page's segments
+            return len(page) < 23 + len(sizes) + sum(sizes) or not page[1] & 4  # flag of the last
     if kind not in SIZED:
         return False
     start, end, order = SIZED[kind]

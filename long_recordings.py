@@ -455,7 +455,7 @@ def _decode_streams(
         parts = [(0.0, frames / FRAME_RATE, text)]
         if is_long:
             heard = _heard(streams[i].T, recording.mixture, output["segments"][i])
-            parts = [(float(part["start"]), float(part["end"]),
+            parts = [(float(part["start"]), min(float(part["end"]), frames / FRAME_RATE),
                       decode(processor, [part["tokens"]])[0]) for part in heard]
             if len(heard) < len(output["segments"][i]):
                 tokens = [token for part in heard for token in part["tokens"].tolist()]

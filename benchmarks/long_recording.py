@@ -10,7 +10,7 @@ the streams are the talkers' own spectrograms in random order: that measures the
 
 import argparse
 import sys
-from itertools import count, islice, permutations
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -91,10 +91,12 @@ def measure(folder: Path, checkpoint, seconds: float, seed: int, num_speakers=No
             votes[w, n] = -(error * present[:, start:end]).mean((1, 2)).numpy()
     if len(recording.talkers) < 2:
         return {"windows": len(spans), "kept": 0.0, "talkers": len(recording.talkers)}
-    one, other = max(permutations(range(len(recording.talkers)), 2),
-                     key=lambda order: sum(votes[:, n, t].sum() for t, n in enumerate(order)))
-    kept = [votes[w, one, 0] + votes[w, other, 1] >= votes[w, one, 1] + votes[w, other, 0]
-            for w in range(len(spans))]
+    # Pairs of numbers for the two talkers, [windows, n, m]: all of them, because a number that
+    # nobody has in a window is as unlike one talker as the other.
+    pairs = votes[:, :, None, 0] + votes[:, None, :, 1]
+    pairs[:, range(len(recording.talkers)), range(len(recording.talkers))] = -np.inf
+    one, other = np.unravel_index(pairs.sum(0).argmax(), pairs.shape[1:])
+    kept = pairs[:, one, other] == pairs.max((1, 2))
     return {"windows": len(spans), "kept": float(np.mean(kept)), "talkers": len(recording.talkers)}
 
 
@@ -111,13 +113,21 @@ def main(argv: list[str] | None = None) -> int:
     add("--window", type=int, default=long_recordings.WINDOW_SECONDS, help="seconds of a window")
     args = parser.parse_args(argv)
     long_recordings.WINDOW_SECONDS = args.window
+    if args.window < 1:
+        print(f"error: --window must be 1 or more, not {args.window}", file=sys.stderr)
+        return 2
     if not any(args.recordings.glob("*.wav")):
         print(f"error: no recordings in {args.recordings}", file=sys.stderr)
         return 2
     print("| recording | windows | right numbers | talkers |\n|---|---|---|---|")
-    for seed in range(args.seeds):
-        row = measure(args.recordings, args.checkpoint, args.seconds, seed, args.num_speakers)
-        print(f"| {seed} | {row['windows']} | {row['kept']:.0%} | {row['talkers']} |", flush=True)
+    try:
+        for seed in range(args.seeds):
+            row = measure(args.recordings, args.checkpoint, args.seconds, seed, args.num_speakers)
+            print(f"| {seed} | {row['windows']} | {row['kept']:.0%} | {row['talkers']} |",
+                  flush=True)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

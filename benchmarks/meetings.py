@@ -58,7 +58,10 @@ def measure(path: Path, counts: np.ndarray, separator, model, processor) -> list
     found = estimated_counts(mixture, [values for _, values, _ in talkers])
     frames = min(len(found), len(counts))
     right, one = (np.mean(c == counts[:frames]) for c in (found[:frames], 1))
-    (alone,) = ask(model, processor, [read_audio(path)], max_new_tokens=200)
+    samples = read_audio(path)
+    if len(samples) > processor.feature_extractor.n_samples:
+        raise ValueError(f"{path} is longer than what {type(model).__name__} reads at a time")
+    (alone,) = ask(model, processor, [samples], max_new_tokens=200)
     ssm.integrate_speaker_separator(model, separator_checkpoint=separator)
     try:
         rows = answer_per_talker(model, processor, path, max_new_tokens=200)
@@ -84,13 +87,17 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.recordings / "reference.rttm").is_file():
         print(f"error: no reference.rttm in {args.recordings}", file=sys.stderr)
         return 2
-    separator = ssm.load_separator(args.checkpoint)
-    model, processor = load_model(args.model)
     rows = []
-    for name, (counts, talkers) in reference_counts(args.recordings / "reference.rttm").items():
-        path = args.recordings / f"{name}.wav"
-        scores = measure(path, counts, separator, model, processor)
-        rows.append([name, talkers, *scores])
+    try:
+        separator = ssm.load_separator(args.checkpoint)
+        model, processor = load_model(args.model)
+        for name, (counts, talkers) in reference_counts(args.recordings / "reference.rttm").items():
+            path = args.recordings / f"{name}.wav"
+            scores = measure(path, counts, separator, model, processor)
+            rows.append([name, talkers, *scores])
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print("\n".join(markdown_table(
         ["recording", "talkers", "right number of talkers", "always one", "talkers found",
          "words without separator", "words by talker"], rows)))

@@ -37,10 +37,11 @@ def main(folder: str, manifest: str) -> int:
         rows = digit_rows(folder, Path(manifest).parent)
         if not Path(manifest).resolve().parent.is_dir() or Path(manifest).is_dir():
             raise ValueError(f"no folder to write a file {manifest} into")
-    except ValueError as error:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        Path(manifest).write_text(text, encoding="utf-8")
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    Path(manifest).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{len(rows)} recordings -> {manifest}")
     return 0
 

@@ -134,10 +134,22 @@ def make_noises(folder: Path, seed: int) -> None:
         part.rename(folder)
 
 
+def is_trained(folder: Path, args) -> bool:
+    """Return whether the run of this length is done; fail if the one in the folder had another."""
+    last = folder / f"checkpoint_epoch_{args.epochs}.pt"
+    if not last.is_file():
+        return False
+    options = ssm.load_checkpoint(last)["options"]
+    for name in ("epochs", "mixtures_per_epoch"):
+        if options[name] != getattr(args, name):
+            fail(f"{folder} holds a run of --{name}={options[name]}: choose another --work_dir")
+    return True
+
+
 def train(args, data: Path) -> Path:
     """Train, or go on training; return the best checkpoint."""
     folder = args.work_dir / "checkpoints"
-    if not (folder / f"checkpoint_epoch_{args.epochs}.pt").is_file():
+    if not is_trained(folder, args):
         resume = ["--resume"] if any(folder.glob("*.pt")) else []
         run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={folder}",
             f"--epochs={args.epochs}", f"--mixtures_per_epoch={args.mixtures_per_epoch}",

@@ -28,14 +28,14 @@ import speaker_separator_module as ssm  # noqa: E402
 from scoring import markdown_table, word_table  # noqa: E402
 
 
-def select_corpus(args) -> Path:
-    """Write the manifest's lines of one corpus, with absolute paths; return the new manifest."""
-    source = Path(args.speech) / "manifest.jsonl"
+def copy_manifest(args, source: Path) -> Path:
+    """Write a manifest's lines, of one corpus if asked, with absolute paths; return the new one."""
+    name = args.corpus or "speech"
     rows = [row for row in read_manifest(source)
-            if str(row.get("corpus") or "").startswith(args.corpus)]
+            if str(row.get("corpus") or "").startswith(args.corpus or "")]
     if not rows:
         fail(f"no line of {source} has a corpus that starts with {args.corpus}")
-    return write_manifest(args.work_dir / f"{args.corpus.replace('/', '_')}.jsonl", rows)
+    return write_manifest(args.work_dir / f"{name.replace('/', '_')}.jsonl", rows)
 
 
 def make_test_set(args, talkers: int) -> Path:
@@ -79,8 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     """Make the test sets, evaluate on them and print two tables."""
     args = build_parser().parse_args(argv)
     make_folder(args.work_dir)
-    if args.corpus:
-        args.speech = select_corpus(args)
+    manifest = Path(args.speech)
+    if manifest.is_dir():
+        manifest /= "manifest.jsonl"
+    if args.corpus or manifest.is_file():
+        args.speech = copy_manifest(args, manifest)
     tests = {n: make_test_set(args, n) for n in args.talkers}
     scores = {f"{n} talker{'s' * (n > 1)}": evaluate(args, n, tests[n]) for n in tests}
     rows = [{**row["words"][0], "of": name} for name, row in scores.items()]

@@ -19,6 +19,7 @@ import torch  # noqa: E402
 from overlapped_digits import (  # noqa: E402
     existing,
     fail,
+    is_trained,
     list_digits,
     make_dataset,
     make_folder,
@@ -101,10 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run every step that is not done yet."""
     args = build_parser().parse_args(argv)
+    if args.batch_size < 1 or args.batch_size % PARTS:
+        fail(f"--batch_size must be a multiple of {PARTS}, not {args.batch_size}")
     make_folder(args.work_dir)
     data, checkpoints = make_data(args), args.work_dir / "checkpoints"
     last = checkpoints / f"checkpoint_epoch_{args.epochs}.pt"
-    if not last.is_file():
+    if not is_trained(checkpoints, args):
         parts = 1 if args.device in ("auto", "cuda") and torch.cuda.is_available() else PARTS
         run(ssm, "train", f"--data_dir={data}", f"--checkpoint_dir={checkpoints}", *SIZES,
             "--max_speakers=3", "--crop_seconds", 2, 16, "--lr=3e-3", "--activity_weight=0.04",

@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
         alone, per_talker, bins = answer(args, mixture)
         _, spectrogram, talkers = ssm.infer_recording(
             args.output_dir / "mixture.wav", separator, num_speakers=2, num_bins=bins)
+        if len(per_talker) != len(talkers):  # a model of short windows may miss one
+            raise ValueError(f"{args.model} reads less than this mixture at a time, and finds "
+                             f"{len(per_talker)} talkers in it: take shorter recordings")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

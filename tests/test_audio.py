@@ -133,6 +133,32 @@ def test_half_a_file(kind, tmp_path):
         audio.read_audio(path)
 
 
+@pytest.mark.parametrize("kind", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("damage", ["its end is gone", "a byte is another"])
+def test_damaged_ogg(kind, damage, tmp_path):
+    """What the decoder leaves out would let the rest begin too early."""
+    path = tmp_path / "a.ogg"
+    noise = np.random.default_rng(0).normal(0, 0.1, 30 * RATE)
+    soundfile.write(path, noise, RATE, format="OGG", subtype=kind)
+    assert len(audio.read_audio(path)) == 30 * RATE
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if "byte" in damage else data[:-500])
+    with pytest.raises(ValueError, match=r"cannot read audio from .*a\.ogg"):
+        audio.read_audio(path)
+
+
+def test_mp3_of_changing_bit_rate(tmp_path):
+    """Its decoder seeks to another sample than asked for: blocks are read in one go."""
+    path, rng = tmp_path / "a.mp3", np.random.default_rng(0)
+    noise = np.repeat(rng.uniform(0, 0.3, 80), 24000) * rng.normal(0, 1, 40 * 48000)
+    soundfile.write(path, noise, 48000, format="MP3")
+    whole, _ = soundfile.read(path, dtype="float32")
+    blocks = np.concatenate(list(audio._blocks_of_file(path)))
+    assert len(noise) > 3 * audio.READ_BLOCK
+    assert np.array_equal(blocks, whole)
+
+
 @pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_wav_of_a_stream(size, tmp_path):
     """What a pipe writes does not know its size."""

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import count
 
 import numpy as np
 import pytest
@@ -28,10 +29,17 @@ def make_digits(folder):
     return folder
 
 
-def test_long_recording(tmp_path, capsys):
+def test_long_recording(tmp_path, capsys, monkeypatch):
     folder = make_digits(tmp_path / "digits")
     row = long_recording.measure(folder, None, seconds=70, seed=1)
     assert row == {"windows": 4, "kept": 1.0, "talkers": 2}  # the talkers' own spectrograms
+    with monkeypatch.context() as patch:  # everybody is somebody new in every window
+        news = count()
+        patch.setattr(long_recording.long_recordings.TalkerTracker, "number",
+                      lambda _, streams, present, sound: {s: next(news) for s in present})
+        row = long_recording.measure(folder, None, seconds=70, seed=1)
+    assert row["talkers"] > 4
+    assert row["kept"] <= 0.5
     separator = tiny_spectrogram_separator(threshold=0.0)
     checkpoint = save_tiny_checkpoint(tmp_path / "separator.pt", separator)
     argv = [f"--recordings={folder}", f"--checkpoint={checkpoint}", "--seconds=40", "--seeds=1",

@@ -75,6 +75,8 @@ def test_overlapped_digits_tells_the_whole_story(
     overlapped_digits.main([*argv[:-1], "--test_samples=2"])  # other test sets, the same training
     other = capsys.readouterr().out
     assert " train " not in other and "| 3 talkers, room | 2 |" in other
+    longer = [flag.replace("epoch=4", "epoch=8") for flag in argv]
+    ends(capsys, overlapped_digits, longer, "a run of --mixtures_per_epoch=4", "--work_dir")
     (fsdd / "0_s0_1.wav").unlink()
     ends(capsys, overlapped_digits, argv, "digits.jsonl lists other recordings", "--work_dir")
 
@@ -105,6 +107,7 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
     pretrain.main(argv)
     printed = capsys.readouterr().out
     assert printed.count(".py train ") == 1 and printed.count("exported") == 2  # trained once
+    ends(capsys, pretrain, [*argv, "--batch_size=12"], "--batch_size must be a multiple of 8")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -171,8 +174,11 @@ def test_overlapped_speech_takes_one_corpus(
     argv = [f"--speech={tmp_path}", "--corpus=book", "--model=none", "--talkers", "1", "7"]
     ends(capsys, overlapped_speech, argv, "mixtures of 7 were asked for")
     ends(capsys, overlapped_speech, [*argv, "--corpus=bok"], "a corpus that starts with bok")
+    every = [flag for flag in argv if "corpus" not in flag]
+    ends(capsys, overlapped_speech, every, "none.wav")
     (tmp_path / "manifest.jsonl").write_text(json.dumps(rows[1]))
     ends(capsys, overlapped_speech, argv, "book.jsonl lists other recordings", "--work_dir")
+    ends(capsys, overlapped_speech, every, "speech.jsonl lists other recordings", "--work_dir")
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "{}", '{"audio": 1}'])

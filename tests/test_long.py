@@ -582,7 +582,9 @@ def test_whisper_decodes_each_talkers_spectrogram(listener, long_file, short_win
         assert row["text"] == " ".join(texts)
         starts = [part["start"] for part in row["windows"]]
         assert starts == pytest.approx([0.4 * i for i in range(10)], abs=0.011)  # to 3.85 s
-        assert all(part["end"] == pytest.approx(part["start"] + 0.4) for part in row["windows"])
+        for part in row["windows"]:  # none ends after the recording
+            end = min(part["start"] + 0.4, len(LONG) / RATE)
+            assert part["end"] == pytest.approx(end, abs=0.0051)
         assert {part["probability"] for part in row["windows"]} == {row["probability"]}
     assert len({row["text"] for row in rows}) > 1
 
