@@ -408,7 +408,7 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
         print(f"cut to {round(longest, 2):g} s, without their text: {len(cut)} recordings")
     if short := sum(t.seconds < options.min_seconds or len(t.utterances) < options.join[0]
                     for plan in plans for t in plan.talkers):
-        print(f"talkers who say less than --min_seconds or --join asks for, which did not fit: "
+        print("talkers who say less than --min_seconds or --join asks for, which did not fit: "
               f"{short}")
     if missed := sum(p.overlap_target is not None and
                      abs(p.overlap - p.overlap_target) > mixing.OVERLAP_TOLERANCE for p in plans):
@@ -434,8 +434,8 @@ def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator
     seconds = sum((1 + len(plan.talkers)) * plan.seconds for plan in plans)
     check_space(Path(args.output_dir), round(seconds * rate))
     rendered = mixing.render_mixtures(plans, options.max_seconds, args.workers)
-    longest = options.max_seconds or np.inf
-    return _with_features(plans, rendered, encoder, longest), about | {"mixing": options._asdict()}
+    mixtures = _with_features(plans, rendered, encoder, options.max_seconds or np.inf)
+    return mixtures, about | {"mixing": options._asdict()}
 
 
 def _utterance(row: dict, listing: Path) -> Utterance:
