@@ -811,9 +811,8 @@ def check_num_speakers(num_speakers: int | None, streams: int) -> None:
 
 
 def check_threshold(threshold: float | None) -> None:
-    """Fail unless a threshold, if given, is a probability."""
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be 0 to 1, not {threshold!r:.40}")
+    """Fail unless a threshold, if given, is in its limits; it may be a number of NumPy."""
+    check_limits({"threshold": None if threshold is None else float(threshold)})
 
 
 def first_threshold(separator) -> float:
