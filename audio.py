@@ -1,7 +1,7 @@
 """Recordings in and out: reading, log-mel spectrograms, gains back to audio, frozen models.
 
 Spectrograms are those of every Whisper and of Qwen2-Audio: 16 kHz, 80 or 128 mel bins,
-``(log10(power) + 4) / 4``. ``T`` frames, ``D`` bins or feature width, ``S`` talkers (streams).
+``(log10(power) + 4) / 4``. ``T`` frames, ``D`` bins or feature width, ``S`` streams.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def first_line(error: Exception) -> str:
 # Reading
 
 
-_STANDARD_ERROR = threading.Lock()  # a second thread would keep, and restore, the one that is shut
+_STANDARD_ERROR = threading.Lock()  # a second thread would save the closed one and restore that
 
 
 def _conversion(path) -> str:

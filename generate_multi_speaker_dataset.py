@@ -59,13 +59,13 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "min_seconds": (float, 0, 1000, "fewest seconds of each talker; recordings are added"),
     "max_gap": (float, 0, 1000, "longest pause between its recordings in seconds"),
     "max_onset": (float, 0, 1000, "latest start in seconds, with --overlap that of the first"),
-    "overlap": (float, 0, 1, "share of time with two or more talkers; else starts are random"),
+    "overlap": (float, 0, 1, "share of time with two or more talkers (default: random starts)"),
     "turns": (float, 0, 1, "share of mixtures whose talkers take turns, if --max_seconds has room"),
     "level_difference": (float, 0, 1000, "most dB between two talkers"),
     "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),
     "formants": (float, 0.5, 2, "factor that scales a talker's formants, training split only"),
     "equalizer": (float, 0, 30, "dB of a random equalizer per talker, training split only"),
-    "snr_db": (float, -100, 100, "dB by which all talkers exceed the noise, before the telephone"),
+    "snr_db": (float, -100, 100, "dB by which all talkers exceed the noise, before any telephone"),
     "reverb": (float, 0, 1, "share of mixtures in a simulated room; a bare --reverb means all"),
     "telephone": (float, 0, 1, "share of mixtures that come through a telephone"),
     "max_seconds": (float, 0.001, 1e6, "longest mixture; recordings are left out or cut")}
@@ -674,13 +674,13 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that names a default only where there is one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, ()) else super()._get_help_string(action)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser; its defaults make the dataset of the README."""
     parser = argparse.ArgumentParser(
-        description="Make mixtures of talkers with each talker alone.",
+        description="Make mixtures of talkers, and each talker alone.",
         epilog="example: python generate_multi_speaker_dataset.py --train_samples=100",
         formatter_class=Help, allow_abbrev=False)
     parser.error = lambda message: parser.exit(
@@ -699,7 +699,7 @@ def build_parser() -> argparse.ArgumentParser:
     speech("--speech_dir", help="a folder per speaker, a JSON-lines manifest, or a "
            "Hugging Face dataset: OWNER/NAME[:CONFIG[:SPLIT]], or a folder of Parquet files")
     speech("--encoder", help="keep features of this Whisper or Qwen2-Audio too: folder or hub id")
-    speech("--layer", type=int, help="encoder block whose features to keep; none: its output")
+    speech("--layer", type=int, help="encoder block to cut after (default: its output)")
     speech("--split_by", choices=("speaker", "utterance"), default="speaker",
            help="what train and val do not share, unless the manifest gives the split")
     speech("--workers", type=int, default=0, help="processes that render; 0: this one")
@@ -709,7 +709,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--noise_dir", type=os.path.abspath,
         help="recordings of noise to add to the mixtures, the same in both splits")
     add("--as_recorded", nargs="+", default=defaults.as_recorded, metavar="CORPUS",
-        help="corpora whose talkers keep their speed and voice, as those to be met in use do")
+        help="corpora whose talkers keep their speed and voice: they will be met in use")
     for name, (kind, _, _, text) in MIXING.items():
         more = {"nargs": 2, "metavar": ("MIN", "MAX")} if name in PAIRS else {}
         if name == "reverb":

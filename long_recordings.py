@@ -99,7 +99,7 @@ class TalkerTracker:
 
     Every pair of a stream and a known talker gets a score: the correlation over the frames that
     adjacent windows share, minus the distance between the voices, plus a bonus for talkers found in
-    many windows. A new talker scores like a voice as far away as two of one talker can be, which is
+    many windows. A new talker scores like a voice at the largest distance within one talker, as
     estimated from the windows so far. The assignment with the highest sum wins. A voice is the mean
     and spread of a stream's frames, changing frames weighted most.
 
@@ -131,7 +131,7 @@ class TalkerTracker:
     def _compare(self, head: Tensor | None, present: list[int]) -> np.ndarray:
         """Correlate shared frames [S, T, D]: [present, known talkers], NaN where they share none.
 
-        Streams are compared by what sets them apart from the others: less their mean.
+        Each stream is compared after the mean of all streams is subtracted.
         """
         alike = np.full((len(present), len(self.voices)), np.nan)
         if head is None or self.tail is None or self.tail.shape != head.shape or len(head) == 1:
@@ -375,7 +375,7 @@ def ask(model, processor, recordings: list, prompt: str | None = None, **options
     read = {"sampling_rate": SAMPLING_RATE, "return_tensors": "pt"}
     if hasattr(processor, "audio_token"):
         text = [build_prompt(processor, prompt or DEFAULT_PROMPT)] * len(recordings)
-        # With one audio token each, transformers takes a prompt for one to be expanded, and fails.
+        # A prompt with one audio token each looks unexpanded to transformers, which then fails.
         recordings = [np.pad(r, (0, max(0, TWO_TOKENS - len(r)))) for r in recordings]
         inputs = processor(text=text, audio=recordings, padding=True, **read)
     else:
@@ -420,7 +420,7 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
 def _heard(stream: Tensor, mixture: Tensor, segments: list[dict]) -> list[dict]:
     """Return the segments in which the talker of a stream [T, D] is heard in the mixture [T, D].
 
-    In silence Whisper makes words up, and faint rests of other talkers are no words of this one.
+    In silence Whisper invents words, and faint traces of other talkers are not this one's words.
     """
     heard = []
     for part in segments:

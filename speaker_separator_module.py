@@ -106,7 +106,7 @@ OPTIONS = {  # of training: default (None: what suits the data), type, least, mo
         None, float, 0, 1e30, "weight of that loss part (default: 0.02; features: 0.5)"),
     "mixtures_per_epoch": (
         None, int, 1, 1e6, "fresh mixtures (default: twice the data, at least 120)"),
-    "crop_seconds": (None, float, 0.2, 1e6, "lengths of training parts; recordings only"),
+    "crop_seconds": (None, float, 0.2, 1e6, "least and most of training parts; recordings only"),
     "workers": (0, int, 0, 1024, "processes that load or mix, 0 for this one"),
     "save_every": (5, int, 1, 1e6, "epochs between periodic checkpoints"),
     "patience": (None, int, 1, 1e6, "stop after this many epochs without a better one"),
@@ -124,7 +124,7 @@ MAX_PARAMETERS = 300_000_000  # three times the largest default; training takes 
 
 
 class LossWeights(NamedTuple):
-    """Weights of the loss parts beside the separation error, which has 1."""
+    """Weights of the loss parts beside the separation error (weight 1)."""
 
     reconstruction: float = 0.5
     activity: float = 0.5
@@ -554,12 +554,12 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     ``num_layers`` blocks of width ``dim`` read the mixture's frames, ``STACK`` at a time, while
     ``max_speakers`` talker queries attend to them. Each query then scales and shifts the frames
     into its stream. Half as many blocks process the streams, which read each other's mean after
-    every block, and put out a gain of at most 0 dB for each bin. ``share_mixture`` raises the gains
-    until the talkers add up to the mixture. The level of the recording and shifts in the window by
-    an even number of frames change nothing, nor does silence around speech that begins and ends in
-    silence (one cut within speech clicks, see ``heard_frames``). Outside training two passes, half
+    every block, and put out a gain of at most 0 dB for each bin. Outside training two passes, half
     a stack of frames apart, share the queries; the gains are their average, softened by
-    ``SOFTENING``.
+    ``SOFTENING``. Last, ``share_mixture`` raises the gains until the talkers add up to the mixture.
+    The level of the recording and shifts in the window by an even number of frames change nothing,
+    nor does silence around speech that begins and ends in silence (one cut within speech clicks,
+    see ``heard_frames``).
 
     A stream counts as a talker from the probability ``threshold`` on, the likeliest one from 0.5 on
     if that is less (``first_threshold``); training calibrates ``threshold``. Sizes that do not fit
@@ -1373,7 +1373,7 @@ def make_loader(
 
 
 # --------------------------------------------------------------------------------------------------
-# Devices: one small function per decision, each by device name alone
+# Devices: one small function per decision
 
 
 def pick_device(name: str = "auto") -> str:
@@ -1397,7 +1397,7 @@ def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
 
     "auto" is bfloat16 where the device has units for its products: CUDA from Ampere on, CPUs with
     AMX (6 to 10 times the float32 rate, measured) and with AVX512_BF16 (2.1 times). Elsewhere on
-    CPUs bfloat16 is emulated, and MPS gains nothing.
+    CPUs bfloat16 is emulated; on MPS it is untested.
     """
     if name != "auto":
         if name not in DTYPES:
@@ -2308,7 +2308,7 @@ def run_epoch(run: Run, epoch: int) -> dict | None:
     if not math.isfinite(val["total"]):
         raise ValueError(f"the validation loss is not finite in epoch {epoch}; earlier checkpoints "
                          "are intact: lower --lr or look at the validation data")
-    with warnings.catch_warnings():  # of an epoch whose steps were all made before a signal
+    with warnings.catch_warnings():  # a resumed epoch may have no step left
         warnings.filterwarnings("ignore", "Detected call")
         run.scheduler.step()
     synchronize(run.device)
@@ -3754,7 +3754,7 @@ def add_shared_arguments(name: str, add) -> None:
         add("--checkpoint", type=unslashed, help=f"separator (default: the shipped one{more})")
         add("--threshold", type=float,
             help="lowest probability of a talker (default: the checkpoint's); in recordings the "
-                 "likeliest stream counts from 0.5 on, even if this is higher, unless it is 1")
+                 "likeliest stream needs 0.5 at most, unless the threshold is 1")
         add("--num_speakers", type=int,
             help="how many talkers there are, when known; recordings longer than a window may get "
                  "fewer")
@@ -3843,7 +3843,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def tell_stop(args, message: str) -> None:
-    """Say how what was stopped goes on."""
+    """Say how to go on after a stop."""
     if message == "stopped" and getattr(args, "command", "") == "train":
         message += (f"; train --resume goes on from the last checkpoint in {args.checkpoint_dir}"
                     ", an earlier run's if this one has made none"
