@@ -19,7 +19,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import speaker_separator_module as ssm  # noqa: E402
-from audio import FRAME_RATE, load_model, read_audio  # noqa: E402
+from audio import FRAME_RATE, SAMPLING_RATE, load_model, read_audio  # noqa: E402
 from long_recordings import answer_per_talker, ask  # noqa: E402
 from scoring import markdown_table, normalize_words  # noqa: E402
 
@@ -59,12 +59,12 @@ def measure(path: Path, counts: np.ndarray, separator, model, processor) -> list
     frames = min(len(found), len(counts))
     right, one = (np.mean(c == counts[:frames]) for c in (found[:frames], 1))
     samples = read_audio(path)
-    if len(samples) > processor.feature_extractor.n_samples:
+    if len(samples) // SAMPLING_RATE > processor.feature_extractor.chunk_length:
         raise ValueError(f"{path} is longer than what {type(model).__name__} reads at a time")
-    (alone,) = ask(model, processor, [samples], max_new_tokens=200)
+    (alone,) = ask(model, processor, [samples])
     ssm.integrate_speaker_separator(model, separator_checkpoint=separator)
     try:
-        rows = answer_per_talker(model, processor, path, max_new_tokens=200)
+        rows = answer_per_talker(model, processor, path)
     finally:
         ssm.remove_speaker_separator(model)
     words = [len(normalize_words(row["text"])) for row in rows]

@@ -7,7 +7,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, save_tiny_checkpoint, sine, tiny_spectrogram_separator, write_wav
+from conftest import RATE, ROOT, save_tiny_checkpoint, sine, tiny_spectrogram_separator, write_wav
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import long_recording  # noqa: E402
@@ -76,6 +76,19 @@ def test_talkers_in_every_frame_of_a_meeting(tmp_path):
 def test_a_meeting_has_a_reference(tmp_path, capsys):
     assert meetings.main([f"--recordings={tmp_path}"]) == 2
     assert "no reference.rttm" in capsys.readouterr().err
+
+
+def test_a_meeting_fills_one_window(tmp_path, whisper_path, spectrogram_checkpoint, capsys):
+    """A sample more than the model's window of 1 s is no longer recording; a second more is."""
+    (tmp_path / "reference.rttm").write_text("SPEAKER one 1 0.0 1.0 <NA> <NA> a <NA> <NA>\n")
+    argv = [f"--recordings={tmp_path}", f"--model={whisper_path}",
+            f"--checkpoint={spectrogram_checkpoint}"]  # fmt: skip
+    write_wav(tmp_path / "one.wav", sine(1 + 1 / RATE, 200))
+    assert meetings.main(argv) == 0
+    assert "| one | 1 |" in capsys.readouterr().out
+    write_wav(tmp_path / "one.wav", sine(2, 200))
+    assert meetings.main(argv) == 2
+    assert "one.wav is longer than what" in capsys.readouterr().err
 
 
 def test_throughput(tmp_path, capsys, monkeypatch):
