@@ -70,13 +70,9 @@ def _reading(path):
     """
     import soundfile
 
-    with _STANDARD_ERROR:
-        try:
-            kept = os.dup(2)
-        except OSError:  # it is closed, and libsndfile reads no file that takes its number
-            kept = os.open(os.devnull, os.O_WRONLY)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
+    with _STANDARD_ERROR, open(os.devnull, "w") as nowhere:  # its number is 2 where that is closed
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
         try:
             yield soundfile
         except (soundfile.SoundFileError, TypeError, UnicodeError) as error:
@@ -88,7 +84,6 @@ def _reading(path):
         finally:
             os.dup2(kept, 2)
             os.close(kept)
-            os.close(nowhere)
 
 
 @np.errstate(all="ignore")  # of samples that are no numbers, which are refused later
@@ -224,22 +219,13 @@ def read_audio(audio, sampling_rate: int | None = None) -> np.ndarray:
     return np.concatenate(list(audio_blocks(audio, sampling_rate)))
 
 
-def check_length(audio, length: int) -> int:
-    """Return a recording's number of samples; ValueError if it is shorter than ``SHORTEST``."""
+def check_length(audio, length: int) -> None:
+    """Fail if a recording of so many samples is shorter than ``SHORTEST``."""
     if length < SHORTEST:
         name = audio if isinstance(audio, (str, os.PathLike)) else "the recording"
         raise ValueError(
             f"{name} lasts {1000 * length / SAMPLING_RATE:.0f} ms; the shortest that can be "
             f"separated is {1000 * SHORTEST // SAMPLING_RATE} ms")
-    return length
-
-
-def recording_length(audio) -> int:
-    """Return how many samples at 16 kHz a recording has; it is read to its end.
-
-    Raises as ``read_audio`` and ``check_length`` do.
-    """
-    return check_length(audio, sum(map(len, audio_blocks(audio))))
 
 
 def channels_take_turns(path) -> bool:

@@ -310,15 +310,6 @@ def read_speech(path: Path) -> list[Utterance]:
     return utterances
 
 
-def _split_of_manifest(utterances: list[Utterance]) -> dict[str, list[Utterance]]:
-    splits = {split: [u for u in utterances if u.split == split] for split in ("train", "val")}
-    odd = next((u for u in utterances if u.split not in splits), None)
-    if odd:
-        raise ValueError("the manifest's split must be train or val for every line or for none, "
-                         f"and {odd.audio} has {odd.split or 'none'!r}")
-    return splits
-
-
 def check_apart(splits: dict[str, list[Utterance]]) -> None:
     """Raise ValueError if a recording is in both splits, under one name or two."""
     held_out = {(file.st_dev, file.st_ino) for file in (u.audio.stat() for u in splits["val"])}
@@ -336,7 +327,11 @@ def split_speech(utterances: list[Utterance], split_by: str, seed: int) -> dict[
     of what each speaker says, of two utterances one. A manifest gives the split of all or of none.
     """
     if any(u.split for u in utterances):
-        return _split_of_manifest(utterances)
+        splits = {split: [u for u in utterances if u.split == split] for split in ("train", "val")}
+        if odd := next((u for u in utterances if u.split not in splits), None):
+            raise ValueError("the manifest's split must be train or val for every line or for "
+                             f"none, and {odd.audio} has {odd.split or 'none'!r}")
+        return splits
     rng, groups = np.random.default_rng(seed), group_by_speaker(utterances)
     if split_by == "speaker":
         speakers = sorted(groups)

@@ -309,19 +309,14 @@ def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> 
     return miss, [t._replace(onset=lead + o) for t, o in zip(talkers, onsets, strict=True)]
 
 
-def _likely_speakers(rng, source: SpeechSource, count: int) -> tuple[list[str], np.ndarray]:
-    """Return names and how likely each is: by utterances, of one corpus alone if drawn so."""
+def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -> list:
+    """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
     names, corpora, shares = source.speakers
     if source.options.same_corpus > 0 and rng.random() < source.options.same_corpus:
         alike = corpora == corpora[rng.choice(len(names), p=shares)]
         if alike.sum() >= count:
             shares = shares * alike
-    return names, shares / shares.sum()
-
-
-def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -> list:
-    """Draw speakers and what each says; redraw while the overlap ratio is far from its target."""
-    names, likely = _likely_speakers(rng, source, count)
+    likely = shares / shares.sum()
     miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
         drawn = [names[i] for i in rng.choice(len(names), count, replace=False, p=likely)]

@@ -273,14 +273,6 @@ def check_sizes(config: dict, width_name: str) -> None:
         raise ValueError("its feature_source is damaged")
 
 
-def shareable(config: dict) -> dict:
-    """Return a separator's configuration in which an encoder on a disk is named by its folder."""
-    source = config.get("feature_source", {})
-    if not Path(source.get("encoder") or "").is_absolute():
-        return config
-    return config | {"feature_source": source | {"encoder": Path(source["encoder"]).name}}
-
-
 class StrictHubMixin(PyTorchModelHubMixin):
     """``from_pretrained`` that refuses weights which are missing, too many or of other shapes."""
 
@@ -290,7 +282,10 @@ class StrictHubMixin(PyTorchModelHubMixin):
 
     def save_pretrained(self, save_directory, *, config=None, **options):
         """Save weights and configuration, with the threshold as it is now."""
-        config = shareable(config or self.config | {"threshold": self.threshold})
+        config = config or self.config | {"threshold": self.threshold}
+        source = config.get("feature_source", {})
+        if Path(source.get("encoder") or "").is_absolute():  # on a disk: name its folder alone
+            config = config | {"feature_source": source | {"encoder": Path(source["encoder"]).name}}
         folder = Path(save_directory)
         saved = super().save_pretrained(folder, config=config, **options)
         # safetensors lets nobody but the owner read what it writes
@@ -1364,12 +1359,11 @@ def make_loader(
     batches = {"batch_size": batch_size}
     if seed is not None:
         batches = {"batch_sampler": EpochBatches(dataset, batch_size, seed, epoch, accumulate)}
+    on_cuda = device == "cuda"  # page-locked batches copy faster; each new shape takes 1.3 s
     return DataLoader(
         dataset, **batches, num_workers=workers, persistent_workers=workers > 0,
-        worker_init_fn=outlast_signals,
-        collate_fn=partial(
-            collate, max_speakers=max_speakers, compact=compacts_batches(device)),
-        pin_memory=pins_memory(device))
+        worker_init_fn=outlast_signals, pin_memory=on_cuda,
+        collate_fn=partial(collate, max_speakers=max_speakers, compact=on_cuda))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1427,30 +1421,14 @@ def attention_kernel(device: str, dtype: torch.dtype):
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
-def pins_memory(device: str) -> bool:
-    """Return whether to page-lock batches: they copy faster to CUDA, and only there."""
-    return device == "cuda"
-
-
-def compacts_batches(device: str) -> bool:
-    """Return whether small batches of few shapes pay: CUDA plans each new shape for 1.3 s."""
-    return device == "cuda"
-
-
 def fuses_optimizer(device: str) -> bool:
     """Return whether AdamW runs in one kernel: 10 times faster on a CPU (measured)."""
     return device in ("cpu", "cuda")
 
 
-def synchronize(device: str) -> None:
-    """Wait for the device before a clock is read; a CPU never runs ahead."""
-    getattr(torch, device).synchronize()
-
-
 def to_device(batch: dict, device: str) -> dict:
     """Move a batch, without waiting where its memory is page-locked."""
-    pinned = pins_memory(device)
-    return {key: value.to(device, non_blocking=pinned) for key, value in batch.items()}
+    return {key: value.to(device, non_blocking=device == "cuda") for key, value in batch.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2311,8 +2289,7 @@ def run_epoch(run: Run, epoch: int) -> dict | None:
     with warnings.catch_warnings():  # a resumed epoch may have no step left
         warnings.filterwarnings("ignore", "Detected call")
         run.scheduler.step()
-    synchronize(run.device)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started  # the losses were read: no device runs ahead
     return {"epoch": epoch, "lr": rate, "seconds": seconds, "train": train, "val": val}
 
 
@@ -3314,9 +3291,9 @@ def append_line(file: str | None, row: dict) -> None:
 
 def check_recording(path) -> None:
     """Fail unless a recording can be read; warn of what makes it hard to separate."""
-    from audio import recording_doubts, recording_length
+    from audio import audio_blocks, check_length, recording_doubts
 
-    recording_length(path)
+    check_length(path, sum(map(len, audio_blocks(path))))
     for doubt in recording_doubts(path):
         print(f"warning: {path} {doubt}", file=sys.stderr)
 

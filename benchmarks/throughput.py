@@ -44,7 +44,7 @@ PRODUCTS = ("mm", "matmul", "conv", "attention", "linear")  # in the names of wh
 
 def clock(device: str) -> float:
     """Return seconds; a GPU has finished by then."""
-    ssm.synchronize(device)
+    getattr(torch, device).synchronize()
     alone = device == "cpu" and torch.get_num_threads() == 1
     return time.process_time() if alone else time.perf_counter()
 
@@ -87,7 +87,7 @@ def share_outside_products(call, device: str) -> float:
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
     with profile(activities=kinds) as profiler:
         call()
-        ssm.synchronize(device)
+        getattr(torch, device).synchronize()
     name = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
     events = [(event.key, getattr(event, name)) for event in profiler.key_averages()]
     inside = sum(spent for key, spent in events if any(part in key for part in PRODUCTS))

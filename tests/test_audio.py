@@ -262,18 +262,15 @@ def test_nan_far_into_a_file(tmp_path):
     samples = np.r_[np.zeros(20 * RATE), np.nan].astype(np.float32)
     soundfile.write(tmp_path / "a.wav", samples, RATE, subtype="FLOAT")
     with pytest.raises(ValueError, match=r"a\.wav holds NaN"):
-        audio.recording_length(tmp_path / "a.wav")
+        audio.read_audio(tmp_path / "a.wav")
 
 
-def test_recording_length(tmp_path):
-    soundfile.write(tmp_path / "a.wav", sine(1.5, 300, 8000), 8000)
-    assert audio.recording_length(tmp_path / "a.wav") == 1.5 * RATE
-    assert audio.recording_length(np.zeros(640)) == 640
+def test_check_length(tmp_path):
+    audio.check_length(np.zeros(640), 640)
     with pytest.raises(ValueError, match="the recording lasts 20 ms; .* 40 ms"):
-        audio.recording_length(np.zeros(320))
-    soundfile.write(tmp_path / "a.wav", np.zeros(100), 8000)
+        audio.check_length(np.zeros(320), 320)
     with pytest.raises(ValueError, match=r"a\.wav lasts 12 ms"):
-        audio.recording_length(tmp_path / "a.wav")
+        audio.check_length(tmp_path / "a.wav", 200)
 
 
 def test_write_wav_turns_down_what_exceeds_full_scale(tmp_path):
