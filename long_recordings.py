@@ -13,6 +13,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from difflib import SequenceMatcher
 from functools import partial
 from itertools import groupby, islice, product
 from pathlib import Path
@@ -45,6 +46,7 @@ TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
 ABSENT = -LOG_MEL_RANGE  # gain of a talker in windows without it: 80 dB down
 # A talker is not heard 50 dB below its own loudest bin, nor 25 dB below the mixture's at the time.
 SILENT, DROWNED = LOG_MEL_RANGE * 50 / 80, LOG_MEL_RANGE * 25 / 80
+SPOKEN_WORDS = 5  # a second, at most
 UNSPACED = "\u3000-\u30ff\u3400-\u9fff\uff00-\uffef"  # characters of Chinese and Japanese
 DEFAULT_PROMPT = "What does the person say?"
 MORE_THAN_TEXT = ("num_return_sequences", "return_dict_in_generate", "return_segments",
@@ -386,30 +388,42 @@ def ask(model, processor, recordings: list, prompt: str | None = None, **options
     return decode(processor, ids[:, prompted:])
 
 
+def _common_run(tail: list[str], head: list[str]) -> tuple[int, int, int]:
+    """Return where the words that two texts share begin in both, and how many they are.
+
+    A run of three counts anywhere, as two windows may hear the words around it differently. A
+    shorter one must end one text and begin the next, but for a word cut by a window's edge.
+    """
+    run = SequenceMatcher(None, tail, head, autojunk=False).find_longest_match()
+    if run.size >= 3:
+        return run
+    for size, cut, late in product((2, 1), (0, 1), (0, 1)):
+        start = len(tail) - cut - size
+        if start >= 0 and tail[start : start + size] == head[late : late + size]:
+            return start, late, size
+    return len(tail), 0, 0
+
+
 def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
     """Join the texts of windows, (number, text) each, without repeating the words of an overlap.
 
-    Adjacent windows overlap by ``shared`` of their length. Within 1.5 times that share of the
-    words, the longest run that ends one text and begins the next is kept once; one word beyond it
-    on either side, cut by a window's edge, is dropped. Chinese and Japanese are joined by
-    characters.
+    Adjacent windows share ``shared`` seconds, of at most ``SPOKEN_WORDS`` a second. From the
+    longest run of words that the end of one text has in common with the beginning of the next, the
+    later text goes on; what either window heard on the other side of it is dropped. Chinese and
+    Japanese are joined by characters.
 
-    >>> join_texts([(0, "one two three fo"), (1, "three four five")], shared=0.25)
+    >>> join_texts([(0, "one two three fo"), (1, "three four five")], shared=7.5)
     'one two three four five'
     """
-    joined, last, room = [], None, 0
+    joined, last, room = [], None, math.ceil(SPOKEN_WORDS * shared) + 1
     for number, text in texts:
         words = re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text)
-        now = math.ceil(1.5 * shared * len(words))
-        tail, head = ([word.lower().strip(".,;:!?") for word in side]
-                      for side in (joined[-room - 1 :], words[: now + 1]))
-        sizes = range(min(room, now), 0, -1) if number - 1 == last else ()
-        for size, cut, late in product(sizes, (0, 1), (0, 1)):
-            end = len(tail) - cut
-            if size <= end and tail[end - size : end] == head[late : late + size]:
-                joined, words = joined[: len(joined) - cut], words[late + size :]
-                break
-        joined, last, room = joined + words, number, now
+        if number - 1 == last:
+            tail, head = ([word.lower().strip(".,;:!?") for word in side]
+                          for side in (joined[-room:], words[:room]))
+            start, late, size = _common_run(tail, head)
+            joined, words = joined[: len(joined) - len(tail) + start + size], words[late + size :]
+        joined, last = joined + words, number
     return re.sub(rf"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])", "", " ".join(joined))
 
 
@@ -517,7 +531,7 @@ def _answer_windows(
             part = {"start": first / SAMPLING_RATE, "end": (first + len(samples)) / SAMPLING_RATE,
                     key: said_by, "probability": probability, "text": text}
             found.setdefault(0 if joint else said_by, []).append((first // step, part))
-    return _join_answers(found, key, 1 - step / window)
+    return _join_answers(found, key, (window - step) / SAMPLING_RATE)
 
 
 def answer_per_talker(

@@ -379,7 +379,8 @@ def test_infer_a_long_recording(qwen_folder, long_file, tmp_path, capsys):
         ([(0, "five six"), (2, "six seven")], "five six six seven"),  # no shared seconds
         ([(0, "one two"), (1, "three four")], "one two three four"),
         ([(0, "no no x"), (1, "no no one")], "no no one"),
-        ([(0, "no no"), (1, "no no a b c d")], "no no no a b c d"),  # one of two words is shared
+        # The shared 0.3 s hold two words, and a cut one.
+        ([(0, "no no no no"), (1, "no no no no a")], "no no no no no a"),
         ([(0, ""), (1, "one")], "one"),
         ([], ""),
         ([(0, "今天天氣很好"), (1, "很好我們出去")], "今天天氣很好我們出去"),
@@ -389,7 +390,23 @@ def test_infer_a_long_recording(qwen_folder, long_file, tmp_path, capsys):
     ],
 )
 def test_join_texts(texts, joined):
-    assert join_texts(texts, 0.25) == joined
+    assert join_texts(texts, 0.3) == joined
+
+
+@pytest.mark.parametrize("last", [0, 3, 30, 60])
+def test_shared_words_are_said_once(last):
+    """Of a talker of 3 words a second, late or throughout, whatever the last window's length."""
+    said = [f"w{i}" for i in range(90 + last)]
+    for first in (0, 75):  # the talker's first word; windows share seconds 22 to 30
+        parts = said[first:90], said[max(first, 66) :]
+        texts = [(i, " ".join(part)) for i, part in enumerate(parts)]
+        assert join_texts(texts, 8) == " ".join(said[first:])
+
+
+def test_windows_that_hear_words_differently():
+    """Three words that both heard are enough, two are not."""
+    assert join_texts([(0, "x x b c d e"), (1, "a b c d f g")], 2) == "x x b c d f g"
+    assert join_texts([(0, "x x b c y e"), (1, "a b c d f g")], 2) == "x x b c y e a b c d f g"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -436,7 +453,7 @@ def test_answers_of_a_long_recording(integrated, processor, long_file):
                 alone, processor, LONG[start:end], num_speakers=1, max_new_tokens=3)
             assert window["text"] == expected[0]["text"]
         texts = [(i, window["text"]) for i, window in enumerate(row["windows"])]
-        assert row["text"] == join_texts(texts, 1 - STEP / WINDOW)
+        assert row["text"] == join_texts(texts, (WINDOW - STEP) / RATE)
 
 
 def test_samples_in_memory(integrated, processor, long_file):
@@ -663,7 +680,7 @@ def test_whisper_with_hidden_features_answers_window_by_window(listener):
     for row in rows:
         assert [part["start"] for part in row["windows"]] == [i * STEP / RATE for i in range(COUNT)]
         texts = [(i, part["text"]) for i, part in enumerate(row["windows"])]
-        assert row["text"] == join_texts(texts, 1 - STEP / WINDOW)
+        assert row["text"] == join_texts(texts, (WINDOW - STEP) / RATE)
 
 
 @pytest.mark.parametrize("options", [{"prompt": "Who?"}, {"mode": "joint"}])
