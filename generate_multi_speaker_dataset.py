@@ -61,7 +61,7 @@ MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "max_onset": (float, 0, 1000, "latest start in seconds, with --overlap that of the first"),
     "overlap": (float, 0, 1, "share of time with two or more talkers (default: random starts)"),
     "turns": (float, 0, 1, "share of mixtures whose talkers take turns, if --max_seconds has room"),
-    "level_difference": (float, 0, 1000, "most dB between two talkers"),
+    "level_difference": (float, 0, 60, "most dB between two talkers"),
     "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),
     "formants": (float, 0.5, 2, "factor that scales a talker's formants, training split only"),
     "equalizer": (float, 0, 30, "dB of a random equalizer per talker, training split only"),

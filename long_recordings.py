@@ -359,7 +359,8 @@ def answer_options(model, processor, options: dict) -> dict:
         if multilingual and tasks and not task:  # transformers has none where it detects a language
             suited["task"] = "transcribe"
         integration = integration_of(model)
-        if integration is None or integration.separator.is_spectrogram:
+        may_fall_back = integration is None or integration.separator.is_spectrogram
+        if may_fall_back and given.get("temperature") in (None, 1.0):  # 1.0: GenerationConfig's own
             suited |= TEMPERATURE_FALLBACK
     if any(options.get(name) is not None for name in ("max_length", "generation_config")):
         del suited["max_new_tokens"]  # it would override them

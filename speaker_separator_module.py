@@ -1709,6 +1709,7 @@ def load_separator(path_or_id=SHIPPED_SEPARATOR, device: str = "cpu"):
         checkpoint = load_checkpoint(path)
         separator = build_separator(
             checkpoint["model_config"], checkpoint["model_state_dict"], path)
+        separator.calibrated_on = checkpoint.get("validation_data")
     elif path.is_absolute() and not path.exists():
         raise FileNotFoundError(f"no separator at {path}; train one and give its "
                                 "best_model.pt (--checkpoint)")
@@ -2662,7 +2663,7 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
     staging = folder / ".separation"  # earlier results stay until these are whole
     try:
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
-        staging.mkdir(parents=True)
+        staging.mkdir()
         for name, values in files.items():
             write = np.save if name.endswith(".npy") else import_sibling("audio").write_wav
             write(staging / name, values)
@@ -2676,9 +2677,6 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
                 old.unlink()
         for path in staging.iterdir():
             path.replace(folder / path.name)
-    except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise ValueError(f"cannot write to {folder}: {reason}") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -3465,6 +3463,10 @@ def cmd_evaluate(args) -> None:
           f"{chosen}\n")
     print("\n".join(scoring.score_table(scores)))
     print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
+    if (args.threshold is None and args.num_speakers is None
+            and getattr(separator, "calibrated_on", None) == dataset.digest):
+        print("Training chose epoch and threshold on these mixtures: counts are better than on "
+              "others.")
     if args.picture:
         scoring.plot_streams(
             args.picture, sample_panels(separator, dataset, device),
@@ -3531,7 +3533,13 @@ def infer_file(args, path: Path, folder: Path, separator, checkpoint: str, encod
     else:
         about, mixture, talkers = infer_recording(path, separator, encoder, *options)
     about = {"input": str(path), "checkpoint": checkpoint, **about}
-    write_separation(folder, about, mixture, talkers, separator.is_spectrogram)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            write_separation(folder, about, mixture, talkers, separator.is_spectrogram)
+    except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"cannot write to {folder}: {reason}") from None
     probabilities = about.get("probabilities") or [facts["probability"] for facts, *_ in talkers]
     numbers = ", ".join(f"{p:.2f}" for p in probabilities)
     kind = "stream probabilities" if is_features else "probabilities"
@@ -3730,7 +3738,7 @@ def add_shared_arguments(name: str, add) -> None:
         more = "" if name in ("integrate", "demo") else " for audio, else checkpoints/best_model.pt"
         add("--checkpoint", type=unslashed, help=f"separator (default: the shipped one{more})")
         add("--threshold", type=float,
-            help="lowest probability of a talker (default: the checkpoint's); in recordings the "
+            help="lowest probability of a talker (default: the checkpoint's); of spectrograms the "
                  "likeliest stream needs 0.5 at most, unless the threshold is 1")
         add("--num_speakers", type=int,
             help="how many talkers there are, when known; recordings longer than a window may get "

@@ -278,6 +278,16 @@ def test_evaluate_train_split_and_threshold(best, dataset, tmp_path, capsys):
     assert scores["precision"] == pytest.approx(np.mean(counts) / max(counts))
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [([], True), (["--threshold=0.5"], False), (["--num_speakers=2"], False),
+     (["--split=train"], False)])
+def test_evaluate_on_what_the_threshold_was_chosen_on(flags, said, dataset, best, capsys):
+    argv = ["evaluate", f"--checkpoint={best}", f"--data_dir={dataset}", *CPU_FLAGS, *flags]
+    assert ssm.main(argv) == 0
+    assert ("chose epoch and threshold on these mixtures" in capsys.readouterr().out) == said
+
+
 def test_evaluate_with_a_known_count(best, dataset, tmp_path, capsys):
     argv = ["evaluate", f"--checkpoint={best}", f"--data_dir={dataset}", *CPU_FLAGS,
             "--split=train", f"--json={tmp_path / 'scores.json'}"]  # fmt: skip

@@ -567,6 +567,9 @@ def test_a_whisper_that_repeats_itself_decodes_again(listener):
     for name, value in (("task", "translate"), ("is_multilingual", False)):
         changed = {"generation_config": GenerationConfig(**{name: value})}
         assert "task" not in long_recordings.answer_options(model, processor, changed)
+    greedy = {"generation_config": GenerationConfig(temperature=0.0)}
+    assert "temperature" not in long_recordings.answer_options(model, processor, greedy)
+    assert "temperature" in long_recordings.answer_options(model, processor, short)
     model.generation_config.task_to_id = None
     assert "task" not in long_recordings.answer_options(model, processor, short)
     hidden = make_separator("output")

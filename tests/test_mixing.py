@@ -412,6 +412,13 @@ def test_silence(by_speaker, noise_dir):
     assert np.sqrt(np.mean(mixture**2)) == pytest.approx(mixing.SPEECH_RMS / 10, rel=0.01)
 
 
+def test_a_recording_without_sound(tmp_path):
+    path = tmp_path / "still.wav"
+    soundfile.write(path, np.zeros(RATE), RATE)
+    with pytest.raises(ValueError, match=r"still\.wav holds no sound"):
+        render_talker(one_talker(path))
+
+
 def test_more_talkers_than_speakers(by_speaker):
     with pytest.raises(ValueError, match="6 talkers .* 5 speakers"):
         plans(by_speaker, 1, talkers=6)
@@ -761,6 +768,7 @@ def test_load_source_says_what_is_gone(everything, dataset, tmp_path):
         (["--max_seconds", "nan"], "--max_seconds must be 0.001 to 1e+06"),
         (["--workers", "-1"], "--workers"),
         (["--telephone", "2"], "--telephone must be 0 to 1"),
+        (["--level_difference", "61"], "--level_difference must be 0 to 60"),
         (["--turns", "2"], "--turns must be 0 to 1"),
         (["--layer", "1"], "--layer needs --encoder"),
         (["--snr_db", "0", "5"], "--snr_db needs --noise_dir"),

@@ -350,6 +350,19 @@ def held_by_another_process(folder):
         holder.wait()
 
 
+def test_two_separations_into_one_folder(best, dataset, tmp_path, capsys):
+    """The second is refused; it would mix its talkers' files with the first one's."""
+    mixture = next((dataset / "val/mixed").glob("*.npy"))
+    argv = ["infer", f"--checkpoint={best}", f"--input={mixture}",
+            f"--output_dir={tmp_path / 'out'}", "--device=cpu"]  # fmt: skip
+    assert ssm.main(argv) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with held_by_another_process(tmp_path / "out") as pid:
+        assert_fails(capsys, argv, "in use by process", pid)
+    (tmp_path / "out/.lock").unlink()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_a_second_run_in_a_folder_is_refused(dataset, tmp_path, capsys):
     with held_by_another_process(tmp_path) as pid:
         assert_fails(capsys, train_flags(dataset, tmp_path), "in use by process", pid)
