@@ -369,7 +369,11 @@ def _with_features(plans: list, rendered: Iterator, encoder, longest: float) -> 
 
     A talker of more than ``longest`` seconds was cut and has no text: nobody says the end of it.
     """
+    silent = []
     for plan, (sources, mixture) in zip(plans, rendered, strict=True):
+        if not silent and (silent := [talker.utterances[0].audio for talker, waveform in zip(
+                plan.talkers, sources, strict=True) if not waveform.any()]):
+            tqdm.write(f"recordings without any sound count as talkers; the first is {silent[0]}")
         waveforms = [mixture, *sources]
         features = [f.cpu().numpy() for f in encoder.encode(waveforms)] if encoder else None
         speakers = [{"speaker_id": t.utterances[0].speaker,

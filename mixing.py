@@ -438,7 +438,6 @@ def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
     """Build the waveform [samples] of one planned talker from the start of the mixture.
 
     While speaking it has SPEECH_RMS plus the gain; ``response`` is one of ``room_responses``.
-    ValueError if what it says holds no sound.
     """
     pieces = [(round((talker.onset + start) * SAMPLING_RATE), _samples_of(u.audio, talker.speed))
               for u, start in zip(talker.utterances, talker.starts, strict=True)]
@@ -453,8 +452,6 @@ def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
 
         waveform = oaconvolve(waveform, response[0])[response[1] :]
     spoken = np.concatenate([waveform[begin : begin + len(samples)] for begin, samples in pieces])
-    if not spoken.any():
-        raise ValueError(f"{talker.utterances[0].audio} holds no sound: leave it out")
     return _at_level(waveform, _rms(spoken), SPEECH_RMS, talker.gain_db)
 
 

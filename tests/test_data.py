@@ -1239,9 +1239,10 @@ def test_bad_speech_arguments(flags, words, ten_speakers, qwen_folder, tmp_path,
     assert_fails(capsys, argv, words, main=generator.main)
 
 
-def test_silent_recordings_make_no_nan(tmp_path, qwen_folder):
+def test_silent_recordings_make_no_nan(tmp_path, qwen_folder, capsys):
     broken_wav(np.zeros(2000, np.float32))(tmp_path / "speech")
     folder = make_speech(tmp_path / "speech", qwen_folder, tmp_path / "data")
+    assert capsys.readouterr().out.count("recordings without any sound count as talkers") == 1
     read_all(folder)
 
 
