@@ -369,11 +369,14 @@ def _with_features(plans: list, rendered: Iterator, encoder, longest: float) -> 
 
     A talker of more than ``longest`` seconds was cut and has no text: nobody says the end of it.
     """
-    silent = []
+    told = False
     for plan, (sources, mixture) in zip(plans, rendered, strict=True):
-        if not silent and (silent := [talker.utterances[0].audio for talker, waveform in zip(
-                plan.talkers, sources, strict=True) if not waveform.any()]):
+        silent = [talker.utterances[0].audio
+                  for talker, waveform in zip(plan.talkers, sources, strict=True)
+                  if not waveform.any()]
+        if silent and not told:
             tqdm.write(f"recordings without any sound count as talkers; the first is {silent[0]}")
+            told = True
         waveforms = [mixture, *sources]
         features = [f.cpu().numpy() for f in encoder.encode(waveforms)] if encoder else None
         speakers = [{"speaker_id": t.utterances[0].speaker,

@@ -354,13 +354,14 @@ def answer_options(model, processor, options: dict) -> dict:
         suited = {"max_new_tokens": min(WHISPER_TOKENS, model.config.max_target_positions // 2)}
         own, given = (vars(c) if c else {} for c in (
             model.generation_config, options.get("generation_config")))
-        multilingual, tasks, task = (own.get(name) if given.get(name) is None else given[name]
-                                     for name in ("is_multilingual", "task_to_id", "task"))
+        multilingual, tasks, task, temperature = (
+            own.get(name) if given.get(name) is None else given[name]
+            for name in ("is_multilingual", "task_to_id", "task", "temperature"))
         if multilingual and tasks and not task:  # transformers has none where it detects a language
             suited["task"] = "transcribe"
         integration = integration_of(model)
         may_fall_back = integration is None or integration.separator.is_spectrogram
-        if may_fall_back and given.get("temperature") in (None, 1.0):  # 1.0: GenerationConfig's own
+        if may_fall_back and temperature in (None, 1.0):  # 1.0 is transformers' default
             suited |= TEMPERATURE_FALLBACK
     if any(options.get(name) is not None for name in ("max_length", "generation_config")):
         del suited["max_new_tokens"]  # it would override them

@@ -106,7 +106,7 @@ OPTIONS = {  # of training: default (None: what suits the data), type, least, mo
         None, float, 0, 1e30, "weight of that loss part (default: 0.02; features: 0.5)"),
     "mixtures_per_epoch": (
         None, int, 1, 1e6, "fresh mixtures (default: twice the data, at least 120)"),
-    "crop_seconds": (None, float, 0.2, 1e6, "least and most of training parts; recordings only"),
+    "crop_seconds": (None, float, 0.2, 1e6, "shortest and longest training part; recordings only"),
     "workers": (0, int, 0, 1024, "processes that load or mix, 0 for this one"),
     "save_every": (5, int, 1, 1e6, "epochs between periodic checkpoints"),
     "patience": (None, int, 1, 1e6, "stop after this many epochs without a better one"),
@@ -275,6 +275,8 @@ def check_sizes(config: dict, width_name: str) -> None:
 
 class StrictHubMixin(PyTorchModelHubMixin):
     """``from_pretrained`` that refuses weights which are missing, too many or of other shapes."""
+
+    calibrated_on = None  # digest of the mixtures that training chose epoch and threshold on
 
     @classmethod
     def _load_as_safetensor(cls, model, model_file: str, map_location: str, strict: bool):
@@ -3464,7 +3466,7 @@ def cmd_evaluate(args) -> None:
     print("\n".join(scoring.score_table(scores)))
     print(f"\nactivity precision {scores['precision']:.1%}, recall {scores['recall']:.1%}")
     if (args.threshold is None and args.num_speakers is None
-            and getattr(separator, "calibrated_on", None) == dataset.digest):
+            and separator.calibrated_on == dataset.digest):
         print("Training chose epoch and threshold on these mixtures: counts are better than on "
               "others.")
     if args.picture:

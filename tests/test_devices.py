@@ -90,6 +90,12 @@ def test_optimizer(device, fuses):
     assert ssm.fuses_optimizer(device) is fuses
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_batches_are_pinned_and_compact_for_cuda_alone(device):
+    loader = ssm.make_loader([0], 1, 3, device)
+    assert loader.pin_memory is loader.collate_fn.keywords["compact"] is (device == "cuda")
+
+
 def test_to_device_moves_every_tensor():
     batch = ssm.to_device({"a": torch.ones(2), "b": torch.zeros(1, dtype=torch.bool)}, "meta")
     assert {name: value.device.type for name, value in batch.items()} == {"a": "meta", "b": "meta"}

@@ -570,6 +570,9 @@ def test_a_whisper_that_repeats_itself_decodes_again(listener):
     greedy = {"generation_config": GenerationConfig(temperature=0.0)}
     assert "temperature" not in long_recordings.answer_options(model, processor, greedy)
     assert "temperature" in long_recordings.answer_options(model, processor, short)
+    model.generation_config.temperature = 0.0
+    assert "temperature" not in long_recordings.answer_options(model, processor, short)
+    model.generation_config.temperature = None
     model.generation_config.task_to_id = None
     assert "task" not in long_recordings.answer_options(model, processor, short)
     hidden = make_separator("output")
