@@ -23,6 +23,8 @@ import sys
 
 if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C would be a traceback
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped\n"), os._exit(130)))
+elif __name__ == "__mp_main__":  # a rendering process: Ctrl-C is for the main one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 import argparse
 import contextlib

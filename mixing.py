@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -502,7 +503,9 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
 
 
 def _start_worker() -> None:
-    """Compute with one thread; Ctrl-C, which goes to all processes, is for the main one."""
+    """Compute with one thread, and end with the main process; Ctrl-C is for that one."""
+    main = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 

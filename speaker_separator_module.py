@@ -1479,7 +1479,8 @@ def join_processes(device: str):
                          "as many as there are GPUs, or use --device=cpu")
     if device == "cuda":
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    with reading("the processes", "cannot be joined"):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     try:
         with (open(os.devnull, "w") as nowhere,
               contextlib.redirect_stdout(nowhere if dist.get_rank() else sys.stdout)):
@@ -1793,11 +1794,19 @@ def check_data(name: str, config: dict, *datasets: MultiSpeakerDataset) -> None:
                              f"{data.max_speakers} talkers")
 
 
+def check_same_data(*datasets: MultiSpeakerDataset) -> None:
+    """Fail unless all processes, on whatever machine, read the same datasets."""
+    own = torch.tensor([int(data.digest[:12], 16) for data in datasets])
+    if not sum_over_processes(own.clone()).equal(process_rank()[1] * own):
+        raise ValueError(f"{datasets[0].folder.parent} is not the same for all processes")
+
+
 def check_readable(data: MultiSpeakerDataset) -> None:
     """Fail unless all mixtures can be read: else the first epoch would be lost."""
     rank, ranks = process_rank()
     for number in progress_bar(range(rank, len(data), ranks), "check"):
         data[number]
+    sum_over_processes(torch.zeros(1))  # wait for what the others find
 
 
 def feature_source(data: MultiSpeakerDataset) -> dict:
@@ -1870,7 +1879,12 @@ def training_mixtures(options: TrainOptions, train_set, talkers: int) -> Dataset
                          "for features, nor with --no_remix")
     if options.crop_seconds and options.crop_seconds[0] > options.crop_seconds[1]:
         raise ValueError("--crop_seconds takes the shorter length first")
-    if not options.remix or not (train_set.is_sum or train_set.has_recordings):
+    if not options.remix:
+        return train_set
+    if not (train_set.is_sum or train_set.has_recordings):
+        if options.mixtures_per_epoch:
+            raise ValueError("--mixtures_per_epoch is for fresh mixtures: these features of an "
+                             "encoder do not add up")
         return train_set
     kind = RemixedRecordings if train_set.has_recordings else RemixedFeatures
     return kind(train_set, options, talkers)
@@ -1895,12 +1909,13 @@ def prepare_folder(folder: Path) -> None:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
 
 
-def check_disk(folder: Path, parameters: int, options: TrainOptions) -> None:
-    """Refuse a run whose checkpoints (weights twice and two moments, 4 bytes each) cannot fit."""
-    epochs = range(options.save_every, options.epochs + 1, options.save_every)
-    names = {f"checkpoint_epoch_{epoch}.pt" for epoch in [*epochs, options.epochs]}
-    there = {path.name for path in list_checkpoints(folder)} if options.resume else set()
-    missing = len((names | {"best_model.pt"}) - there)
+def check_disk(folder: Path, parameters: int, options: TrainOptions, done: int) -> None:
+    """Refuse a run whose checkpoints (weights twice and two moments, 4 bytes each) cannot fit.
+
+    After ``done`` epochs there is a best one already.
+    """
+    epochs = {*range(options.save_every, options.epochs + 1, options.save_every), options.epochs}
+    missing = sum(epoch > done for epoch in epochs) + (done == 0)
     need, free = 16 * parameters * (missing + 1), shutil.disk_usage(folder).free  # one is .tmp
     if need > free:
         raise ValueError(f"{folder} has {free / 1e9:.1f} GB free and {missing} checkpoints need "
@@ -2258,7 +2273,7 @@ def start_run(
                          f"not {loader.batch_sampler.step_size}: keep processes times "
                          "--accumulate times --batch_size")
     if not rank:
-        check_disk(folder, parameters, options)
+        check_disk(folder, parameters, options, len(history))
     remixed = f" (remixed to {len(mixtures)} an epoch)" if mixtures is not train_set else ""
     start = f" of {options.init_from}" if options.init_from and not checkpoint else ""
     print(f"device {device}{f', {ranks} processes' * (ranks > 1)}, {options.dtype} ({reason}), "
@@ -2442,6 +2457,7 @@ def train_speaker_separator(
         raise ValueError(f"{options.init_from} would be replaced: choose another --checkpoint_dir")
     check_limits(options._asdict())
     train_set, val_set = (MultiSpeakerDataset(data_dir, split) for split in ("train", "val"))
+    check_same_data(train_set, val_set)
     writes = process_rank()[0] == 0
     if writes:
         prepare_folder(folder)
@@ -3389,7 +3405,8 @@ def cmd_train(args) -> None:
     """Train a separator; writes checkpoints, a report and curves."""
     writes = process_rank()[0] == 0
     start = getattr(args, "init_from", None)
-    if start and args.export and Path(args.export).resolve() == Path(start).resolve():
+    source = Path(str(start).removesuffix("model.safetensors")).resolve()
+    if start and args.export and Path(args.export).resolve() == source:
         raise ValueError(f"--export={args.export} would replace --init_from: name another folder")
     if writes and args.export:
         prepare_folder(Path(args.export))

@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.batch_size < 1 or args.batch_size % PARTS:
         fail(f"--batch_size must be a multiple of {PARTS}, not {args.batch_size}")
     make_folder(args.work_dir)
+    make_folder(Path(args.output_dir))
     data, checkpoints = make_data(args), args.work_dir / "checkpoints"
     last = checkpoints / f"checkpoint_epoch_{args.epochs}.pt"
     if not is_trained(checkpoints, args):

@@ -108,6 +108,10 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.count(".py train ") == 1 and printed.count("exported") == 2  # trained once
     ends(capsys, pretrain, [*argv, "--batch_size=12"], "--batch_size must be a multiple of 8")
+    (tmp_path / "taken").touch()
+    argv += ["--work_dir=new", f"--output_dir={tmp_path / 'taken'}"]
+    ends(capsys, pretrain, argv, "cannot write to", "taken")
+    assert not any((tmp_path / "new").iterdir())  # refused before any work
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

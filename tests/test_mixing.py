@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import RATE, assert_fails, edit_json, sine
+from conftest import RATE, ROOT, assert_fails, edit_json, sine
 from conftest import write_wav as wav
 
 import generate_multi_speaker_dataset as generator
@@ -800,6 +800,16 @@ def test_simulated_talkers_are_not_mixed_like_recordings(flags, word, tmp_path, 
     argv = [*flags, f"--output_dir={tmp_path / 'data'}"]
     assert_fails(capsys, argv, flags[0].partition("=")[0], word, main=generator.main)
     assert not (tmp_path / "data").exists()
+
+
+def test_rendering_processes_end_with_the_main_one():
+    """Even where that one is killed; else they would hold its output open for ever."""
+    code = ("import os, multiprocessing, concurrent.futures, mixing;"
+            "context = multiprocessing.get_context('spawn');"
+            "pool = concurrent.futures.ProcessPoolExecutor(1, context, mixing._start_worker);"
+            "print(pool.submit(int).result(), flush=True); os.kill(os.getpid(), 9)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (-9, b"0\n")
 
 
 @pytest.mark.parametrize("workers", [0, 1])

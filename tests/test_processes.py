@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, SIZES, SPECTROGRAM_SIZES
+from conftest import CPU, ROOT, SIZES, SPECTROGRAM_SIZES, assert_fails
 from torch import distributed as dist
 
 import speaker_separator_module as ssm
@@ -142,6 +143,41 @@ def test_a_killed_process_ends_the_others_with_one_line(dataset, tmp_path):
     assert errors[0].strip().splitlines()[-1].startswith("error: another process ended")
     assert "Traceback" not in errors[0]
     assert (tmp_path / "best_model.pt").is_file()
+
+
+def test_what_one_process_finds_leaves_the_earlier_run(own_dataset, tmp_path):
+    assert ssm.main(train(own_dataset, tmp_path / "run", epochs=1, **SIZES)) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.pt")}
+    mixture = own_dataset / "val/mixed/val_00001.npy"
+    np.save(mixture, np.nan * np.load(mixture))
+    statuses, _, errors = finish(start(train(own_dataset, tmp_path / "run", **SIZES)))
+    assert statuses == [2, 2] and "val_00001.npy" in "".join(errors)
+    assert "".join(errors).count("error:") == 1
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_processes_with_other_data_are_refused(same, dataset, own_dataset, monkeypatch):
+    """A copy elsewhere is the same data."""
+    ours, theirs = ([ssm.MultiSpeakerDataset(folder, split) for split in ("train", "val")]
+                    for folder in (dataset, own_dataset))
+    if not same:
+        theirs[1].samples.pop()
+    sent = torch.tensor([int(data.digest[:12], 16) for data in theirs])
+    monkeypatch.setattr(ssm, "process_rank", lambda: (0, 2))
+    monkeypatch.setattr(ssm, "sum_over_processes", lambda values: values + sent)
+    refused = pytest.raises(ValueError, match="is not the same for all processes")
+    with contextlib.nullcontext() if same else refused:
+        ssm.check_same_data(*ours)
+
+
+def test_a_port_that_is_taken_is_one_line(dataset, tmp_path, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        world = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": taken.getsockname()[1]}
+        for name, value in world.items():
+            monkeypatch.setenv(name, str(value))
+        assert_fails(capsys, train(dataset, tmp_path), "the processes cannot be joined")
 
 
 def test_parts_of_an_epoch_are_its_batches(dataset, monkeypatch):

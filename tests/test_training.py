@@ -21,6 +21,7 @@ from conftest import (
     SPECTROGRAM_SIZES,
     WIDTH,
     assert_fails,
+    edit_json,
     make_dataset,
     save_tiny_checkpoint,
     tiny_separator,
@@ -698,8 +699,9 @@ def test_a_starting_separator_is_never_replaced(trained, best, dataset, tmp_path
                  "would be replaced")
     assert snapshot(folder) == snapshot(trained)
     ssm.export_separator(ssm.load_separator(best), tmp_path / "exported")
-    assert_fails(capsys, [*argv, *(f"--{name}={tmp_path / 'exported'}"
-                                   for name in ("init_from", "export"))], "would replace")
+    for name in ("", "model.safetensors"):
+        assert_fails(capsys, [*argv, f"--init_from={tmp_path / 'exported' / name}",
+                              f"--export={tmp_path / 'exported'}"], "would replace")
 
 
 def test_a_starting_separator_brings_no_data(best, capsys):
@@ -920,23 +922,23 @@ def test_too_little_disk_is_found_before_training(dataset, tmp_path, capsys, mon
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
-def test_check_disk_counts_what_is_still_to_be_written(run_folder, tmp_path, monkeypatch):
+def test_check_disk_counts_what_is_still_to_be_written(tmp_path, monkeypatch):
     """Sixteen bytes a parameter: the best, one every other epoch, the last, and one being written.
 
-    A resumed run has some of them already; a new one in the same folder moves them away.
+    A resumed run does not write those of its epochs again, even where they were deleted.
     """
     options = ssm.TrainOptions(epochs=5, save_every=2)  # the best, epochs 2, 4 and 5
 
-    def check(folder, resume, free):
+    def check(done, free):
         usage = shutil.disk_usage(tmp_path)._replace(free=16 * 1000 * free)
         monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-        ssm.check_disk(folder, 1000, options._replace(resume=resume))
+        ssm.check_disk(tmp_path, 1000, options, done)
         with pytest.raises(ValueError, match=f"{free - 1} checkpoints need"):
-            ssm.check_disk(folder, 1001, options._replace(resume=resume))
+            ssm.check_disk(tmp_path, 1001, options, done)
 
-    check(tmp_path, False, 5)
-    check(run_folder, False, 5)  # holds the best, epochs 2 and 3
-    check(run_folder, True, 3)
+    check(0, 5)
+    check(3, 3)
+    check(4, 2)
 
 
 def test_save_every_zero_is_refused(dataset, tmp_path, capsys):
@@ -1115,6 +1117,12 @@ def test_crop_seconds_is_for_recordings(dataset, tmp_path, capsys):
     assert_fails(capsys, argv, "--crop_seconds", "recordings")
     with pytest.raises(ValueError, match="crop_seconds"):
         train_tiny(dataset, tmp_path / "run", crop_seconds=(1, 2), remix=False)
+
+
+def test_features_that_do_not_add_up_are_not_mixed_anew(own_dataset, tmp_path, capsys):
+    edit_json(own_dataset / "dataset.json", lambda about: about.update(kind="speech"))
+    argv = train_flags(own_dataset, tmp_path / "run", "--mixtures_per_epoch=9")
+    assert_fails(capsys, argv, "--mixtures_per_epoch", "do not add up")
 
 
 def test_crop_lengths_come_in_order(recordings, tmp_path, capsys):
