@@ -1863,7 +1863,8 @@ def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions
     for name, before in fixed.items():
         now = given.get(name)
         if now not in (None, "auto", before):
-            raise ValueError(f"--{name}={now} contradicts the checkpoint in {folder}, which has "
+            flag = "--no_remix" if name == "remix" else f"--{name}={now}"
+            raise ValueError(f"{flag} contradicts the checkpoint in {folder}, which has "
                              f"{before}: leave the flag out, or train anew in another folder")
     given = {name: value for name, value in given.items() if name not in fixed}
     return TrainOptions(**earlier | {"device": "auto"} | given)
@@ -1879,12 +1880,7 @@ def training_mixtures(options: TrainOptions, train_set, talkers: int) -> Dataset
                          "for features, nor with --no_remix")
     if options.crop_seconds and options.crop_seconds[0] > options.crop_seconds[1]:
         raise ValueError("--crop_seconds takes the shorter length first")
-    if not options.remix:
-        return train_set
-    if not (train_set.is_sum or train_set.has_recordings):
-        if options.mixtures_per_epoch:
-            raise ValueError("--mixtures_per_epoch is for fresh mixtures: these features of an "
-                             "encoder do not add up")
+    if not options.remix or not (train_set.is_sum or train_set.has_recordings):
         return train_set
     kind = RemixedRecordings if train_set.has_recordings else RemixedFeatures
     return kind(train_set, options, talkers)

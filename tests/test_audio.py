@@ -47,18 +47,30 @@ def test_channels_in_opposite_phase_do_not_cancel(other, heard, tmp_path):
     np.testing.assert_allclose(audio.read_audio(path), heard * samples, atol=1e-4)
 
 
+def test_channels_in_opposite_phase_beside_a_silent_one(tmp_path):
+    samples = sine(0.4, 200)
+    soundfile.write(tmp_path / "a.wav", np.stack([samples, -samples, 0 * samples], axis=1), 16000)
+    np.testing.assert_allclose(np.abs(audio.read_audio(tmp_path / "a.wav")), np.abs(samples),
+                               atol=1e-4)
+
+
 @pytest.mark.parametrize(("kind", "found"), [
     ("call", True), ("call of 8 dB", False), ("call with a silent third", True),
-    ("one side", False), ("mono", False), ("twice the same", False), ("silence", False),
-    ("short", False)])
+    ("short answers", True), ("one answer", False), ("one side", False), ("hiss", False),
+    ("mono", False), ("twice the same", False), ("silence", False), ("short", False)])
 def test_channels_that_take_turns(kind, found, tmp_path):
-    """Two talkers of 3 s, one after the other; in a call each is 12 dB softer in the other's."""
+    """Two talkers of 3 s, one after the other; in a call each is 12 dB softer in the other's.
+
+    Short answers take 1 of 6 s, one answer half a second.
+    """
     first, second = np.zeros((2, 6 * 8000))
-    first[:24000], second[24000:] = sine(3, 200, 8000), sine(3, 300, 8000)
+    turn = {"short answers": 40000, "one answer": 44000}.get(kind, 24000)
+    first[:turn], second[turn:] = sine(6, 200, 8000)[:turn], sine(6, 300, 8000)[turn:]
     bleed = 0.4 if kind == "call of 8 dB" else 0.25
     left, right = first + bleed * second, second + bleed * first
     channels = {
         "call with a silent third": [left, right, 0 * left], "one side": [first, 0.25 * first],
+        "hiss": [first, 1e-3 * second],
         "mono": [left], "twice the same": [left, left], "silence": [0 * left, 0 * left],
         "short": [left[23000:25000], right[23000:25000]]}.get(kind, [left, right])
     soundfile.write(tmp_path / "a.wav", np.stack(channels, axis=1), 8000)
@@ -134,7 +146,7 @@ def test_half_a_file(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["VORBIS", "OPUS"])
-@pytest.mark.parametrize("damage", ["its end is gone", "a byte is another"])
+@pytest.mark.parametrize("damage", ["its end is gone", "its last page is gone", "another byte"])
 def test_damaged_ogg(kind, damage, tmp_path):
     """What the decoder leaves out would let the rest begin too early."""
     path = tmp_path / "a.ogg"
@@ -142,8 +154,9 @@ def test_damaged_ogg(kind, damage, tmp_path):
     soundfile.write(path, noise, RATE, format="OGG", subtype=kind)
     assert len(audio.read_audio(path)) == 30 * RATE
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data if "byte" in damage else data[:-500])
+    data[len(data) // 2] ^= "byte" in damage
+    end = {"its end is gone": -500, "its last page is gone": data.rindex(b"OggS")}.get(damage)
+    path.write_bytes(data[:end])
     with pytest.raises(ValueError, match=r"cannot read audio from .*a\.ogg"):
         audio.read_audio(path)
 
@@ -159,9 +172,9 @@ def test_mp3_of_changing_bit_rate(tmp_path):
     assert np.array_equal(blocks, whole)
 
 
-@pytest.mark.parametrize("size", [0, 0x7FFFFFFF, 0xFFFFFFFF])
+@pytest.mark.parametrize("size", [0, 33000, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_wav_of_a_stream(size, tmp_path):
-    """What a pipe writes does not know its size."""
+    """What a pipe writes does not know its size; a header 1 kB off is let pass."""
     soundfile.write(tmp_path / "a.wav", sine(1, 200), RATE)
     data = bytearray((tmp_path / "a.wav").read_bytes())
     data[4:8] = size.to_bytes(4, "little")
@@ -400,6 +413,14 @@ def test_formants_move_and_the_pitch_stays(factor):
     assert np.median(harmonics / between) > 20
 
 
+def test_moved_formants_raise_nothing_by_more_than_26_db():
+    """Of speech by telephone the band above 4 kHz is empty."""
+    spectrum = audio.stft(torch.randn(8000))
+    spectrum[100:] *= 1e-4
+    changed = audio.change_voices(spectrum, torch.tensor([1.3, *[0.0] * 8]))
+    assert 20 < (changed.abs() / spectrum.abs()).max() < 20.1
+
+
 def test_the_curve_of_an_equalizer():
     """The second cosine and sine go once around over the logarithm of bins of 40 Hz."""
     colour = (0.0, 6.0, 0.0, 0.0, 0.0, -3.0, 0.0, 0.0)
@@ -518,14 +539,27 @@ def test_no_model_there(load):
 def test_progress_bars_are_as_they_were(shown, whisper_folder):
     from transformers.utils import logging
 
-    before = logging.is_progress_bar_enabled()
+    before, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     switch = {True: logging.enable_progress_bar, False: logging.disable_progress_bar}
     try:
         switch[shown]()
+        logging.set_verbosity_info()
         audio.load_config(str(whisper_folder))
         assert logging.is_progress_bar_enabled() == shown
+        assert logging.get_verbosity() == logging.INFO
     finally:
         switch[before]()
+        logging.set_verbosity(level)
+
+
+def test_a_configuration_of_more_weights_than_its_files_hold(whisper_folder):
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig.from_pretrained(whisper_folder)
+    audio.check_size(WhisperForConditionalGeneration, config, whisper_folder)
+    config.vocab_size = 10**6
+    with pytest.raises(ValueError, match="more than its files hold"):
+        audio.check_size(WhisperForConditionalGeneration, config, whisper_folder)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "missing", "other model"])

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -811,9 +813,12 @@ def test_lines_of_other_options_are_not_answers(
             name = option.split("=")[0]
             assert_fails(capsys, [*argv, option], "lines.jsonl", f"with another {name}")
         assert lines.read_text() == before
-        rows = map(json.loads, before.splitlines())  # as an earlier version wrote them
-        lines.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "options"}) + "\n"
-                                 for row in rows))
+        row = json.loads(before)  # as earlier versions wrote it, without one option and without all
+        del row["options"]["num_speakers"]
+        lines.write_text(json.dumps(row) + "\n")
+        assert_fails(capsys, [*argv, "--num_speakers=1"], "with another --num_speakers")
+        del row["options"]
+        lines.write_text(json.dumps(row) + "\n")
         assert ssm.main([*argv, "--num_speakers=1"]) == 0
         assert "every recording already" in capsys.readouterr().out
         lines.unlink()
@@ -906,6 +911,25 @@ def test_integrate_out_of_memory(qwen_folder, qwen_checkpoint, recording, monkey
     monkeypatch.setattr("long_recordings.answer_per_talker", answer)
     argv = ["integrate", f"--model={qwen_folder}", f"--audio={recording}", *CPU_FLAGS]
     assert_fails(capsys, [*argv, f"--checkpoint={qwen_checkpoint}"], "shorter recordings")
+
+
+def test_a_model_draws_the_same_every_time():
+    """A Whisper that repeats itself decodes again at a higher temperature."""
+    draws = []
+    for seed in (1, 2):
+        state = torch.manual_seed(seed).get_state()
+        with ssm.running("model"):
+            draws.append(torch.rand(3))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("language", ["de", "german", "<|de|>"])
+def test_a_language_by_code_or_name(language):
+    config = SimpleNamespace(lang_to_id={"<|en|>": 0, "<|de|>": 1})
+    ssm.check_language("model", language, config)
+    with pytest.raises(ValueError, match=f"model writes no '{re.escape(language)}'"):
+        ssm.check_language("model", language, SimpleNamespace(lang_to_id={"<|en|>": 0}))
 
 
 def test_integrate_prints_no_warnings_of_others(qwen_folder, qwen_checkpoint, recording, tmp_path):

@@ -1076,15 +1076,17 @@ def test_neither_datasets_nor_hidden_files_are_speech(tmp_path, capsys):
     wav(tmp_path / "a/._take.wav", sine(0.2, 200))
     wav(tmp_path / "nobody.wav", sine(0.2, 200))
     wav(tmp_path / ".ipynb_checkpoints/a/take.wav", sine(0.2, 200))
+    wav(tmp_path / "b/speaker_1.wav", sine(0.2, 200))  # no separation.json beside it
     wav(tmp_path / "a/separated/take.wav/speaker_1.wav", sine(0.2, 200))
     (tmp_path / "a/separated/take.wav/separation.json").write_text("{}")
-    wav(tmp_path / "multi_speaker_data/val/mixed/val_0.wav", sine(0.2, 300))
+    for name in ("val/mixed/val_0", "fetched_speech/digits/0"):
+        wav(tmp_path / f"multi_speaker_data/{name}.wav", sine(0.2, 300))
     for name in ("multi_speaker_data/dataset.json", "multi_speaker_data/train/metadata.json",
                  "a/dataset.json"):  # the last one is somebody else's
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert [(u.audio, u.text) for u in generator.read_speech(tmp_path)] == [
-        (tmp_path / "a/take.wav", "said")]
+        (tmp_path / "a/take.wav", "said"), (tmp_path / "b/speaker_1.wav", "")]
     assert capsys.readouterr().out == (
         f"left out the recordings in no speaker's folder, but in {tmp_path} itself: 1\n")
 
@@ -1246,6 +1248,20 @@ def test_silent_recordings_make_no_nan(tmp_path, qwen_folder, capsys):
     read_all(folder)
 
 
-def test_speech_is_no_sum_even_where_it_starts_with_one_talker(own_dataset):
+def test_features_of_an_encoder_are_no_sum(own_dataset):
     edit_json(own_dataset / "dataset.json", lambda about: about.update(kind="speech"))
+    assert not ssm.MultiSpeakerDataset(own_dataset, "train").is_sum
+
+
+def test_one_talker_alone_says_nothing_of_sums(own_dataset):
+    """Of a dataset of other features, in no dataset.json, the first mixture of several decides."""
+    def start_with_one(rows):
+        rows[0] |= {"speakers": rows[0]["speakers"][:1],
+                    "mixed_audio": rows[0]["speakers"][0]["feature_file"]}
+
+    edit_json(own_dataset / "train/metadata.json", start_with_one)
+    (own_dataset / "dataset.json").unlink()
+    assert ssm.MultiSpeakerDataset(own_dataset, "train").is_sum
+    for path in (own_dataset / "train/mixed").iterdir():
+        np.save(path, 2 * np.load(path))
     assert not ssm.MultiSpeakerDataset(own_dataset, "train").is_sum

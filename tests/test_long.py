@@ -141,7 +141,9 @@ def test_streams_of_a_window_with_nobody_are_not_followed():
     tracker = TalkerTracker(shared=10)
     assert tracker.number(lanes("a0", "b0"), active(1, 1)) == {0: 0, 1: 1}
     assert tracker.number(lanes("a30", "b30"), active(0, 0)) == {}
-    assert tracker.number(lanes("b60", "a60"), active(1, 1)) == {1: 0, 0: 1}
+    back = lanes("b60", "a60")
+    back[:, :10] = lanes("a0", "b0")[:, -10:]  # as the window before that one ended, by chance
+    assert tracker.number(back, active(1, 1)) == {1: 0, 0: 1}
 
 
 def test_a_recording_that_repeats_itself():
@@ -233,6 +235,7 @@ def test_turns_in_the_shared_seconds_tell_talkers_apart():
     again = lanes("a30", "a30")
     again[0, :10] = 0  # who was silent at the end of the window before: stream 1 there
     assert tracker.number(again, active(1, 1)) == {0: 1, 1: 0}
+    assert (len(tracker.same), len(tracker.different)) == (2, 2)
 
 
 def test_real_voices_are_followed():
@@ -333,6 +336,21 @@ def test_a_talker_is_absent_elsewhere(short_windows):
     torch.testing.assert_close(second.values[72 + 14 : 172], torch.tensor([low] * 86))
     assert (second.values[: 72 + 14] == -2).all() and (second.values[172:] == -2).all()
     torch.testing.assert_close(first.values, torch.tensor([low[::-1]] * len(first.values)))
+
+
+def test_the_tracker_is_told_whether_shared_seconds_have_sound(
+    integrated, processor, short_windows, monkeypatch
+):
+    told, number = [], TalkerTracker.number
+    monkeypatch.setattr(TalkerTracker, "number", lambda tracker, streams, present, sound: (
+        told.append(sound) or number(tracker, streams, present, sound)))
+    samples = LONG.copy()
+    samples[STEP:WINDOW] = 0  # what the first two windows share
+    answer_per_talker(integrated, processor, samples, max_new_tokens=1)
+    assert told == [True, False, True, True, True][:COUNT]
+    separate_recording(
+        ssm.window_separator(make_separator("spectrogram"), 0.5, None), samples, num_bins=16)
+    assert told[COUNT:] == told[:COUNT]
 
 
 def test_infer_a_long_recording(qwen_folder, long_file, tmp_path, capsys):
@@ -519,6 +537,19 @@ def test_a_window_may_lack_a_known_talker(integrated, processor):
     assert [row["speaker"] for row in rows] == [1, 2]
 
 
+@pytest.mark.parametrize(("alone", "found"), [(True, 2), (False, 1)])
+def test_a_window_beside_others_may_lack_a_known_talker(alone, found):
+    """As above, where the whole recording is separated: one talker reaches the threshold."""
+    separate = ssm.window_separator(changing_gains(make_separator("spectrogram")), 0.85, 2)
+    assert separate(torch.zeros(1, 10, 16), alone)[2].sum() == found
+
+
+def test_the_probability_of_a_talker_is_its_highest():
+    parts = [(number, {"probability": p, "text": ""}) for number, p in enumerate((0.6, 0.9, 0.7))]
+    (row,) = long_recordings._join_answers({1: parts}, "speaker", 7.5)
+    assert row["probability"] == 0.9
+
+
 def test_joint_answers_of_a_long_recording(integrated, processor):
     (row,) = answer_per_talker(
         changing_streams(integrated), processor, LONG, mode="joint", max_new_tokens=2)
@@ -567,6 +598,8 @@ def test_a_whisper_that_repeats_itself_decodes_again(listener):
     for name, value in (("task", "translate"), ("is_multilingual", False)):
         changed = {"generation_config": GenerationConfig(**{name: value})}
         assert "task" not in long_recordings.answer_options(model, processor, changed)
+    plain = {"generation_config": GenerationConfig(temperature=1.0)}  # as if none were given
+    assert "temperature" in long_recordings.answer_options(model, processor, plain)
     greedy = {"generation_config": GenerationConfig(temperature=0.0)}
     assert "temperature" not in long_recordings.answer_options(model, processor, greedy)
     assert "temperature" in long_recordings.answer_options(model, processor, short)

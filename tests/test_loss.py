@@ -170,6 +170,12 @@ def test_silence_is_finite(silent, probability):
         assert loss.separation.item() == 0
 
 
+def test_a_probability_that_is_no_number_is_not_hidden():
+    batch = random_batch()
+    batch["speaker_probs"][0, 0] = math.nan
+    assert ssm.separator_loss(**batch).total.isnan()
+
+
 def test_matching_takes_the_likelier_of_two_streams_alike():
     """Without it the talker is whichever is nearer by a trace; a clear error still outweighs it."""
     target = torch.ones(1, 2, T, D)
@@ -322,6 +328,16 @@ def test_the_first_talker_of_a_recording_needs_half(make, expected):
     values, mixture = torch.ones(2, 3, 4, 5), torch.zeros(2, 4, 5)
     _, active = ssm.choose_talkers(make(threshold=0.85), values, mixture, probs, None, None)
     assert active.tolist() == expected
+
+
+@pytest.mark.parametrize(("make", "known", "replaced"), [
+    (tiny_spectrogram_separator, None, True), (tiny_spectrogram_separator, 1, False),
+    (tiny_separator, None, False)])
+def test_a_talker_alone_is_the_mixture_unless_that_is_known(make, known, replaced):
+    values, mixture = torch.ones(1, 3, 4, 5), torch.zeros(1, 4, 5)
+    probs = torch.tensor([[0.1, 0.9, 0.1]])
+    found, _ = ssm.choose_talkers(make(), values, mixture, probs, 0.5, known)
+    assert found[0, :, 0, 0].tolist() == [1, 0 if replaced else 1, 1]
 
 
 @pytest.mark.parametrize("damaged", [0, 1])

@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -86,6 +86,8 @@ def test_split_by_speaker_shares_no_speaker(by_speaker):
     speakers = {name: {u.speaker for u in group} for name, group in split.items()}
     assert not speakers["train"] & speakers["val"]
     assert (len(speakers["train"]), len(speakers["val"])) == (4, 1)
+    drawn = [generator.split_speech(everything, "speaker", seed)["val"] for seed in range(5)]
+    assert len({group[0].speaker for group in drawn}) > 1
 
 
 def test_split_by_utterance_shares_speakers_but_no_utterance(by_speaker):
@@ -135,6 +137,9 @@ def test_talkers_of_one_corpus(by_speaker):
     for share, count in one_corpus.items():
         alone = large / len(by_speaker) + (1 - large / len(by_speaker)) * apart
         assert count / 200 == pytest.approx(share * alone + (1 - share) * apart, abs=0.1)
+    everybody = [len({corpus_of[talker.utterances[0].speaker] for talker in plan.talkers})
+                 for plan in plans(groups, 100, talkers=large, same_corpus=1.0)]
+    assert everybody.count(1) > 40  # as many as it has
 
 
 def test_talkers_as_recorded(by_speaker):
@@ -273,6 +278,9 @@ def test_turns_do_not_exceed_the_window(by_speaker):
     for plan in plans(by_speaker, 10, **options):
         assert plan.seconds <= 0.7
         assert plan.overlap > 0
+    for plan in plans(by_speaker, 10, talkers=2, overlap=(0, 0), max_seconds=1.0, max_onset=5.0):
+        assert plan.seconds <= 1.0
+        assert plan.overlap == pytest.approx(0)  # a late start moves all talkers alike
 
 
 def test_the_others_speak_in_a_row_beside_the_longest():
@@ -306,6 +314,8 @@ def test_a_share_of_the_mixtures_takes_turns(by_speaker):
 
 def test_speaker_with_recordings_that_fit_says_those(by_speaker):
     plan = plans(by_speaker, 30, max_seconds=0.16)
+    assert {t.utterances[0].audio.stem for p in plan for t in p.talkers} == set("0369")
+    plan = plans(by_speaker, 30, max_seconds=0.32, speed=(0.5, 0.5))  # they last twice as long
     assert {t.utterances[0].audio.stem for p in plan for t in p.talkers} == set("0369")
     plan = plans({"s0": by_speaker["s0"]}, 60, talkers=1, max_seconds=0.26)  # the longest
     assert {p.talkers[0].utterances[0].audio.stem for p in plan} == set("0123456789")
@@ -358,12 +368,26 @@ def test_no_mixture_exceeds_max_seconds(speech_dir, tmp_path):
     assert max(lengths[1]) <= 0.6
 
 
+def test_the_space_for_recordings_is_known_before(speech_dir, tmp_path, monkeypatch):
+    needs = []
+    monkeypatch.setattr(generator, "check_space", lambda folder, need: needs.append(need))
+    assert generator.main(flags_for(speech_dir, tmp_path)) == 0
+    assert needs == [pytest.approx(
+        sum(path.stat().st_size for path in tmp_path.rglob("*.wav")), rel=0.02)]
+
+
 def test_overlap_that_does_not_fit_is_said(speech_dir, tmp_path, capsys):
-    for name, flags, fits in (("free", [], True), ("short", ["--max_seconds=0.3"], False)):
-        talkers = ["--min_speakers=3", "--max_speakers=3"]
-        argv = flags_for(speech_dir, tmp_path / name, "--turns=1", *talkers, *flags)
-        assert generator.main(argv) == 0
-        assert ("another overlap than was asked for" in capsys.readouterr().out) is not fits
+    """Too much in a short mixture, too little where one says a second and the other 0.2 s."""
+    for take, (name, s) in product(range(2), (("long", 1.0), ("short", 0.2))):
+        wav(tmp_path / f"uneven/{name}/{take}.wav", sine(s, 200))
+    turns = ["--turns=1", "--min_speakers=3", "--max_speakers=3"]
+    for speech, flags, missed in (
+            (speech_dir, turns, 0), (speech_dir, [*turns, "--max_seconds=0.3"], 5),
+            (tmp_path / "uneven", ["--overlap", 1, 1], 5)):
+        assert generator.main(flags_for(speech, tmp_path / "data", *flags)) == 0
+        printed = capsys.readouterr().out
+        assert ("another overlap than was asked for" in printed) is bool(missed)
+        assert not missed or f"did not fit: {missed} mixtures" in printed
 
 
 def test_talkers_who_say_too_little_are_counted(speech_dir, tmp_path, capsys):
@@ -486,10 +510,11 @@ def test_level_difference(by_speaker):
     assert max(differences) > 6
 
 
-def test_peaks_fit_into_a_wav(tmp_path):
+@pytest.mark.parametrize("peak", [1, -1])
+def test_peaks_fit_into_a_wav(peak, tmp_path):
     """A click is far above its own RMS; talkers and mixture are turned down together."""
     click = np.full(4000, 1e-3, np.float32)
-    click[100] = 1
+    click[100] = peak
     audio = wav(tmp_path / "click.wav", click)
     talkers = (one_talker(audio, gain_db=10.0), one_talker(audio, gain_db=4.0))
     plan = PlannedMixture(talkers, 0.25, 1.0)
@@ -514,9 +539,18 @@ def test_noise_is_in_the_mixture_alone_at_the_ratio_asked_for(snr_db, by_speaker
     assert len(used) == 2
 
 
+def test_noise_is_taken_from_its_planned_start(noise_dir):
+    path = noise_dir / "long.wav"
+    noise = mixing.render_noise(
+        mixing.PlannedNoise(str(path), 1.5, 0.0), np.ones(8000, np.float32))
+    expected = mixing.read_audio(path)[24000:32000]
+    np.testing.assert_allclose(noise, expected / np.sqrt(np.mean(expected**2)), atol=1e-3)
+
+
 def test_speed_changes_durations_alone(by_speaker):
-    for speed in (0.8, 1.25):
-        for plan in plans(by_speaker, 5, speed=(speed, speed), join=(2, 2), max_gap=0.1):
+    options = {"join": (2, 2), "max_gap": 0.1}
+    for speed, limit in product((0.8, 1.25), (None, 0.5)):  # in 0.5 s some say one recording less
+        for plan in plans(by_speaker, 5, speed=(speed, speed), max_seconds=limit, **options):
             for talker in plan.talkers:
                 spoken = sum(recording_seconds(u.audio) for u in talker.utterances)
                 end = talker.onset + talker.seconds
@@ -552,6 +586,10 @@ def test_direct_sound_stays_at_the_onset(by_speaker):
     for response, direct in responses:
         assert abs(int(np.argmax(np.abs(response[: direct + 20]))) - direct) <= 1
         assert len(response) <= direct + 0.4 * RATE + 1
+    (plan,) = plans(by_speaker, 1, talkers=1)
+    dry = render_talker(plan.talkers[0])
+    wet = render_talker(plan.talkers[0], (np.eye(1, 50, 40, dtype=np.float32)[0], 40))
+    np.testing.assert_allclose(wet[: len(dry)], dry, atol=1e-5)  # nothing but direct sound
     firsts = {response.tobytes() for response, _ in responses}
     assert len(firsts) == len(responses)  # no two places sound the same
 

@@ -61,7 +61,9 @@ def test_spectrograms(drawn, tmp_path):
     assert [float(axes.images[0].get_array().max()) for axes in pictures] == [0, -20, 0]
     for axes in pictures:
         assert axes.get_xlabel() == "seconds" and axes.get_xlim() == (0, 1.5)
-        assert "1" in [label.get_text() for label in axes.get_yticklabels()]
+        ticks = zip((label.get_text() for label in axes.get_yticklabels()), axes.get_yticks(),
+                    strict=True)  # 1 kHz is 15 mel of 45.245; bin 0 is drawn from 0 to 1
+        assert dict(ticks)["1"] == pytest.approx(15 / 45.245 * 81 - 0.5, abs=0.01)
     assert pictures[0].get_ylabel() == "kHz"
     bars = [axes.get_ylabel() for axes in drawn[0].axes if axes.get_label() == "<colorbar>"]
     assert bars == ["dB, 0 at the mixture's peak"] * 2

@@ -313,6 +313,7 @@ def test_the_rest_of_an_epoch_keeps_its_batches(own_dataset, tmp_path, monkeypat
         signal_after(patch, 2)
         assert ssm.main(argv) == 130
     assert_fails(capsys, [*argv, "--resume", "--batch_size=3"], "steps of")
+    assert_fails(capsys, [*argv, "--resume", "--no_remix"], "--no_remix contradicts")
     path = tmp_path / "run/interrupted.pt"
     whole = path.read_bytes()
     for change in ({"rows": torch.zeros(2, 3)}, {"step_size": 0}, {"step_size": "8"}):
@@ -330,6 +331,15 @@ def test_signals_where_there_is_nothing_to_save(dataset, tmp_path, monkeypatch, 
     assert ssm.main(train_flags(dataset, tmp_path / "run")) == 143
     assert "before the first checkpoint" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_third_signal_stops_at_once(dataset, tmp_path, monkeypatch, capsys):
+    """A step that hangs can be left; nothing is saved of it."""
+    monkeypatch.setattr(
+        ssm, "backward", lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(3)])
+    assert ssm.main(train_flags(dataset, tmp_path / "run")) == 130
+    assert "before the first checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run/interrupted.pt").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,8 +374,9 @@ def test_two_separations_into_one_folder(best, dataset, tmp_path, capsys):
 
 
 def test_a_second_run_in_a_folder_is_refused(dataset, tmp_path, capsys):
+    (tmp_path / ".lock").write_text("process 1 on another machine")  # stale
     with held_by_another_process(tmp_path) as pid:
-        assert_fails(capsys, train_flags(dataset, tmp_path), "in use by process", pid)
+        assert_fails(capsys, train_flags(dataset, tmp_path), f"in use by process {pid} on")
     assert (tmp_path / ".lock").exists()  # stale
     assert ssm.main(train_flags(dataset, tmp_path)) == 0
     assert not (tmp_path / ".lock").exists()

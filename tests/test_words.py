@@ -32,6 +32,7 @@ from scoring import cp_word_errors, normalize_words, word_scores, word_table
         ("3, 1, 9.", ["3", "1", "9"]),
         ("319", ["3", "1", "9"]),
         ("007 at 10:05", ["0", "0", "7", "at", "1", "0", "0", "5"]),
+        ("3.05 and 0.5", ["3", ".", "0", "5", "and", "0", ".", "5"]),
         ("one", ["1"]),
         ("I'm sure it won't.", ["i", "am", "sure", "it", "will", "not"]),
         ("[noise] um yes", ["yes"]),
