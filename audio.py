@@ -172,7 +172,10 @@ def _blocks_in_memory(audio) -> Iterator[np.ndarray]:
     if isinstance(audio, Tensor):
         audio = audio.detach().cpu()
         audio = audio.float() if audio.is_floating_point() else audio
-    samples = np.asarray(audio)
+    try:
+        samples = np.asarray(audio)
+    except ValueError:  # such as a pair of rate and samples
+        samples = np.empty(0, object)
     if samples.dtype.kind not in "fiu":
         raise ValueError(f"audio must be a path or samples, not {type(audio).__name__}")
     if samples.ndim != 1:
@@ -414,6 +417,7 @@ def check_size(kind: type, config, folder: Path) -> None:
 def load_pretrained(kind, path_or_id: str, **options):
     """Load with a class of transformers, or its name, in silence; failures raise ValueError."""
     import transformers
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging
 
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -422,13 +426,17 @@ def load_pretrained(kind, path_or_id: str, **options):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if progress:
+                enable_progress_bars()  # of downloads alone, which take long
             check_numbers(Path(path_or_id))
             loader = getattr(transformers, kind) if isinstance(kind, str) else kind
             if "config" in options:
                 check_size(loader, options["config"], Path(path_or_id))
             return loader.from_pretrained(path_or_id, trust_remote_code=False, **options)
     except Exception as error:  # safetensors' and the hub's own kinds among them
-        raise ValueError(f"cannot load a model from {path_or_id}: {first_line(error)}") from None
+        where = "" if Path(path_or_id).exists() else "no such folder here; "
+        reason = where + first_line(error)
+        raise ValueError(f"cannot load a model from {path_or_id}: {reason}") from None
     finally:
         logging.set_verbosity(verbosity)
         if progress:

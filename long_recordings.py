@@ -449,6 +449,11 @@ def _heard(stream: Tensor, mixture: Tensor, segments: list[dict]) -> list[dict]:
     return heard
 
 
+def _show_progress(bar: tqdm, seek: Tensor) -> None:
+    """Move a bar of seconds to where Whisper is; ``seek [talkers, 2]`` has frames done and all."""
+    bar.update(int(seek[:, 0].min()) // FRAME_RATE - bar.n)
+
+
 def _decode_streams(
     integration, processor, recording: SeparatedRecording, options: dict
 ) -> list[dict]:
@@ -460,11 +465,14 @@ def _decode_streams(
     padded = floor_log_mel(F.pad(streams, (0, max(0, most - frames)), value=DIGITAL_SILENCE))
     mask = (torch.arange(padded.shape[-1]) < frames).long().expand(len(streams), -1)
     model = integration.model
-    if is_long := frames > most:
-        options = {"return_timestamps": True, **options, "return_segments": True}
-    output = integration.original_generate(
-        input_features=padded.to(model.device, model.dtype), attention_mask=mask.to(model.device),
-        **options)
+    is_long, seconds = frames > most, frames // FRAME_RATE
+    with tqdm(desc="answers", total=seconds, unit=" s", leave=False, disable=None) as bar:
+        if is_long:
+            options = {"return_timestamps": True, "monitor_progress": partial(_show_progress, bar),
+                       **options, "return_segments": True}
+        output = integration.original_generate(
+            input_features=padded.to(model.device, model.dtype),
+            attention_mask=mask.to(model.device), **options)
     texts = decode(processor, output["sequences"] if is_long else output)
     rows = []
     for i, (talker, text) in enumerate(zip(recording.talkers, texts, strict=True)):

@@ -165,7 +165,8 @@ def write_report(
         "", "Talkers are counted in every other mixture; the threshold was chosen on the rest.",
         "", "## Loss by epoch", "",
         *["Training losses are those of a single pass, without what is more than 50 dB below the "
-          "loudest bin; validation losses are those of the separator in use.", ""]
+          "loudest bin; validation losses are those of the separator in use, but a talker alone is "
+          "separated, too.", ""]
         * train_set.has_recordings,
         *markdown_table(["epoch", "lr", "train", "validation", *weights, "talker count right"],
                         losses),

@@ -2638,7 +2638,7 @@ def infer_recording(
         window_separator(separator, threshold, num_speakers), audio, encoder,
         num_bins, num_speakers, sampling_rate)
     talkers = []
-    for talker in recording.talkers:
+    for talker in tqdm(recording.talkers, "sound", leave=False, disable=None):
         values, waveform = talker.values, None
         if encoder is None:
             values = recording.stream(talker)
@@ -2678,7 +2678,7 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
     try:
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
         staging.mkdir()
-        for name, values in files.items():
+        for name, values in tqdm(files.items(), "files", leave=False, disable=None):
             write = np.save if name.endswith(".npy") else import_sibling("audio").write_wav
             write(staging / name, values)
         write_json(staging / "separation.json", about)
@@ -3276,22 +3276,32 @@ def resume_results(
             json.loads(content.rpartition(b"\n")[2])
             content += b"\n"
         *lines, rest = content.split(b"\n")
-        done = {row["input"]: row for row in map(json.loads, lines)}
+        rows = [json.loads(line) for line in lines]
         if not b'{"input": '.startswith(rest[:10]):
             raise ValueError("no line of results at its end")
-        if not all(key in row for row in done.values()):
+        if not all({"input", key} <= row.keys() for row in rows):
             raise ValueError("another command's lines")
-        if any(row.get("model", model) != model for row in done.values()):
+        if any(row.get("model", model) != model for row in rows):
             raise ValueError("another model's answers")
-        for row, name in product(done.values(), options):
+        for row, name in product(rows, options):
             if row.get("options", options).get(name) != options[name]:
                 raise ValueError(f"a line was made with another --{name}")
+        done = {row["input"]: row for row in rows}
     if rest:
         os.truncate(file, len(content) - len(rest))
     elif len(content) > Path(file).stat().st_size:
         with open(file, "ab") as end:
             end.write(b"\n")
     return done
+
+
+def all_done(file: str | None, count: int, pending: int) -> bool:
+    """Say how many of ``count`` recordings have results already; return whether all have."""
+    if not pending:
+        print(f"{file} has every recording already")
+    elif pending < count:
+        print(f"{file} has {count - pending} of {count} recordings already")
+    return not pending
 
 
 def append_line(file: str | None, row: dict) -> None:
@@ -3495,6 +3505,10 @@ def cmd_evaluate(args) -> None:
                 num_speakers=args.num_speakers, **question_options(args))
         scores["words"] = scoring.word_scores(rows)
         print("\n" + "\n".join(scoring.word_table(scores["words"])))
+        bins = processor.feature_extractor.feature_size
+        if separator.is_spectrogram and bins != separator.BINS:
+            print(f"\nThe model reads {bins} mel bins, the scores above are of {separator.BINS}: "
+                  "the talkers found can differ.")
         write_json(args.json, scores)
 
 
@@ -3571,10 +3585,10 @@ def cmd_infer(args) -> None:
     device, source = pick_device(args.device), Path(args.input)
     check_writable(args.jsonl)
     done = resume_results(args.jsonl, "output_dir", result_options(args))
+    inputs = list_inputs(source)
     folders = {path: Path(args.output_dir, path.name if source.is_dir() else "")
-               for path in list_inputs(source) if str(path) not in done}
-    if not folders:
-        print(f"{args.jsonl} has every recording already")
+               for path in inputs if str(path) not in done}
+    if all_done(args.jsonl, len(inputs), len(folders)):
         return
     results = {row["output_dir"]: name for name, row in done.items()}
     for folder in map(str, folders.values()):
@@ -3617,9 +3631,9 @@ def cmd_integrate(args) -> None:
         *args.audio, args.checkpoint, SHIPPED_SEPARATOR, args.model))
     done = resume_results(args.jsonl, "answers", result_options(args), args.model)
     answers = {audio: done[audio]["answers"] for audio in args.audio if audio in done}
-    pending = [audio for audio in dict.fromkeys(args.audio) if audio not in done]
-    if not pending:
-        print(f"{args.jsonl} has every recording already")
+    inputs = dict.fromkeys(args.audio)
+    pending = [audio for audio in inputs if audio not in done]
+    if all_done(args.jsonl, len(inputs), len(pending)):
         write_json(args.json, answers)
         return
     for audio in pending:

@@ -7,6 +7,7 @@ That command serves it on 127.0.0.1 alone; recordings stay on this machine. It n
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -43,6 +44,11 @@ def talkers_of(recording: str, separate: Callable, ask: Callable | None, count: 
     return warnings, look_at(mixture, talkers), rows
 
 
+def explain(error: Exception, recording: str) -> str:
+    """Return what is wrong with a recording, without the folder that gradio copied it to."""
+    return str(error).replace(f"{Path(recording).parent}/", "")
+
+
 def build_page(separate: Callable, ask: Callable | None, most: int, count: int | None = None):
     """Return the page, with ``count`` talkers of ``most`` chosen (None: find out how many)."""
     import gradio
@@ -61,7 +67,7 @@ def build_page(separate: Callable, ask: Callable | None, most: int, count: int |
             try:
                 warnings, picture, talkers = talkers_of(recording, separate, ask, count or None)
             except (ValueError, OSError) as error:
-                gradio.Markdown(f"**{error}**")
+                gradio.Markdown(f"**{explain(error, recording)}**")
                 return
             for text in warnings + ["no talker found"] * (not talkers):
                 gradio.Markdown(text)

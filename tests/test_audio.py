@@ -229,7 +229,8 @@ def test_16_bit_samples_in_memory_are_scaled(kind):
     ("samples", "words"),
     [([], "no samples"), ([0.0, float("nan")], "NaN"), ([0.0, float("inf")], "infinite"),
      ([[0.0, 0.0]], r"\[1, 2\]"), (0.5, r"\[\]"),
-     ({"array": [0.0], "sampling_rate": 8000}, "path or samples, not dict")],
+     ({"array": [0.0], "sampling_rate": 8000}, "path or samples, not dict"),
+     ((8000, [0.0, 0.0]), "path or samples, not tuple")],
 )
 def test_bad_audio_in_memory(samples, words):
     with pytest.raises(ValueError, match=words):
@@ -530,9 +531,24 @@ def test_model_of_another_kind(load, tmp_path):
 
 @pytest.mark.parametrize("load", [audio.load_config, audio.load_audio_encoder, audio.load_model])
 def test_no_model_there(load):
-    with pytest.raises(ValueError, match="cannot load .* from /no/such/model: .") as error:
+    words = "cannot load .* from /no/such/model: no such folder here; ."
+    with pytest.raises(ValueError, match=words) as error:
         load("/no/such/model")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_only_downloads_show_bars():
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    shown = []
+
+    class Model:
+        def from_pretrained(self, name, **options):
+            shown.append((logging.is_progress_bar_enabled(), not are_progress_bars_disabled()))
+
+    audio.load_pretrained(Model(), "openai/whisper-tiny.en")
+    assert shown == [(False, True)]
 
 
 @pytest.mark.parametrize("shown", [True, False])

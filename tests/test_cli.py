@@ -754,7 +754,8 @@ def test_integrate_goes_on_in_a_file_of_lines(
     capsys.readouterr()
     assert ssm.main(argv) == 0
     assert lines.read_text() == whole
-    assert "150.wav" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "150.wav" not in printed and "has 1 of 2 recordings already" in printed
     lines.write_text(whole[:-1])  # as an editor leaves it
     capsys.readouterr()
     slashes = [f"--model={whisper_folder}/", f"--checkpoint={spectrogram_checkpoint}/"]
@@ -772,9 +773,11 @@ def test_integrate_goes_on_in_a_file_of_lines(
     assert lines.read_text() == whole
     infer = infer_flags(spectrogram_checkpoint, recordings[0], tmp_path / "out")
     assert_fails(capsys, [*infer, f"--jsonl={lines}"], "answers.jsonl", "another command")
-    lines.write_text("[1]")
-    assert_fails(capsys, argv, "answers.jsonl", "--jsonl")
-    assert lines.read_text() == "[1]"
+    for line, words in (("[1]", "--jsonl"), ('{"a": 1}', "another command"),
+                        ('{"input": [1], "answers": []}', "--jsonl")):
+        lines.write_text(line)
+        assert_fails(capsys, argv, "answers.jsonl", words)
+        assert lines.read_text() == line
 
 
 def test_infer_folder(spectrogram_checkpoint, tmp_path, capsys):

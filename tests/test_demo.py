@@ -75,6 +75,13 @@ def test_a_call_on_the_page(tmp_path, separate):
     assert ["nothing above 4 kHz" in text for text in warnings] == [False, True]
 
 
+def test_a_fault_is_that_of_the_users_file(tmp_path):
+    path = tmp_path / "gradios copy" / "phone.m4a"
+    error = ValueError(f"cannot read audio from {path}: convert it: ffmpeg -i {path} other.wav")
+    assert demo_page.explain(error, str(path)) == (
+        "cannot read audio from phone.m4a: convert it: ffmpeg -i phone.m4a other.wav")
+
+
 def test_nobody_on_the_page(recording, separate):
     nobody = partial(separate, threshold=1.0)
     warnings, picture, rows = demo_page.talkers_of(recording, nobody, None, None)

@@ -1,5 +1,6 @@
 """Recordings longer than the encoder's window: who is who, streams, answers, memory."""
 
+import io
 import json
 import shutil
 import signal
@@ -28,6 +29,7 @@ from conftest import (
     write_wav,
 )
 from test_integration import TIMES, ends_a_segment, make_separator, timed_whisper
+from tqdm import tqdm
 from transformers import GenerationConfig, WhisperFeatureExtractor
 
 import audio
@@ -616,9 +618,13 @@ def test_a_whisper_that_repeats_itself_decodes_again(listener):
 SAY = {**TIMES, "logits_processor": [ends_a_segment]}
 
 
-def test_whisper_decodes_each_talkers_spectrogram(listener, long_file, short_windows, tmp_path):
+def test_whisper_decodes_each_talkers_spectrogram(
+    listener, long_file, short_windows, monkeypatch
+):
     """Its own long-form algorithm on the stitched streams, as on any recording."""
     model, processor = listener
+    shown = []
+    monkeypatch.setattr(long_recordings, "_show_progress", lambda bar, seek: shown.append(seek))
     separator = changing_gains(make_separator("spectrogram"))
     recording = separate_recording(
         ssm.window_separator(separator, 0.5, None), LONG, num_bins=16)
@@ -643,6 +649,14 @@ def test_whisper_decodes_each_talkers_spectrogram(listener, long_file, short_win
             assert part["end"] == pytest.approx(end, abs=0.0051)
         assert {part["probability"] for part in row["windows"]} == {row["probability"]}
     assert len({row["text"] for row in rows}) > 1
+    assert [seek.tolist() for seek in shown] == [[[40 * i, 385]] * 3 for i in range(10)]
+
+
+def test_a_bar_shows_the_seconds_that_all_talkers_have():
+    bar = tqdm(total=90, file=io.StringIO())
+    for frames, seconds in (([4500, 3000], 30), ([8999, 9000], 89)):
+        long_recordings._show_progress(bar, torch.tensor([frames, [9000, 9000]]).T)
+        assert bar.n == seconds
 
 
 def test_what_whisper_makes_up_in_silence_is_left_out():
