@@ -58,6 +58,7 @@ import traceback
 import warnings
 import zipfile
 from collections import namedtuple
+from collections.abc import Callable
 from functools import cache, cached_property, partial
 from itertools import compress, islice, permutations, product
 from pathlib import Path
@@ -3317,7 +3318,20 @@ def check_recording(path) -> None:
 
     check_length(path, sum(map(len, audio_blocks(path))))
     for doubt in recording_doubts(path):
-        print(f"warning: {path} {doubt}", file=sys.stderr)
+        tqdm.write(f"warning: {path} {doubt}", file=sys.stderr)
+
+
+def check_all(check: Callable, paths) -> list:
+    """Return what ``check`` says of each path; ValueError names every path that it refuses."""
+    results, faults = [], []
+    for path in tqdm(paths, "check", leave=False, disable=None):
+        try:
+            results.append(check(path))
+        except (OSError, ValueError) as error:
+            faults.append(first_line(error))
+    if faults:
+        raise ValueError("; ".join(faults))
+    return results
 
 
 def question_options(args) -> dict:
@@ -3598,7 +3612,7 @@ def cmd_infer(args) -> None:
         if folder in results:
             raise ValueError(f"{folder} holds what {args.jsonl} says of {results[folder]}: choose "
                              "another --output_dir")
-    is_features = [holds_features(path) for path in folders][0]  # each is read and checked
+    is_features = check_all(holds_features, folders)[0]
     separator, checkpoint = open_separator(args, not is_features, device)
     reads_hidden = not (is_features or separator.is_spectrogram)
     if (args.encoder or args.layer is not None) and not reads_hidden:
@@ -3636,8 +3650,7 @@ def cmd_integrate(args) -> None:
     if all_done(args.jsonl, len(inputs), len(pending)):
         write_json(args.json, answers)
         return
-    for audio in pending:
-        check_recording(audio)  # before the model is loaded
+    check_all(check_recording, pending)  # before the model is loaded
     separator, checkpoint = open_separator(args, spectrograms=True, device="cpu")
     check_fit(separator, getattr(config, "audio_config", config), args.layer)
     check_prompt(args, config)

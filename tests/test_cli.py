@@ -798,6 +798,10 @@ def test_infer_folder(spectrogram_checkpoint, tmp_path, capsys):
     assert [path.name for path in out.iterdir()] == ["400.aiff"]
     (tmp_path / "empty").mkdir()
     assert_fails(capsys, infer_flags(spectrogram_checkpoint, tmp_path / "empty", out), "a folder")
+    for name in ("200.wav", "300.wav"):  # each that cannot be read is named
+        (tmp_path / "meetings" / name).touch()
+    assert_fails(capsys, infer_flags(spectrogram_checkpoint, tmp_path / "meetings", out),
+                 "200.wav", "; ", "300.wav")
 
 
 def test_lines_of_other_options_are_not_answers(
