@@ -26,13 +26,13 @@ SAMPLING_RATE = 16000  # what every Whisper and Qwen2-Audio reads
 N_FFT, HOP_LENGTH = 400, 160  # samples: 25 ms every 10 ms
 FRAME_RATE = SAMPLING_RATE // HOP_LENGTH  # spectrogram frames per second
 READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
-CANCELLED = 1e-4  # 40 dB below the loudest channel: recorded in opposite phase
+CANCELLED = 1e-4  # mean 40 dB below the loudest channel: channels in opposite phase
 LEAD, QUIET = 10, 1e-4  # in power: 10 dB above every other channel, 40 dB below the loudest part
-RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; samples whose squares float32 can add up
-# Where a file's header has its size and in which byte order: WAV, AIFF, AU, RF64 and W64.
+RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; largest sample: float32 can sum its squares
+# Bytes of the header that hold a file's size, and their order: WAV, AIFF, AU, RF64 and W64.
 SIZED = {b"RIFF": (4, 8, "little"), b"RIFX": (4, 8, "big"), b"FORM": (4, 8, "big"),
          b".snd": (8, 12, "big"), b"RF64": (20, 28, "little"), b"riff": (16, 24, "little")}
-HEADER_SLACK, STREAM_SIZE = 1024, 0x7FFF0000  # bytes it may be off; from there on it is unknown
+HEADER_SLACK, STREAM_SIZE = 1024, 0x7FFF0000  # tolerance in bytes; least size that means unknown
 UNREADABLE_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mkv", ".mov"}
 OGG_PAGE = 1 << 16  # bytes that hold the last page's header
 LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotary base
@@ -42,7 +42,7 @@ PIECE, SPAN = 60 * FRAME_RATE, 4  # frames resynthesised at a time, and those sh
 ENVELOPE = 48  # samples of the cepstrum: 3 ms, shorter than a period of most voices
 SHORTEST = 640  # samples: one output frame of Qwen2-Audio's encoder
 LOG_MEL_RANGE = 2.0  # Whisper's floor below the loudest bin: 80 dB
-DIGITAL_SILENCE = -1.5  # what ``log_mel`` gives for it: (log10(1e-10) + 4) / 4
+DIGITAL_SILENCE = -1.5  # log-mel value of zero samples: (log10(1e-10) + 4) / 4
 
 
 def first_line(error: Exception) -> str:
@@ -54,7 +54,7 @@ def first_line(error: Exception) -> str:
 # Reading
 
 
-_STANDARD_ERROR = threading.Lock()  # a second thread would save the closed one and restore that
+_STANDARD_ERROR = threading.Lock()  # else a second thread would save and restore devnull
 
 
 def _conversion(path) -> str:
@@ -66,11 +66,11 @@ def _conversion(path) -> str:
 def _reading(path):
     """Yield soundfile; its errors become ValueErrors that name the file.
 
-    Standard error is shut meanwhile: the decoder of MP3 prints there what it finds damaged.
+    Standard error goes to devnull meanwhile, because the MP3 decoder prints warnings there.
     """
     import soundfile
 
-    with _STANDARD_ERROR, open(os.devnull, "w") as nowhere:  # its number is 2 where that is closed
+    with _STANDARD_ERROR, open(os.devnull, "w") as nowhere:  # gets descriptor 2 if that is closed
         kept = os.dup(2)
         os.dup2(nowhere.fileno(), 2)
         try:
@@ -86,7 +86,7 @@ def _reading(path):
             os.close(kept)
 
 
-@np.errstate(all="ignore")  # of samples that are no numbers, which are refused later
+@np.errstate(all="ignore")  # NaN or infinite samples are refused later
 def _mix_channels(block: np.ndarray) -> np.ndarray:
     """Average the channels of ``block [samples, channels]``, or take the loudest if they cancel."""
     mean, powers = block.mean(axis=1), np.square(block).sum(axis=0)
@@ -99,11 +99,11 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
     """Yield a file's samples block by block, the channels averaged."""
     with _reading(path) as soundfile:
         file = soundfile.SoundFile(path)
-    # After every read of a file that can, soundfile seeks to where it is: inexact in MP3, and past
-    # what is damaged in Ogg.
+    # After every read of a seekable file, soundfile seeks to its position: inexact in MP3, and past
+    # the damage in Ogg.
     file.seekable = lambda: False
     size, missing = READ_BLOCK // file.channels, file.frames
-    spare = 0 if file.format == "OGG" else file.samplerate  # other kinds' headers may be inexact
+    spare = 0 if file.format == "OGG" else file.samplerate  # other headers may be inexact
     with file:
         while True:
             with _reading(path):
@@ -118,9 +118,9 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
 
 
 def _breaks_off(path) -> bool:
-    """Say whether a file is shorter than its header says, or lacks the end of Ogg's last page.
+    """Return whether a file ends before its header says, or before the end of Ogg's last page.
 
-    libsndfile reads what is there of such a file as if that were all.
+    libsndfile reads such a file without an error, as if it were complete.
     """
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
@@ -161,7 +161,7 @@ def audio_info(path):
     check_rate(path, info.samplerate)
     if _breaks_off(path):
         raise ValueError(f"cannot read audio from {path}: it breaks off")
-    if info.frames > 100 * Path(path).stat().st_size:  # implausible: reading raises if some miss
+    if info.frames > 100 * Path(path).stat().st_size:  # implausible: reading all checks it
         for _ in _blocks_of_file(path):
             pass
     return info
@@ -223,7 +223,7 @@ def read_audio(audio, sampling_rate: int | None = None) -> np.ndarray:
 
 
 def check_length(audio, length: int) -> None:
-    """Fail if a recording of so many samples is shorter than ``SHORTEST``."""
+    """Raise ValueError if a recording's length in samples is below ``SHORTEST``."""
     if length < SHORTEST:
         name = audio if isinstance(audio, (str, os.PathLike)) else "the recording"
         raise ValueError(
@@ -234,8 +234,8 @@ def check_length(audio, length: int) -> None:
 def channels_take_turns(path) -> bool:
     """Return whether channels of a file are loud in turn, as the two sides of a recorded call are.
 
-    They are if at least two lead by ``LEAD``, each in over a tenth of the half seconds that hold
-    sound. The first minute is read, less of many channels.
+    They are if two or more exceed all others by ``LEAD``, each in over a tenth of the half seconds
+    that hold sound. Only the first minute is read, or less if there are many channels.
     """
     with _reading(path) as soundfile, soundfile.SoundFile(path) as file:
         if file.channels == 1:
@@ -252,7 +252,7 @@ def channels_take_turns(path) -> bool:
 
 
 def recording_doubts(path) -> list[str]:
-    """Return why separating a file may disappoint, without its name: channels, half a band."""
+    """Return reasons why a file may separate poorly, as phrases that follow its name."""
     doubts, rate = [], audio_info(path).samplerate
     if channels_take_turns(path):
         doubts.append("seems to have a talker per channel, as a recorded call has; its channels "
@@ -286,7 +286,7 @@ def _mel_filters(num_bins: int, device: str) -> Tensor:
 
 
 def mel_bin(hertz: np.ndarray, num_bins: int) -> np.ndarray:
-    """Return frequencies as places among mel bins; the filter of bin i is centred at i."""
+    """Convert frequencies to fractional mel bin numbers; the filter of bin i is centred at i."""
     from transformers.audio_utils import hertz_to_mel
 
     mel = hertz_to_mel(np.asarray(hertz, float), "slaney")
@@ -310,7 +310,7 @@ def istft(spectra: Tensor, samples: int) -> Tensor:
 def log_mel_of(spectra: Tensor, num_bins: int = 80) -> Tensor:
     """Return log-mel spectrograms [..., T, D] of complex spectra [..., frequencies, T + 1].
 
-    In Whisper's units but before its floor at 80 dB below the loudest bin (``floor_log_mel``).
+    They are in Whisper's units, without its floor 80 dB below the loudest bin (``floor_log_mel``).
     """
     parts = torch.view_as_real(spectra[..., :-1])  # the last frame is past the end
     power = parts.square().sum(-1).transpose(-1, -2)
@@ -319,12 +319,12 @@ def log_mel_of(spectra: Tensor, num_bins: int = 80) -> Tensor:
 
 
 def log_mel(waveforms: Tensor, num_bins: int = 80) -> Tensor:
-    """Return the ``log_mel_of`` one or several waveforms [samples], a frame per 160 samples."""
+    """Return log-mel spectrograms of one or several waveforms [samples], one frame per 10 ms."""
     return log_mel_of(stft(waveforms), num_bins)
 
 
 def floor_log_mel(spectrograms: Tensor) -> Tensor:
-    """Raise spectrograms [..., T, D] to 80 dB (2 in Whisper's units) below their loudest bin."""
+    """Clamp spectrograms [..., T, D] at 80 dB (2 in Whisper's units) below their loudest bin."""
     loudest = spectrograms.amax((-2, -1), keepdim=True)
     return torch.maximum(spectrograms, loudest - LOG_MEL_RANGE)
 
@@ -341,11 +341,11 @@ def _apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
 
 
 def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
-    """Return the talkers' waveforms [S, samples]: gains on the mixture's spectrum, its phase kept.
+    """Return talkers' waveforms [S, samples]: gains on the mixture's spectrum, phase unchanged.
 
-    ``gains [S, T, D]`` are differences of log-mel spectrograms in Whisper's units; between the
-    centres of the mel filters they are interpolated. A long recording is taken in pieces, which
-    share ``SPAN`` frames with what is before and after, so that no edge is heard.
+    ``gains [S, T, D]`` are differences of log-mel spectrograms in Whisper's units, interpolated
+    between the centres of the mel filters. A long recording is processed in pieces that extend
+    ``SPAN`` frames into the pieces before and after, so that no edge is heard.
     """
     talkers, T = waveform.new_empty(len(gains), len(waveform)), gains.shape[1]
     for start in range(0, T, PIECE):
@@ -353,16 +353,16 @@ def apply_gains(waveform: Tensor, gains: Tensor) -> Tensor:
         samples = slice(first * HOP_LENGTH, end * HOP_LENGTH if end < T else None)
         piece = _apply_gains(waveform[samples], gains[:, first:end])
         piece = piece[:, (start - first) * HOP_LENGTH :]
-        talkers[:, start * HOP_LENGTH :][:, : piece.shape[1]] = piece  # the next one mends its end
+        talkers[:, start * HOP_LENGTH :][:, : piece.shape[1]] = piece  # the next overwrites its end
     return talkers
 
 
 def change_voices(spectra: Tensor, voices: Tensor) -> Tensor:
     """Move the formants in complex spectra [..., F, T] and equalize them; the pitch is kept.
 
-    ``voices [..., 1 + 2 K]`` have a factor of the formants, then K coefficients in dB of cosines
-    and K of sines over the logarithm of the frequency. The envelope of every frame is its cepstrum
-    up to 3 ms (vocal tract length perturbation moves it alike; Jaitly and Hinton, 2013).
+    ``voices [..., 1 + 2 K]`` hold a formant factor, then the equalizer's coefficients in dB: K of
+    cosines and K of sines over log frequency. Each frame's envelope, its cepstrum up to 3 ms, is
+    moved as in vocal tract length perturbation (Jaitly and Hinton, 2013).
     """
     device, bins = spectra.device, spectra.shape[-2]
     formants, equalizer = voices.split([1, voices.shape[-1] - 1], dim=-1)
@@ -388,7 +388,7 @@ def change_voices(spectra: Tensor, voices: Tensor) -> Tensor:
 
 
 def check_numbers(folder: Path) -> None:
-    """Fail if the configuration of a model on this disk asks for too much to be a speech model."""
+    """Raise ValueError if a local model's configuration has sizes that no supported model has."""
 
     def check(pairs: list[tuple]) -> None:
         for name, value in pairs:
@@ -403,9 +403,9 @@ def check_numbers(folder: Path) -> None:
 
 
 def check_size(kind: type, config, folder: Path) -> None:
-    """Fail if a model on this disk has far more weights than its files hold.
+    """Raise ValueError if a local model has far more weights than its files hold.
 
-    The rest would be drawn at random, which takes memory before it is found out.
+    transformers would draw the rest at random, which takes memory before the error is found.
     """
     with torch.device("meta"):
         count = sum(weight.numel() for weight in kind(config).parameters())
@@ -505,9 +505,9 @@ class AudioEncoder(NamedTuple):
 
 
 def load_audio_encoder(path_or_id: str, layer: int | None = None, device="cpu") -> AudioEncoder:
-    """Load the encoder alone, cut after block ``layer`` (0: its convolutions, None: its output).
+    """Load the encoder alone, cut after block ``layer`` (0: convolutions only, None: not cut).
 
-    Raises ValueError if it cannot be loaded, is neither Qwen2-Audio nor Whisper, or lacks a block.
+    Raises ValueError if it does not load, is not of Qwen2-Audio or Whisper, or lacks the block.
     """
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 

@@ -21,9 +21,9 @@ import os
 import signal
 import sys
 
-if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C would be a traceback
+if __name__ == "__main__":  # Ctrl-C during the slow imports below would print a traceback
     signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped\n"), os._exit(130)))
-elif __name__ == "__mp_main__":  # a rendering process: Ctrl-C is for the main one
+elif __name__ == "__mp_main__":  # a rendering process leaves Ctrl-C to the main one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 import argparse
@@ -58,28 +58,28 @@ MOST_VALUES = 10_000_000  # of an array of simulated features
 MIXING = {  # options of mixtures of recordings: type, smallest, largest, help
     "same_corpus": (float, 0, 1, "share of the mixtures whose talkers are of one corpus alone"),
     "join": (int, 1, 1000, "recordings said in a row by each talker"),
-    "min_seconds": (float, 0, 1000, "fewest seconds of each talker; recordings are added"),
-    "max_gap": (float, 0, 1000, "longest pause between its recordings in seconds"),
-    "max_onset": (float, 0, 1000, "latest start in seconds, with --overlap that of the first"),
+    "min_seconds": (float, 0, 1000, "least seconds per talker; recordings are added to reach it"),
+    "max_gap": (float, 0, 1000, "longest pause between a talker's recordings in seconds"),
+    "max_onset": (float, 0, 1000, "latest start in seconds; with --overlap, of the first talker"),
     "overlap": (float, 0, 1, "share of time with two or more talkers (default: random starts)"),
     "turns": (float, 0, 1, "share of mixtures whose talkers take turns, if --max_seconds has room"),
-    "level_difference": (float, 0, 60, "most dB between two talkers"),
+    "level_difference": (float, 0, 60, "largest level difference between talkers in dB"),
     "speed": (float, 0.5, 2, "factor by which a talker's recordings are sped up"),
     "formants": (float, 0.5, 2, "factor that scales a talker's formants, training split only"),
     "equalizer": (float, 0, 30, "dB of a random equalizer per talker, training split only"),
-    "snr_db": (float, -100, 100, "dB by which all talkers exceed the noise, before any telephone"),
+    "snr_db": (float, -100, 100, "signal-to-noise ratio in dB, before any telephone"),
     "reverb": (float, 0, 1, "share of mixtures in a simulated room; a bare --reverb means all"),
     "telephone": (float, 0, 1, "share of mixtures that come through a telephone"),
-    "max_seconds": (float, 0.001, 1e6, "longest mixture; recordings are left out or cut")}
+    "max_seconds": (float, 0.001, 1e6, "longest mixture in seconds; speech is left out or cut")}
 BOUNDS = {name: (low, high) for name, (_, low, high, _) in MIXING.items()}
 PAIRS = ("join", "overlap", "speed", "formants", "snr_db")  # drawn between two values
 SPEAKER_COLUMNS, TEXT_COLUMNS = ("speaker", "speaker_id", "client_id"), ("text", "sentence")
-FETCHED = "fetched_speech"  # in a dataset: what was copied from the hub
+FETCHED = "fetched_speech"  # folder in a dataset: recordings copied from the hub
 REPLACING = ".replacing"  # holds a dataset while it is moved to its place
 
 
 def check_bounds(values: dict, bounds: dict[str, tuple]) -> None:
-    """Raise ValueError if a number, or a pair of them in order, is outside its bounds."""
+    """Raise ValueError unless numbers, and pairs in ascending order, are within their bounds."""
     for name, (low, high) in bounds.items():
         value, pair = values[name], name in PAIRS
         if value is None and name in ("overlap", "max_seconds"):
@@ -146,7 +146,7 @@ def simulate_mixture(args, split: str, index: int, voices: list[Voice]) -> dict:
 
 
 def check_space(folder: Path, need: int) -> None:
-    """Raise ValueError if the disk of a folder, made or not, has no room for ``need`` bytes."""
+    """Raise ValueError if a folder's disk lacks ``need`` bytes; the folder need not exist."""
     while not folder.exists():
         folder = folder.parent
     if need > (free := shutil.disk_usage(folder).free):
@@ -266,7 +266,7 @@ def write_recordings(rows: Iterable[dict], folder: Path) -> None:
 
 
 def fetch_speech(source: str, folder: Path) -> Path:
-    """Copy a Hugging Face dataset into a folder below ``folder`` and return that.
+    """Copy a Hugging Face dataset into a subfolder of ``folder`` and return the subfolder.
 
     ``source`` is a folder of Parquet files, or OWNER/NAME[:CONFIG[:SPLIT]] on the hub; the default
     split is "train". A completed copy is reused, an interrupted one starts over. Raises ValueError
@@ -293,11 +293,11 @@ def fetch_speech(source: str, folder: Path) -> Path:
 
 
 def read_speech(path: Path) -> list[Utterance]:
-    """List the utterances of a folder per speaker, or of a JSON-lines manifest.
+    """Return the utterances of folders per speaker, or of a JSON-lines manifest.
 
-    A manifest's lines have ``audio`` (relative to the manifest), ``speaker``, ``text``, if the
-    split is given, ``split``, and for ``--same_corpus`` and ``--as_recorded`` the ``corpus``. In a
-    folder, transcripts are read from ``NAME.txt`` beside a recording or from LibriSpeech's
+    A manifest's lines have ``audio`` (relative to the manifest) and ``speaker``, and optionally
+    ``text``, ``split`` and, for ``--same_corpus`` and ``--as_recorded``, ``corpus``. In folders,
+    transcripts are read from ``NAME.txt`` beside a recording or from LibriSpeech's
     ``*.trans.txt``.
     """
     manifest = path / "manifest.jsonl" if path.is_dir() else path
@@ -325,8 +325,8 @@ def check_apart(splits: dict[str, list[Utterance]]) -> None:
 def split_speech(utterances: list[Utterance], split_by: str, seed: int) -> dict[str, list]:
     """Divide utterances into train and val: as the manifest says, else a fifth is held out.
 
-    ``split_by`` "speaker" holds out a fifth of the speakers with all they say, "utterance" a fifth
-    of what each speaker says, of two utterances one. A manifest gives the split of all or of none.
+    ``split_by`` "speaker" holds out a fifth of the speakers, "utterance" a fifth of each speaker's
+    utterances (one if there are two to nine). A manifest gives the split of all or of none.
     """
     if any(u.split for u in utterances):
         splits = {split: [u for u in utterances if u.split == split] for split in ("train", "val")}
@@ -367,9 +367,9 @@ def pick_device(name: str) -> str:
 
 
 def _with_features(plans: list, rendered: Iterator, encoder, longest: float) -> Iterator[dict]:
-    """Yield arguments of ``write_mixture`` for rendered mixtures, encoded by an encoder if any.
+    """Yield arguments of ``write_mixture`` for rendered mixtures, with features if encoded.
 
-    A talker of more than ``longest`` seconds was cut and has no text: nobody says the end of it.
+    A talker longer than ``longest`` seconds was cut and gets no text, since its end is missing.
     """
     told = False
     for plan, (sources, mixture) in zip(plans, rendered, strict=True):
@@ -421,7 +421,7 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
 
 
 def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator[dict], dict]:
-    """Plan mixtures of recordings; return those of train, then of val, and what they are."""
+    """Return the mixtures of train, then of val, and what dataset.json says of them."""
     options = mixing_options({name: getattr(args, name) for name in MixingOptions._fields})
     encoder, about = None, {"kind": "recordings"}
     if args.encoder:
@@ -443,7 +443,7 @@ def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator
 
 
 def _utterance(row: dict, listing: Path) -> Utterance:
-    """Return an utterance of a listing; a relative path is one from the dataset's folder."""
+    """Return an utterance of a listing; relative paths start at the dataset's folder."""
     return Utterance(listing.parents[1] / row["audio"], str(row["speaker"]), str(row["text"]),
                      corpus=str(row.get("corpus", "")))
 
@@ -471,7 +471,7 @@ class ListedUtterances(Sequence):
 
 
 def _read_listing(listing: Path) -> dict[str, Sequence[Utterance]]:
-    """Return the utterances of each talker; a million that have a line each take some 10 MB."""
+    """Return the utterances of each talker; a million, with a line each, take about 10 MB."""
     talkers, place = {}, 0
     with open(listing, "rb") as lines:
         if lines.readline() != b"[\n" or not lines.readline().startswith(b'{"'):
@@ -517,7 +517,7 @@ def load_source(data_dir, split: str):
 def write_mixture(
     folder: Path, name: str, speakers: list[dict], features=None, waveforms=None, **more
 ) -> dict:
-    """Save features and waveforms, mixture first, of a mixture and return its metadata entry."""
+    """Save the features and waveforms, mixture first; return the mixture's metadata entry."""
     entry = {"id": name, "num_speakers": len(speakers), "conversation": speakers}
     stems = [f"mixed/{name}", *(f"separated/{name}_speaker_{i}" for i in range(len(speakers)))]
     for arrays, write, suffix, mixed, alone in (
@@ -540,14 +540,14 @@ def write_split(
     folder: Path, split: str, samples: int, mixtures: Iterator[dict],
     utterances: list[Utterance], output_dir: Path,
 ) -> list[dict]:
-    """Write a split's mixtures as they are rendered, and what they are and were made of."""
+    """Write a split's mixtures as they are rendered, then its metadata and utterances."""
     (folder / "mixed").mkdir(parents=True)
     (folder / "separated").mkdir()
     entries = [write_mixture(folder, f"{split}_{index:05d}", **next(mixtures))
                for index in tqdm(range(samples), split, leave=False, disable=None)]
     (folder / "metadata.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
     if utterances:  # one a line, so that each can be read alone
-        home = os.path.join(os.path.abspath(output_dir), "")  # may move: relative paths in it
+        home = os.path.join(os.path.abspath(output_dir), "")  # it may move: relative paths inside
         rows = ({"audio": os.path.abspath(u.audio).removeprefix(home), "speaker": u.speaker,
                  "text": u.text, "corpus": u.corpus} for u in utterances)
         listing = "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
@@ -556,7 +556,7 @@ def write_split(
 
 
 def print_statistics(split: str, entries: list[dict]) -> None:
-    """Print how many mixtures and talkers a split has, and of how many talkers they are."""
+    """Print how many mixtures and talkers a split has, and the number of talkers per mixture."""
     counts = [entry["num_speakers"] for entry in entries]
     talkers = len({s["speaker_id"] for entry in entries for s in entry["speakers"]})
     spread = ", ".join(f"{n} talkers: {c}" for n, c in sorted(Counter(counts).items()))
@@ -574,7 +574,7 @@ def make_staging(output_dir: Path) -> Path:
     finish_replacing(output_dir)
     shutil.rmtree(staging, ignore_errors=True)
     for folder in output_dir.glob(".making_[0-9]*"):
-        with contextlib.suppress(PermissionError):  # somebody else's process runs
+        with contextlib.suppress(PermissionError):  # another user's process is running
             try:
                 os.kill(int(folder.name.removeprefix(".making_")), 0)
             except ProcessLookupError:
@@ -585,15 +585,15 @@ def make_staging(output_dir: Path) -> Path:
 
 def replace_dataset(staging: Path, output_dir: Path) -> None:
     """Replace the dataset in ``output_dir`` by that in ``staging``; other files stay."""
-    staging.replace(output_dir / REPLACING)  # of two runs at once one fails here
+    staging.replace(output_dir / REPLACING)  # one of two simultaneous runs fails here
     finish_replacing(output_dir)
 
 
 def finish_replacing(output_dir: Path) -> None:
     """Move a whole dataset from ``REPLACING`` to its place: now, or after a process was killed.
 
-    The earlier splits go first. So, whenever a process is killed, a split that is there is whole
-    and belongs to the dataset.json beside it.
+    The earlier splits are moved away first. So, whenever a process is killed, a split in place is
+    whole and belongs to the dataset.json beside it.
     """
     new = output_dir / REPLACING
     for split in ("train", "val"):
@@ -608,7 +608,7 @@ def finish_replacing(output_dir: Path) -> None:
 def write_dataset(
     output_dir: Path, sizes: dict, mixtures: Iterator[dict], splits: dict, about: dict
 ) -> dict[str, list[dict]]:
-    """Write a dataset into a folder of its own and then into place; return its metadata."""
+    """Write a dataset into a staging folder and move it into place; return its metadata."""
     staging = make_staging(output_dir)
     try:
         entries = {
@@ -631,7 +631,7 @@ def _holds(file: Path, text: str) -> bool:
 
 
 def generate_dataset(args, command_line: str) -> None:
-    """Make the dataset that the arguments ask for; an earlier one stays until it is whole."""
+    """Make the dataset asked for; an earlier dataset stays until the new one is whole."""
     output_dir, splits = Path(args.output_dir), {}
     sizes = {"train": args.train_samples, "val": args.val_samples}
     for old in (output_dir / split for split in sizes):
@@ -693,8 +693,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train_samples", type=int, default=30, help="training mixtures")
     add("--val_samples", type=int, default=10, help="validation mixtures")
     add("--max_speakers", type=int, default=defaults.max_speakers, help="most talkers in a mixture")
-    add("--min_speakers", type=int, default=defaults.min_speakers, help="fewest talkers in one")
-    add("--seed", type=int, default=42, help="draws utterances and mixtures")
+    add("--min_speakers", type=int, default=defaults.min_speakers, help="fewest talkers")
+    add("--seed", type=int, default=42, help="random seed of utterances and mixtures")
     add("--output_dir", default="multi_speaker_data", help="where train/ and val/ go")
     simulated = parser.add_argument_group("simulated talkers").add_argument
     simulated("--seq_len", type=int, default=100, help="frames per mixture")
@@ -713,7 +713,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--noise_dir", type=os.path.abspath,
         help="recordings of noise to add to the mixtures, the same in both splits")
     add("--as_recorded", nargs="+", default=defaults.as_recorded, metavar="CORPUS",
-        help="corpora whose talkers keep their speed and voice: they will be met in use")
+        help="corpora whose talkers keep their speed and voice, as they will be met in use")
     for name, (kind, _, _, text) in MIXING.items():
         more = {"nargs": 2, "metavar": ("MIN", "MAX")} if name in PAIRS else {}
         if name == "reverb":
@@ -758,7 +758,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(ValueError):  # outside the main thread there are no signals
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        # Empty values, as of unset variables of a shell; argparse stumbles over --name=--.
+        # Refuse empty values, as unset shell variables give; argparse stumbles over --name=--.
         if odd := [text for text in arguments if re.fullmatch("(--[^=]+=(--)?)?", text)]:
             parser.error(f"{odd[0].partition('=')[0] or 'an option'} needs a value")
         args = parser.parse_args(arguments)

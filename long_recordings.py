@@ -1,7 +1,7 @@
 """Recordings of any length: windows, which talker is which, and one stream per talker.
 
-A recording is read in windows that share a quarter with the next and are separated one by one.
-``TalkerTracker`` numbers their streams; the windows of each talker are put together. Shapes: ``S``
+A recording is read in windows that overlap the next by a quarter and are separated independently.
+``TalkerTracker`` numbers the streams; then the windows of each talker are joined. Shapes: ``S``
 streams, ``T`` frames, ``D`` mel bins or feature width.
 """
 
@@ -42,9 +42,9 @@ from audio import (
 WINDOW_SECONDS = 30
 WINDOW_BATCH = 4  # windows separated at once: a GPU is kept busy, and memory stays flat
 TEMPLATE_SECONDS, TEMPLATE_BYTES = 10.0, 1 << 30  # limits of a model folder's chat template
-TWO_TOKENS = 961  # samples that Qwen2-Audio makes two tokens of
-ABSENT = -LOG_MEL_RANGE  # gain of a talker in windows without it: 80 dB down
-# A talker is not heard 50 dB below its own loudest bin, nor 25 dB below the mixture's at the time.
+TWO_TOKENS = 961  # fewest samples that Qwen2-Audio turns into two tokens
+ABSENT = -LOG_MEL_RANGE  # gain in windows where the talker is absent: 80 dB down
+# Not heard: a talker 50 dB below its loudest bin, or 25 dB below the mixture's at that time.
 SILENT, DROWNED = LOG_MEL_RANGE * 50 / 80, LOG_MEL_RANGE * 25 / 80
 SPOKEN_WORDS = 5  # a second, at most
 UNSPACED = "\u3000-\u30ff\u3400-\u9fff\uff00-\uffef"  # characters of Chinese and Japanese
@@ -67,7 +67,7 @@ def read_windows(
 ) -> Iterator[tuple[int, np.ndarray, bool]]:
     """Yield overlapping windows: first sample, samples and whether there is only this one.
 
-    The recording is read once, the last window may be shorter; ValueError if it is too short.
+    The recording is read once; its last window may be shorter. Raises as ``check_length`` does.
     """
     held, start, step = np.zeros(0, np.float32), 0, window_step(window)
     for block in audio_blocks(audio, sampling_rate):
@@ -88,7 +88,7 @@ def batches_of_windows(windows: Iterator[tuple]) -> Iterator[list[tuple]]:
 
 
 def has_sound(part: np.ndarray, whole: np.ndarray) -> bool:
-    """Say whether a part of a window is louder than 20 dB below the whole."""
+    """Return whether a part of a window is less than 20 dB quieter than the whole."""
     return bool(np.square(part).mean() > 0.01 * np.square(whole).mean())
 
 
@@ -131,7 +131,7 @@ class TalkerTracker:
         return torch.cat([mean / self.scale, spread / self.scale])
 
     def _compare(self, head: Tensor | None, present: list[int]) -> np.ndarray:
-        """Correlate shared frames [S, T, D]: [present, known talkers], NaN where they share none.
+        """Return correlations of shared frames [S, T, D]: [present, known], NaN if none are shared.
 
         Each stream is compared after the mean of all streams is subtracted.
         """
@@ -162,15 +162,15 @@ class TalkerTracker:
         num_new = min(streams, left)
         # Lowest number first; a new talker scores like a voice at the limit.
         new_scores = np.tile(-limit / unit - 1e-9 * np.arange(num_new), (streams, 1))
-        if not np.isnan(alike).any():  # all known talkers were compared, a new one correlates by 0
+        if not np.isnan(alike).any():  # all known were compared; a new one has correlation 0
             new_scores -= self.SHARED * self.ALIKE
         _, talkers = linear_sum_assignment(np.hstack([score, new_scores]), maximize=True)
         return talkers.tolist()
 
     def number(self, streams: Tensor, present: list[int], sound: bool = True) -> dict[int, int]:
-        """Return {stream: talker}, both from 0, of those ``present`` among ``streams [S, T, D]``.
+        """Return {stream: talker}, both from 0, for the ``present`` ones of ``streams [S, T, D]``.
 
-        ``sound`` says whether the frames shared with the window before hold any.
+        ``sound`` says whether the frames shared with the window before hold any sound.
         """
         streams, known = streams.float(), len(self.voices)
         if not present:
@@ -229,7 +229,7 @@ class SeparatedRecording(NamedTuple):
 def _join_windows(parts: list, frames: int, absent: float) -> tuple[Tensor, dict[int, Tensor]]:
     """Return the mixture [T, D] and each talker's values [T, D]; empties ``parts`` meanwhile."""
     mixture, talkers = parts[0][1].new_zeros(frames, parts[0][1].shape[1]), {}
-    while parts:  # each frees its memory
+    while parts:  # popping a part frees its memory
         place, features, values = parts.pop(0)
         mixture[place] = features
         for n in values:
@@ -248,8 +248,8 @@ def separate_recording(
     ``separate_windows(features [B, T, D], alone) -> values [B, S, T, D], probabilities [B, S],
     active [B, S]`` is given batches of windows; ``alone`` says whether there is only one. Features
     are log-mel spectrograms of ``num_bins`` and values gains on them, or both are an ``encoder``'s
-    features. ``num_speakers`` is the number of talkers in the recording, if known. ``audio`` and
-    ``sampling_rate`` are those of ``audio.read_audio``, as are errors.
+    features. ``num_speakers`` is the number of talkers in the recording, if known. ``audio``,
+    ``sampling_rate`` and errors are those of ``audio.read_audio``.
     """
     window, rate = round(WINDOW_SECONDS * SAMPLING_RATE), FRAME_RATE
     if encoder is not None:
@@ -271,7 +271,7 @@ def separate_recording(
             present = active.nonzero().flatten().tolist()
             numbers = tracker.number(streams, present, has_sound(samples[:shared], samples))
             start = round(first / SAMPLING_RATE * rate)
-            skip = max(0, (end - start) // 2)  # of the frames shared, each window gives one half
+            skip = max(0, (end - start) // 2)  # each window supplies half of the shared frames
             end = start + len(features)
             parts.append((slice(start + skip, end), features[skip:].clone(),
                           {n: values[s, skip:].clone() for s, n in numbers.items()}))
@@ -291,9 +291,9 @@ def separate_recording(
 
 @contextlib.contextmanager
 def bounded():
-    """Bound what a model folder's template takes: TimeoutError or MemoryError beyond it.
+    """Limit time and memory of a model folder's template: TimeoutError or MemoryError beyond.
 
-    Nothing is bounded outside Linux, or in another thread than the main one.
+    There are no limits outside Linux or outside the main thread.
     """
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         yield
@@ -308,7 +308,7 @@ def bounded():
     limit, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = used + TEMPLATE_BYTES if hard < 0 else min(used + TEMPLATE_BYTES, hard)
     earlier = signal.signal(signal.SIGALRM, stop)
-    timer = signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)  # the caller's until now
+    timer = signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)  # returns the caller's
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most, hard))
         yield
@@ -322,7 +322,7 @@ def bounded():
 def build_prompt(processor, prompt: str) -> str:
     """Return the model's chat text for one recording and a question about it.
 
-    ValueError if its template takes more than ``TEMPLATE_SECONDS`` or ``TEMPLATE_BYTES``.
+    Raises ValueError if the template takes more than ``TEMPLATE_SECONDS`` or ``TEMPLATE_BYTES``.
     """
     content = [{"type": "audio", "audio_url": "recording"}, {"type": "text", "text": prompt}]
     chat = [{"role": "system", "content": "You are a helpful assistant."},
@@ -347,7 +347,7 @@ def decode(processor, ids: Tensor) -> list[str]:
 
 
 def answer_options(model, processor, options: dict) -> dict:
-    """Return options of ``generate``: those given that are not None, else what suits the model."""
+    """Complete options of ``generate`` with defaults for the model; None counts as not given."""
     if hasattr(processor, "audio_token"):
         suited = {"max_new_tokens": QWEN_TOKENS}
     else:
@@ -357,7 +357,7 @@ def answer_options(model, processor, options: dict) -> dict:
         multilingual, tasks, task, temperature = (
             own.get(name) if given.get(name) is None else given[name]
             for name in ("is_multilingual", "task_to_id", "task", "temperature"))
-        if multilingual and tasks and not task:  # transformers has none where it detects a language
+        if multilingual and tasks and not task:  # unset by transformers when it detects a language
             suited["task"] = "transcribe"
         integration = integration_of(model)
         may_fall_back = integration is None or integration.separator.is_spectrogram
@@ -391,10 +391,10 @@ def ask(model, processor, recordings: list, prompt: str | None = None, **options
 
 
 def _common_run(tail: list[str], head: list[str]) -> tuple[int, int, int]:
-    """Return where the words that two texts share begin in both, and how many they are.
+    """Return where a run of words that two texts share begins in each, and its length.
 
     A run of three counts anywhere, as two windows may hear the words around it differently. A
-    shorter one must end one text and begin the next, but for a word cut by a window's edge.
+    shorter run must end ``tail`` and begin ``head``, except for one word cut at either edge.
     """
     run = SequenceMatcher(None, tail, head, autojunk=False).find_longest_match()
     if run.size >= 3:
@@ -409,10 +409,10 @@ def _common_run(tail: list[str], head: list[str]) -> tuple[int, int, int]:
 def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
     """Join the texts of windows, (number, text) each, without repeating the words of an overlap.
 
-    Adjacent windows share ``shared`` seconds, of at most ``SPOKEN_WORDS`` a second. From the
-    longest run of words that the end of one text has in common with the beginning of the next, the
-    later text goes on; what either window heard on the other side of it is dropped. Chinese and
-    Japanese are joined by characters.
+    Adjacent windows share ``shared`` seconds, with at most ``SPOKEN_WORDS`` words a second. Texts
+    are joined at the longest run of words that the end of one shares with the beginning of the
+    next; words after the run in the earlier text, and before it in the later one, are dropped.
+    Chinese and Japanese are joined by characters.
 
     >>> join_texts([(0, "one two three fo"), (1, "three four five")], shared=7.5)
     'one two three four five'
@@ -436,7 +436,7 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
 def _heard(stream: Tensor, mixture: Tensor, segments: list[dict]) -> list[dict]:
     """Return the segments in which the talker of a stream [T, D] is heard in the mixture [T, D].
 
-    In silence Whisper invents words, and faint traces of other talkers are not this one's words.
+    Other segments hold words that Whisper invents in silence, or traces of other talkers.
     """
     heard = []
     for part in segments:
@@ -450,7 +450,7 @@ def _heard(stream: Tensor, mixture: Tensor, segments: list[dict]) -> list[dict]:
 
 
 def _show_progress(bar: tqdm, seek: Tensor) -> None:
-    """Move a bar of seconds to where Whisper is; ``seek [talkers, 2]`` has frames done and all."""
+    """Move a bar of seconds to Whisper's position; ``seek [talkers, 2]``: frames done, total."""
     bar.update(int(seek[:, 0].min()) // FRAME_RATE - bar.n)
 
 
@@ -495,7 +495,7 @@ def _numbered_rows(
     integration, tracker: TalkerTracker, samples: np.ndarray, alone: bool,
     features: Tensor, mel_mask, num_speakers: int | None,
 ):
-    """Choose the rows of a window as the integration does, in the order of their numbers."""
+    """Choose the rows of a window as the integration does, ordered by talker number."""
     streams, frame_mask, rows, _ = integration.choose_rows(
         features, mel_mask, num_speakers, reach_threshold=not alone)
     hop, present = HOP_LENGTH * integration.stride, [stream for _, stream, _ in rows]
@@ -556,15 +556,15 @@ def answer_per_talker(
     ``audio`` is a path, or an array or tensor [samples] at ``sampling_rate`` (default: 16 kHz);
     ``prompt`` asks Qwen2-Audio about each talker (default: "What does the person say?");
     ``num_speakers`` is the number of talkers in the whole recording, if known; a window may have
-    fewer. ``options`` go to ``generate``, beside a limit of length; a Whisper whose answer repeats
-    itself decodes again at a higher temperature, unless ``temperature`` is given.
+    fewer. ``options`` go to ``generate``, with a default length limit; where its answer repeats
+    itself, Whisper decodes again at a higher temperature, unless ``temperature`` is given.
 
     Returns one dict per talker: ``speaker`` (from 1), ``probability`` (the highest), ``text`` and
-    ``windows``, dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``, one per
-    window, or, where Whisper itself decodes a recording beyond its window, per segment in which
-    the talker is heard. With ``mode="joint"`` one about all talkers, with ``speakers``, a list, for
-    ``speaker``. Raises FileNotFoundError or ValueError if the recording cannot be read or arguments
-    do not fit.
+    ``windows``: dicts of ``start`` and ``end`` (seconds), ``probability`` and ``text``, one per
+    window, or one per segment in which the talker is heard if Whisper itself decodes a recording
+    longer than its window. With ``mode="joint"`` there is one dict for all talkers, with a list
+    ``speakers`` instead of ``speaker``. Raises FileNotFoundError or ValueError if the recording
+    cannot be read or arguments do not fit.
     """
     integration = integration_of(model)
     if mode not in ("separate", "joint"):

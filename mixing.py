@@ -1,9 +1,9 @@
-"""Mixtures of recordings: a seeded plan first, then rendering, which draws nothing more.
+"""Mixtures of recordings: a seeded random plan first, then deterministic rendering.
 
-Overlap ratio: the share of the time from the first talker's start to the last one's end in which
-two or more talk, each from the first utterance to the last, pauses included. Talkers who take turns
-have 0. In a room (``reverb``) the targets are the reverberant talkers: a mixture stays the sum of
-its targets.
+Overlap ratio: the share of the time from the first start to the last end in which two or more
+talkers are active, each from its first utterance to its last, pauses included. It is 0 for talkers
+who take turns. In a room (``reverb``) the targets are the reverberant talkers, so that a mixture is
+still the sum of its targets.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from audio import (
 AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".wave", ".aifc",
                   ".au", ".caf", ".oga", ".rf64", ".sph", ".w64"}  # what libsndfile reads
 SPEECH_RMS = 0.05  # level of a talker before level differences, full scale 1
-CACHED_RECORDINGS, CACHED_SECONDS = 8192, 20.0  # decoded recordings kept in memory, 16 bits each
-EQUALIZER = np.tile([1.5, 3.0, 4.5, 6.0], 2)  # of a random curve: finer parts are weaker
+CACHED_RECORDINGS, CACHED_SECONDS = 8192, 20.0  # 16-bit recordings kept in memory; their longest
+EQUALIZER = np.tile([1.5, 3.0, 4.5, 6.0], 2)  # divides the coefficients: finer detail is weaker
 OVERLAP_STEPS = 200  # placements tried between turn-taking and the most overlap
 OVERLAP_TOLERANCE, OVERLAP_DRAWS = 0.01, 30  # draws of talkers until the ratio is met
-ROOMS, MOUTHS = 200, 7  # rooms of each split, and talkers that each has a response for
+ROOMS, MOUTHS = 200, 7  # rooms per split, and talker positions in each room
 ROOM_METRES = ((4.0, 3.5, 2.5), (7.0, 6.0, 3.2))  # smallest, largest; each can have any ROOM_RT60
 ROOM_RT60 = (0.15, 0.4)  # seconds
 WALL_DISTANCE, TABLE_HEIGHT, MOUTH_HEIGHT = 0.5, 0.8, (1.2, 1.8)  # metres; mouths above the mic
@@ -94,7 +94,7 @@ class SpeechSource:
 
     @cached_property
     def speakers(self) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Names, corpora (those of the first utterance) and shares of the utterances."""
+        """Names, corpora (of each speaker's first utterance) and shares of all utterances."""
         names = sorted(self.by_speaker)
         corpora = np.array([self.by_speaker[name][0].corpus for name in names])
         counts = np.array([len(self.by_speaker[name]) for name in names], float)
@@ -110,7 +110,7 @@ def group_by_speaker(utterances: Iterable[Utterance]) -> dict[str, list[Utteranc
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files in a folder and below it, also behind links; no folder is read twice."""
+    """Yield the files in a folder and its subfolders, following links; no folder is read twice."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
@@ -122,9 +122,9 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def list_recordings(folder: Path, below: bool = True) -> list[Path]:
-    """Return the recordings in a folder, or in it and below it, sorted; print what is left out.
+    """Return the sorted recordings in a folder, by default also below it; print what is left out.
 
-    Hidden files are none, nor are the talkers that ``infer`` wrote.
+    Hidden files and the talkers that ``infer`` wrote do not count as recordings.
     """
     files = [path for path in (_files_below(folder) if below else folder.iterdir())
              if path.is_file() and not any(p[0] == "." for p in path.relative_to(folder).parts)]
@@ -161,7 +161,7 @@ class PlannedTalker(NamedTuple):
     seconds: float  # from the onset to the end of the last utterance
     onset: float  # seconds
     gain_db: float
-    voice: tuple[float, ...] = ()  # of ``audio.change_voices``; none: as recorded
+    voice: tuple[float, ...] = ()  # for ``audio.change_voices``; empty: as recorded
 
     @property
     def text(self) -> str:
@@ -171,7 +171,7 @@ class PlannedTalker(NamedTuple):
 
 
 class PlannedNoise(NamedTuple):
-    """A recording of noise, the second it is taken from, and the talkers' level above it in dB."""
+    """A recording of noise, its start in seconds, and the talkers' level above it in dB."""
 
     audio: str
     start: float
@@ -179,7 +179,7 @@ class PlannedNoise(NamedTuple):
 
 
 class PlannedMixture(NamedTuple):
-    """A mixture before it is rendered: plain numbers and paths. Without talkers it is silence."""
+    """A mixture before it is rendered: plain numbers and paths. No talkers: noise or silence."""
 
     talkers: tuple[PlannedTalker, ...]
     seconds: float
@@ -187,17 +187,17 @@ class PlannedMixture(NamedTuple):
     overlap_target: float | None = None
     noise: PlannedNoise | None = None
     room: int | None = None  # number of the simulated room
-    band: tuple[float, ...] = ()  # Hz that a telephone transmits; none: all
+    band: tuple[float, ...] = ()  # Hz that a telephone transmits; empty: all
 
 
 @lru_cache(maxsize=1 << 16)
 def recording_seconds(path) -> float:
-    """Length of a recording by its header; errors as of ``audio_info``."""
+    """Return a recording's length by its header; raises as ``audio_info`` does."""
     return audio_info(path).duration
 
 
 def _pick(rng, pool: list[Utterance], longest: float) -> Utterance:
-    """Draw an utterance, anew up to 20 times while it is longer than ``longest`` seconds."""
+    """Draw an utterance of at most ``longest`` seconds; after 20 draws, take the shortest."""
     for _ in range(20):
         utterance = pool[rng.integers(len(pool))]
         if recording_seconds(utterance.audio) <= longest:
@@ -212,7 +212,7 @@ def _without_last(talker: PlannedTalker) -> PlannedTalker:
 
 
 def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedTalker:
-    """Draw utterances in a row with pauses; the last ones go while they exceed max_seconds."""
+    """Draw utterances with pauses between; drop the last ones while they exceed max_seconds."""
     count, longest = int(rng.integers(*options.join, endpoint=True)), options.max_seconds or np.inf
     speed = rng.uniform(*options.speed)
     if pool[0].corpus in options.as_recorded:
@@ -247,7 +247,7 @@ def _with_voice(rng, options: MixingOptions, talker: PlannedTalker) -> PlannedTa
 
 
 def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Share of the time ``[...]`` from first start to last end in which two or more talk.
+    """Return the share ``[...]`` of the time from first start to last end when two or more talk.
 
     ``starts`` and ``ends`` are seconds ``[..., talkers]``.
 
@@ -262,7 +262,7 @@ def overlap_ratio(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
 
 
 def _place(rng, talkers: list, target: float, max_seconds: float) -> tuple[list[float], float]:
-    """Return onsets in seconds whose ratio is nearest to the target, and how far it is off.
+    """Return onsets in seconds with the overlap ratio nearest to the target, and its error.
 
     Onsets are interpolated between two placements: one talker after another (no overlap), and all
     others in a row during the longest talker (the most overlap).
@@ -281,17 +281,17 @@ def _place(rng, talkers: list, target: float, max_seconds: float) -> tuple[list[
     onsets -= onsets.min(axis=1, keepdims=True)
     ends = onsets + seconds
     miss = np.abs(overlap_ratio(onsets, ends) - target)
-    rounding = 1e-6  # the most overlap is as long as the longest talker, and allowed
+    rounding = 1e-6  # the most overlap lasts as long as the longest talker and must pass
     miss[ends.max(axis=1) > max(max_seconds, seconds[longest]) + rounding] = np.inf
     best = int(np.argmin(miss))
     return onsets[best].tolist(), float(miss[best])
 
 
 def _plan_overlap(rng, options: MixingOptions, talkers: list, target: float) -> tuple[float, list]:
-    """Set onsets for a target ratio; return how far the ratio is off, and the talkers.
+    """Set onsets for a target overlap ratio; return the ratio's error and the talkers.
 
-    The first talker keeps the earliest onset drawn. While the ratio is out of reach, the longest
-    talker says one utterance less, but no less than ``join`` and ``min_seconds`` ask for.
+    The mixture keeps the earliest onset drawn. While the ratio is out of reach, the longest talker
+    that ``join`` and ``min_seconds`` allow to be shortened loses its last utterance.
     """
     lead, limit = min(t.onset for t in talkers), options.max_seconds or np.inf
     best = (np.inf, [], [])
@@ -334,10 +334,10 @@ def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -
 
 
 def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> PlannedMixture:
-    """Draw one mixture of ``count`` different speakers; without a count, draw that too.
+    """Plan a mixture of ``count`` different speakers; if None, draw the count too.
 
-    With ``count=0`` it is noise alone or digital silence, as long as one talker would be. Raises
-    FileNotFoundError or ValueError if a recording cannot be read or speakers are too few.
+    With ``count=0`` it is noise or digital silence, as long as one talker would be. Raises
+    FileNotFoundError or ValueError if a recording cannot be read or there are too few speakers.
     """
     options, speakers = source.options, len(source.by_speaker)
     if count is None:
@@ -371,9 +371,9 @@ def plan_mixture(rng, source: SpeechSource, count: int | None = None) -> Planned
 
 @lru_cache(maxsize=CACHED_RECORDINGS)
 def _decoded(path) -> tuple[np.ndarray, np.float32]:
-    """Decode a recording once; keep 16-bit integers, half of float32, and the value of one step.
+    """Decode a recording once into 16-bit integers, half the size of float32, and their unit.
 
-    The loudest sample is the largest integer, so that no level is too low or too high.
+    The loudest sample becomes the largest integer, so that a recording of any level fits.
     """
     samples = read_audio(path)
     unit = np.float32(max(np.abs(samples).max(), 1e-9) / 32767)
@@ -381,7 +381,7 @@ def _decoded(path) -> tuple[np.ndarray, np.float32]:
 
 
 def _samples_of(path, speed: float = 1.0) -> np.ndarray:
-    """Return a recording's samples at 16 kHz and a speed, from memory unless it is long."""
+    """Return a recording's samples at 16 kHz and the given speed; short recordings are cached."""
     import soxr
 
     kept = recording_seconds(path) <= CACHED_SECONDS
@@ -424,7 +424,7 @@ def _rms(samples: np.ndarray) -> float:
 
 
 def _at_level(samples: np.ndarray, rms: float, level: float, gain_db: float) -> np.ndarray:
-    """Scale samples in place so that what has this RMS has ``level`` plus ``gain_db``."""
+    """Scale samples in place so that an RMS of ``rms`` becomes ``level`` plus ``gain_db``."""
     samples *= np.float32(level / max(rms, 1e-5) * 10 ** (gain_db / 20))
     return samples
 
@@ -438,7 +438,7 @@ def _in_voice(samples: np.ndarray, talker: PlannedTalker) -> np.ndarray:
 def render_talker(talker: PlannedTalker, response=None) -> np.ndarray:
     """Build the waveform [samples] of one planned talker from the start of the mixture.
 
-    While speaking it has SPEECH_RMS plus the gain; ``response`` is one of ``room_responses``.
+    Its RMS while speaking is SPEECH_RMS plus the gain; ``response`` is one of ``room_responses``.
     """
     pieces = [(round((talker.onset + start) * SAMPLING_RATE), _samples_of(u.audio, talker.speed))
               for u, start in zip(talker.utterances, talker.starts, strict=True)]
@@ -503,7 +503,7 @@ def render_mixture(plan: PlannedMixture, max_seconds: float | None = None):
 
 
 def _start_worker() -> None:
-    """Compute with one thread, and end with the main process; Ctrl-C is for that one."""
+    """Use one thread, exit when the main process exits, and leave Ctrl-C to the main process."""
     main = multiprocessing.parent_process()
     threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -511,7 +511,7 @@ def _start_worker() -> None:
 
 
 def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Iterator[tuple]:
-    """Yield what ``render_mixture`` returns for every plan, in order, by ``workers`` processes."""
+    """Render plans in ``workers`` processes (0: in this one) and yield the results in order."""
     render = partial(render_mixture, max_seconds=max_seconds)
     if not workers:
         yield from map(render, plans)
@@ -519,7 +519,7 @@ def render_mixtures(plans: list, max_seconds: float | None, workers: int) -> Ite
     # spawned: neither torch's threads nor a CUDA context survive a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        size = 8 * workers  # no more in memory, however slow the reader is
+        size = 8 * workers  # most mixtures in memory, however slow the reader is
         try:
             for start in range(0, len(plans), size):
                 yield from pool.map(render, plans[start : start + size])

@@ -1,4 +1,4 @@
-"""Scores for people: tables, word errors, pictures and the training report."""
+"""Scores in readable form: word errors, tables, pictures and the training report."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from audio import DIGITAL_SILENCE, LOG_MEL_RANGE, mel_bin
 
 
 def is_english(text: str) -> bool:
-    """Return whether a text has the letters of English alone."""
+    """Return whether all letters of a text are ASCII."""
     return all(c.isascii() for c in text if c.isalpha())
 
 
 def normalize_words(text: str, english: bool | None = None) -> list[str]:
     """Return the words of a text for counting errors.
 
-    ``english`` text (default: see ``is_english``) goes through Whisper's English normaliser, which
-    writes numerals and contractions one way, but without its list of British spellings, which not
-    every model has; its numbers are then split into digits, since "three one nine" and "3, 1, 9"
-    say the same. Other text goes through Whisper's basic normaliser, and Chinese and Japanese are
-    counted by characters.
+    ``english`` text (default: ``is_english``) goes through Whisper's English normaliser, which
+    unifies numerals and contractions. Its list of British spellings is left out, since not every
+    model has it. Numbers are then split into digits, since "three one nine" and "3, 1, 9" mean the
+    same. Other text goes through Whisper's basic normaliser; Chinese and Japanese are counted by
+    characters.
     """
     from transformers.models.whisper.english_normalizer import (
         BasicTextNormalizer,
@@ -36,8 +36,8 @@ def normalize_words(text: str, english: bool | None = None) -> list[str]:
     )
 
     if is_english(text) if english is None else english:
-        text = text.replace("\u2019", "'")  # a printer's apostrophe
-        # The normaliser would drop the zeros that a number begins with.
+        text = text.replace("\u2019", "'")  # typographic apostrophe
+        # The normaliser would drop leading zeros of a number.
         text = re.sub(r"(?<![\d.,])0+(?=\d)", lambda zeros: " ".join(zeros[0]) + " ", text)
         text = EnglishTextNormalizer({})(text)
         words = re.sub(r"(\d)", r" \1 ", text).split()
@@ -47,9 +47,9 @@ def normalize_words(text: str, english: bool | None = None) -> list[str]:
 
 
 def cp_word_errors(references: list[str], hypotheses: list[str]) -> tuple[int, int]:
-    """Count word errors under the best assignment of hypotheses to talkers, and reference words.
+    """Return (word errors, reference words) under the best assignment of hypotheses to talkers.
 
-    There may be any number of each. Errors by words are the concatenated minimum-permutation word
+    Their numbers may differ. Errors divided by words are the concatenated minimum-permutation word
     error rate (cpWER; Watanabe et al., 2020, arXiv:2004.09249).
 
     >>> cp_word_errors(["one two", "three"], ["3", "one too"])
@@ -131,10 +131,10 @@ def write_report(
     folder: Path, settings: dict, weights: dict, train_set, val_set, history: list[dict],
     mixed: int = 0,
 ) -> None:
-    """Write training_report.md: what was run, on what, and how it scored beside trivial outputs.
+    """Write training_report.md: settings, data, losses, and scores beside trivial outputs.
 
-    ``settings`` and ``weights`` (of the loss parts) are those that were used. ``mixed`` talkers
-    were mixed anew in training, 0 if none were.
+    ``settings`` and ``weights`` (of the loss parts) are those of the run. ``mixed`` is the number
+    of talkers that fresh training mixtures were drawn from, 0 without fresh mixtures.
     """
     last, best = history[-1], min(history, key=lambda row: row["val"]["total"])
     settings = settings | {"threshold": best["val"]["threshold"]}
@@ -164,9 +164,9 @@ def write_report(
         "", f"## Validation, best epoch ({best['epoch']})", "", *score_table(best["val"]),
         "", "Talkers are counted in every other mixture; the threshold was chosen on the rest.",
         "", "## Loss by epoch", "",
-        *["Training losses are those of a single pass, without what is more than 50 dB below the "
-          "loudest bin; validation losses are those of the separator in use, but a talker alone is "
-          "separated, too.", ""]
+        *["Training losses are of a single pass and ignore levels more than 50 dB below the "
+          "loudest bin; validation losses are of the separator as used, except that a single "
+          "talker is separated, too.", ""]
         * train_set.has_recordings,
         *markdown_table(["epoch", "lr", "train", "validation", *weights, "talker count right"],
                         losses),
@@ -215,9 +215,9 @@ DECIBELS = {"vmin": -80, "vmax": 0, "cmap": "magma"}
 
 
 def draw_features(axes, values, frame_rate: float | None, scale: dict, log_mel: bool):
-    """Draw values [T, D] against seconds or frames and kHz or numbers; return the image."""
+    """Draw values [T, D] over seconds or frames, with kHz or feature numbers; return the image."""
     extent = (0, len(values) / (frame_rate or 1), 0, values.shape[1])
-    frames = -(-len(values) // COLUMNS)  # a column of the picture is the mean of so many
+    frames = -(-len(values) // COLUMNS)  # averaged into one column of the picture
     columns = F.avg_pool1d(values.T, frames, ceil_mode=True) if frames > 1 else values.T
     image = axes.imshow(columns.numpy(), aspect="auto", origin="lower", extent=extent,
                         interpolation="nearest", **scale)
@@ -236,7 +236,7 @@ def decibels(values, top):
 
 
 def plot_streams(path, rows: list[dict], frame_rate: float | None, log_mel: bool) -> None:
-    """Draw panels of [T, D] arrays, a row of panels by title per recording.
+    """Draw [T, D] arrays as panels with titles, one row of panels per recording.
 
     Log-mel spectrograms have axes in seconds and kHz and a scale in dB; other features have frames
     or seconds and feature numbers.

@@ -5,22 +5,22 @@ frozen model: features of a mixture go in, one stream per talker comes out, and 
 for each stream. Two separators share the interface
 ``features [B, T, D] -> streams [B, S, T, D], probabilities [B, S]``:
 
-- ``SpectrogramSeparator``: log-mel spectrograms of recordings, for every Whisper and Qwen2-Audio;
-- ``SpeakerSeparatorTransformer``: feature vectors that add up, such as the simulated ones.
+- ``SpectrogramSeparator`` reads log-mel spectrograms and fits every Whisper and Qwen2-Audio model;
+- ``SpeakerSeparatorTransformer`` reads additive feature vectors, such as the simulated ones.
 
     python speaker_separator_module.py train --epochs=20
     python speaker_separator_module.py evaluate
     python speaker_separator_module.py integrate --model MODEL --audio a.wav
     torchrun --nproc_per_node=8 speaker_separator_module.py train ...
 
-The first makes its own small dataset when there is none and takes some 20 minutes of a CPU core.
+The first command makes a small dataset if none exists and takes some 20 minutes on a CPU core.
 
 Shapes, everywhere: ``B`` batch, ``S`` streams, ``T`` frames, ``D`` feature width or mel bins. A
-stream is one output of a separator, a talker is somebody who talks: streams that are likely enough
-are taken for talkers. ``max_speakers`` counts streams, ``num_speakers`` talkers.
+stream is one output of a separator, a talker is a person who talks; streams with a high enough
+probability count as talkers. ``max_speakers`` counts streams, ``num_speakers`` talkers.
 
-Helpers stand above what calls them: read upwards from ``cmd_train`` or ``cmd_integrate``. From
-there ``integrate`` goes to ``long_recordings.answer_per_talker``.
+Helpers stand above their callers: read upwards from ``cmd_train`` or ``cmd_integrate``. The latter
+calls ``long_recordings.answer_per_talker``.
 
 Papers: permutation-invariant training (Yu et al., 2017, arXiv:1607.00325); talker queries that
 count and separate (SepTDA, Lee et al., 2024, arXiv:2401.12473); separation inside a frozen
@@ -83,13 +83,13 @@ DEFAULT_CHECKPOINT_DIR = "checkpoints"
 SHIPPED_SEPARATOR = Path(__file__).resolve().parent / "pretrained"
 MAX_FRAMES = 4000  # of one feature file: attention among them takes 0.2 GB a head (measured)
 JSON_BYTES = 1 << 29  # a hundred thousand mixtures of long sentences take less
-LONGEST_LINE = 500  # letters of an error message
+LONGEST_LINE = 500  # characters of an error message
 MAX_STREAMS = 7  # the loss scores every assignment of streams to talkers: 7! are 5,040
 
 OPTIONS = {  # of training: default (None: what suits the data), type, least, most and help
     "epochs": (20, int, 1, 1e6, "passes over the training mixtures"),
     "batch_size": (8, int, 1, 1e5, "mixtures per step of each process"),
-    "accumulate": (1, int, 1, 1e5, "batches per step: one large batch in less memory"),
+    "accumulate": (1, int, 1, 1e5, "batches per step, by gradient accumulation"),
     "lr": (
         None, float, 1e-12, 1e30, "initial learning rate (default: 2e-3; features: 0.128 / width; "
         "a quarter of it with --init_from)"),
@@ -107,10 +107,10 @@ OPTIONS = {  # of training: default (None: what suits the data), type, least, mo
         None, float, 0, 1e30, "weight of that loss part (default: 0.02; features: 0.5)"),
     "mixtures_per_epoch": (
         None, int, 1, 1e6, "fresh mixtures (default: twice the data, at least 120)"),
-    "crop_seconds": (None, float, 0.2, 1e6, "shortest and longest training part; recordings only"),
-    "workers": (0, int, 0, 1024, "processes that load or mix, 0 for this one"),
+    "crop_seconds": (None, float, 0.2, 1e6, "shortest and longest training crop; recordings only"),
+    "workers": (0, int, 0, 1024, "processes that load or mix data, 0 for the main one"),
     "save_every": (5, int, 1, 1e6, "epochs between periodic checkpoints"),
-    "patience": (None, int, 1, 1e6, "stop after this many epochs without a better one"),
+    "patience": (None, int, 1, 1e6, "stop after this many epochs without a lower validation loss"),
     "seed": (42, int, 0, 1 << 62, "seed of weights, order, mixtures and dropout"),
 }
 DEFAULTS = {name: default for name, (default, *_) in OPTIONS.items()} | {
@@ -152,9 +152,9 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def reading(path, complaint: str):
-    """Turn whatever a library raises about a file into a ValueError that names it.
+    """Turn any error that a library raises about a file into a ValueError that names the file.
 
-    Libraries raise dozens of kinds of errors on damaged files: put only their calls inside.
+    Libraries raise dozens of kinds of errors on damaged files: wrap only calls of a library.
     """
     try:
         yield
@@ -197,7 +197,7 @@ def read_json(path: Path, kind: type = object):
 
 
 def is_inside(path, folder) -> bool:
-    """Return whether a path is a folder or in it, wherever links lead."""
+    """Return whether a path is a folder or lies in it, after following links."""
     return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
@@ -209,8 +209,8 @@ def write_json(file, content: dict) -> None:
 
 def import_sibling(name: str):
     """Import a sibling file, or return None where this script stands alone."""
-    there = Path(__file__).resolve().with_name(f"{name}.py").is_file()
-    return importlib.import_module(name) if there else None
+    exists = Path(__file__).resolve().with_name(f"{name}.py").is_file()
+    return importlib.import_module(name) if exists else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ def normalize(values: Tensor) -> Tensor:
 def time_first(frames: Tensor) -> Tensor:
     """Store frames [B, T, D] time first, the layout that ``nn.MultiheadAttention`` transposes to.
 
-    Otherwise, where there are no gradients, PyTorch copies the weights for every frame: with
-    bfloat16 on a CPU a separator of features took 6 times as long (measured).
+    Otherwise PyTorch copies the weights for every frame when gradients are off: on a CPU with
+    bfloat16, a separator of features took 6 times as long (measured).
     """
     return frames.transpose(0, 1).contiguous().transpose(0, 1)
 
@@ -275,7 +275,7 @@ def check_sizes(config: dict, width_name: str) -> None:
 
 
 class StrictHubMixin(PyTorchModelHubMixin):
-    """``from_pretrained`` that refuses weights which are missing, too many or of other shapes."""
+    """Hub mixin whose ``from_pretrained`` refuses missing, surplus or wrongly shaped weights."""
 
     calibrated_on = None  # digest of the mixtures that training chose epoch and threshold on
 
@@ -287,7 +287,7 @@ class StrictHubMixin(PyTorchModelHubMixin):
         """Save weights and configuration, with the threshold as it is now."""
         config = config or self.config | {"threshold": self.threshold}
         source = config.get("feature_source", {})
-        if Path(source.get("encoder") or "").is_absolute():  # on a disk: name its folder alone
+        if Path(source.get("encoder") or "").is_absolute():  # a local path: keep its last name
             config = config | {"feature_source": source | {"encoder": Path(source["encoder"]).name}}
         folder = Path(save_directory)
         saved = super().save_pretrained(folder, config=config, **options)
@@ -297,15 +297,15 @@ class StrictHubMixin(PyTorchModelHubMixin):
 
 
 class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
-    """Splits feature vectors that add up into one stream per talker, each a share of the mixture.
+    """Splits additive feature vectors into one stream per talker, each a share of the mixture.
 
     ``S = max_speakers`` learned talker queries attend to the mixture's frames in ``num_layers``
     decoder blocks. Each stream is then the frames plus its query; a refinement block turns it into
     the logits of a mask, and the masks of all streams sum to 1.
 
-    A stream counts as a talker from the probability ``threshold`` on; training calibrates it.
+    A stream whose probability reaches ``threshold``, which training calibrates, counts as a talker.
     ``feature_source`` holds ``kind``, ``encoder``, ``layer`` and ``frame_rate`` of the training
-    features. Sizes that do not fit each other raise ValueError.
+    features. Incompatible sizes raise ValueError.
     """
 
     is_spectrogram = False
@@ -343,7 +343,7 @@ class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
         (B, T, D), S = mixed_features.shape, self.max_speakers
         valid = frame_mask[..., None]
         mixture = torch.where(valid, mixed_features, 0.0)
-        # A silent recording has no frame to attend to: let it attend to its own zeros.
+        # A recording without valid frames has none to attend to: let it attend to its zeros.
         padding = ~frame_mask & frame_mask.any(1, keepdim=True)
 
         # Loud and soft recordings look alike inside.
@@ -362,7 +362,7 @@ class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
             streams.flatten(0, 1), src_key_padding_mask=padding.repeat_interleave(S, dim=0))
         logits = (streams.unflatten(0, (B, S)) - frames[:, None]).float()
         separated = (logits.softmax(dim=1) * mixture[:, None]).to(mixture.dtype)
-        # Activity is read from the streams: an empty one is a talker who is not there.
+        # Estimate activity from the separated streams: an empty one is no talker.
         pooled = masked_mean(separated / level[:, None], valid[:, None], 2)  # [B, S, D]
         logit = self.activity_head(pooled.to(mixture.dtype)).squeeze(-1)
         return separated, logit.float().sigmoid()
@@ -373,7 +373,7 @@ class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
 
 
 class Convolution(nn.Module):
-    """Convolution module of a Conformer (arXiv:2005.08100); its norm ignores the other frames."""
+    """Conformer convolution (arXiv:2005.08100) that normalizes every frame on its own."""
 
     def __init__(self, dim: int, kernel_size: int, dropout: float):
         super().__init__()
@@ -391,7 +391,7 @@ class Convolution(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over frames, without positions: the convolutions tell neighbours apart."""
+    """Self-attention over frames without position encodings: the convolutions convey the order."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float):
         super().__init__()
@@ -472,11 +472,11 @@ LOG_POWER = 4 * math.log(10)  # natural logarithm of the power in one of Whisper
 
 
 def pool_bins(spectra: Tensor, bins: int) -> Tensor:
-    """Resample log-mel spectra [..., D] to ``bins`` wider ones [..., bins] by mean powers.
+    """Pool log-mel spectra [..., D] into ``bins`` wider bins [..., bins] by averaging powers.
 
-    The weights are triangles from one neighbour's centre to the other's, as mel filters are.
-    Interpolation would miss what lies beside a centre, such as harmonics; it is used where bins
-    would not be wider.
+    The weights are triangles between the centres of the neighbouring bins, like mel filters.
+    Interpolation would miss energy between the centres, such as harmonics; it is used if the new
+    bins are not wider.
     """
     D = spectra.shape[-1]
     if bins >= D:
@@ -498,10 +498,10 @@ def sounding_frames(spectrograms: Tensor, frame_mask: Tensor | None = None) -> T
 
 
 def heard_frames(spectrograms: Tensor, frame_mask: Tensor) -> Tensor:
-    """Return the sounding frames [B, T] but the last two of a cut recording in a longer window.
+    """Return the sounding frames [B, T] without the last two if the recording ends within speech.
 
-    The windows of those two reach past its end, so the last is softer than the one before. They
-    hold a click, which would change streams all over the recording by 5% of their power (measured).
+    The STFT windows of these two reach past its end, so the last one is softer. They hold a click,
+    which would change the streams of the whole recording by 5% of their power (measured).
     """
     sounds = sounding_frames(spectrograms, frame_mask)
     loudest = spectrograms.amax(-1).masked_fill(~frame_mask, -math.inf)
@@ -513,12 +513,12 @@ def heard_frames(spectrograms: Tensor, frame_mask: Tensor) -> Tensor:
 
 
 def share_mixture(gains: Tensor, probabilities: Tensor) -> Tensor:
-    """Raise the gains [B, S, T, D] of all streams alike until the talkers add up to the mixture.
+    """Raise the gains [B, S, T, D] of all streams equally until talkers add up to the mixture.
 
     In each bin the power of a stream is weighted by its probability of being a talker,
-    ``probabilities [B, S]``. What no stream holds would be lost, and a recogniser minds gaps more
-    than traces of somebody else (arXiv:2009.04323). A stream that is certain, beside others that
-    are improbable, becomes the mixture.
+    ``probabilities [B, S]``. Energy that is in no stream would be lost, and gaps harm a recogniser
+    more than traces of another talker do (arXiv:2009.04323). If one stream is certain and the
+    others are improbable, it becomes the mixture.
 
     >>> gains = torch.tensor([-1.0, -1.0]).view(1, 2, 1, 1)  # 40 dB below the mixture
     >>> [round(40 * g.item(), 1) for g in share_mixture(gains, torch.ones(1, 2)).flatten()]
@@ -548,26 +548,26 @@ def at_least(probabilities: Tensor) -> Tensor:
 class SpectrogramSeparator(nn.Module, StrictHubMixin):
     """Splits log-mel spectrograms into one spectrogram per talker, for any Whisper or Qwen2-Audio.
 
-    Works on a grid of 80 mel bins; others are pooled to it, and the gains interpolated.
-    ``num_layers`` blocks of width ``dim`` read the mixture's frames, ``STACK`` at a time, while
-    ``max_speakers`` talker queries attend to them. Each query then scales and shifts the frames
-    into its stream. Half as many blocks process the streams, which read each other's mean after
-    every block, and put out a gain of at most 0 dB for each bin. Outside training two passes, half
-    a stack of frames apart, share the queries; the gains are their average, softened by
-    ``SOFTENING``. Last, ``share_mixture`` raises the gains until the talkers add up to the mixture.
-    The level of the recording and shifts in the window by an even number of frames change nothing,
-    nor does silence around speech that begins and ends in silence (one cut within speech clicks,
-    see ``heard_frames``).
+    It works on a grid of 80 mel bins: other numbers of bins are pooled to 80, and the gains are
+    interpolated back. ``num_layers`` blocks of width ``dim`` process stacks of ``STACK`` frames of
+    the mixture; after each block ``max_speakers`` talker queries attend to them. Each query then
+    scales and shifts the result into its stream. Half as many blocks process the streams, which
+    read the mean of all streams after every block. They output a gain of at most 0 dB for each bin.
+    Outside training, two passes half a stack apart share the queries; their gains are averaged and
+    multiplied by ``SOFTENING``. Finally ``share_mixture`` raises the gains until the talkers add up
+    to the mixture. The gains do not depend on the recording's level, on shifts by an even number of
+    frames, or on silence around speech that begins and ends in silence (speech that is cut off
+    clicks, see ``heard_frames``).
 
-    A stream counts as a talker from the probability ``threshold`` on, the likeliest one from 0.5 on
-    if that is less (``first_threshold``); training calibrates ``threshold``. Sizes that do not fit
-    each other raise ValueError.
+    A stream whose probability reaches ``threshold``, which training calibrates, counts as a talker;
+    for the likeliest stream 0.5 is enough if that is lower (``first_threshold``). Incompatible
+    sizes raise ValueError.
     """
 
     is_spectrogram = True
     feature_dim = None  # any number of mel bins
     BINS, STACK, KERNEL_SIZE = 80, 4, 15
-    SOFTENING = 0.75  # of gains: for voices that training lacked they go too far (measured)
+    SOFTENING = 0.75  # factor on the gains, which overshoot for unseen voices (measured)
 
     def __init__(
         self, max_speakers: int = 3, num_layers: int = 4, num_heads: int = 4, ff_dim: int = 768,
@@ -671,7 +671,7 @@ class SpectrogramSeparator(nn.Module, StrictHubMixin):
     def forward(self, spectrograms: Tensor, frame_mask: Tensor | None = None):
         """Separate mixtures [B, T, D] into streams [B, S, T, D] and probabilities [B, S].
 
-        All are log-mel spectrograms in Whisper's units with D mel bins; a stream's floor is 80 dB
+        Mixtures and streams are log-mel spectrograms in Whisper's units; a stream's floor is 80 dB
         below its loudest bin. Frames where ``frame_mask [B, T]`` is False come out at the floor.
         """
         frame_mask = check_features(spectrograms, frame_mask)
@@ -742,13 +742,13 @@ def separator_loss(
 ) -> SeparatorLoss:
     """Score streams under their best assignment to talkers (PIT, arXiv:1607.00325).
 
-    The assignment has the least squared error plus about ``matching_weight`` times the activity
-    part. Without that part it would be random which of several identical streams is the talker.
+    The assignment minimizes the squared error plus about ``matching_weight`` times the activity
+    loss. Without the activity loss, the choice among identical streams would be arbitrary.
 
     ``separated [B, S, T, D]`` have ``speaker_probs [B, S]``; ``targets [B, S, T, D]`` are talkers
     where ``speaker_mask [B, S]`` is set, zeros elsewhere; ``mixture [B, T, D]`` is valid where
-    ``frame_mask [B, T]`` is set. ``reconstruction_weight`` is 0 for streams that do not add up, as
-    log spectra. Shapes that do not fit raise ValueError.
+    ``frame_mask [B, T]`` is set. Set ``reconstruction_weight`` to 0 if a mixture is not the sum of
+    its talkers, as for log spectra. Wrong shapes raise ValueError.
     """
     if frame_mask is None:
         frame_mask = mixture.new_ones(mixture.shape[:2], dtype=torch.bool)
@@ -760,19 +760,19 @@ def separator_loss(
         if list(tensor.shape) != shape:
             raise ValueError(f"{name} must be {shape}, not {list(tensor.shape)}")
     separated, targets, mixture = separated.float(), targets.float(), mixture.float()
-    there = speaker_mask.float()
+    is_talker = speaker_mask.float()
     with torch.no_grad():
         odds = speaker_probs.float().clamp(1e-4, 1 - 1e-4).logit()[..., None]
         cost = pairwise_mse(separated, targets, frame_mask) - matching_weight / 2 * odds
-        assignment = best_assignment(cost, there)
+        assignment = best_assignment(cost, is_talker)
     estimates = reorder(separated, assignment)
 
-    separation = masked_mean(talker_mse(estimates, targets, frame_mask), there, (0, 1))
-    summed = (estimates * there[..., None, None]).sum(1)
+    separation = masked_mean(talker_mse(estimates, targets, frame_mask), is_talker, (0, 1))
+    summed = (estimates * is_talker[..., None, None]).sum(1)
     reconstruction = masked_mean((summed - mixture).square().mean(-1), frame_mask, (0, 1))
-    # binary_cross_entropy raises on NaN, on a GPU fatally: put in 0.5, and the NaN into the loss.
+    # binary_cross_entropy raises on NaN, fatally on a GPU: give it 0.5, and add the NaN afterwards.
     probs = reorder(speaker_probs.float(), assignment)
-    activity = F.binary_cross_entropy(probs.nan_to_num(0.5), there) + 0 * probs.sum()
+    activity = F.binary_cross_entropy(probs.nan_to_num(0.5), is_talker) + 0 * probs.sum()
     parts = separation, reconstruction, activity
     total = LossWeights(reconstruction_weight, activity_weight).total(*parts)
     return SeparatorLoss(total, *parts, assignment)
@@ -781,9 +781,9 @@ def separator_loss(
 def loss_of_streams(
     separated: Tensor, probs: Tensor, batch: dict, weights: LossWeights
 ) -> SeparatorLoss:
-    """Return the loss of a batch's streams; those of recordings are matched by activity too.
+    """Return the loss of a batch's streams; for recordings, activity affects the assignment.
 
-    Spare streams of features are empty, and known by that; those of spectrograms are not.
+    Unused streams of features are empty, which identifies them; those of spectrograms are not.
     """
     return separator_loss(
         separated, probs, batch["targets"], batch["speaker_mask"], batch["mixture"],
@@ -792,7 +792,7 @@ def loss_of_streams(
 
 
 def loss_sizes(batch: dict) -> Tensor:
-    """Return how many talkers, frames and mixtures the parts of a batch's loss average: [3]."""
+    """Return the numbers [3] of talkers, frames and mixtures that the loss parts average over."""
     talkers, frames = batch["speaker_mask"].sum().float(), batch["frame_mask"].sum().float()
     return torch.stack([talkers, frames, talkers.new_full((), len(batch["mixture"]))])
 
@@ -814,9 +814,9 @@ def check_threshold(threshold: float | None) -> None:
 
 
 def first_threshold(separator) -> float:
-    """Return from where on the likeliest stream counts even if the threshold is higher.
+    """Return the probability that suffices for the likeliest stream even below the threshold.
 
-    Recordings are rarely silent.
+    It is lower for recordings, which are rarely silent.
     """
     return 0.5 if separator.is_spectrogram else 1.0
 
@@ -825,9 +825,9 @@ def active_streams(
     speaker_probs: Tensor, threshold: float = 0.5, num_speakers: int | None = None,
     reach_threshold: bool = False, first: float = 1.0,
 ) -> Tensor:
-    """Say which streams are talkers, [B, S]: by threshold, or the ``num_speakers`` likeliest.
+    """Return which streams are talkers [B, S]: by threshold, or the ``num_speakers`` likeliest.
 
-    The likeliest stream counts from ``min(first, threshold)`` on, unless the threshold is 1. With
+    The likeliest stream needs only ``min(first, threshold)``, unless the threshold is 1. With
     ``reach_threshold``, the ``num_speakers`` likeliest must also reach the threshold.
     """
     reached = speaker_probs >= threshold
@@ -848,9 +848,9 @@ def choose_talkers(
     """Return streams or gains [B, S, T, D], and which are talkers [B, S] (``active_streams``).
 
     If exactly one stream of a spectrogram is a talker, ``unchanged [B, T, D]`` (the mixture, or
-    gains of 0) replaces it: separation can only harm a talker alone. With ``num_speakers`` given,
-    nothing is replaced. ``threshold`` is the separator's own by default. ValueError if what the
-    separator put out is not finite.
+    gains of 0) replaces it: separation can only harm a single talker. With ``num_speakers`` given,
+    nothing is replaced. ``threshold`` defaults to the separator's own. Raises ValueError if the
+    separator's output is not finite.
     """
     if not (values.isfinite().all() and probs.isfinite().all()):
         raise ValueError("the separator's output is not finite: its weights are damaged, or the "
@@ -866,7 +866,7 @@ def choose_talkers(
 
 
 def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor, first: float = 1.0) -> float:
-    """Return the threshold that gets most talker counts right, [N, S] each; ties go near 0.5."""
+    """Return the threshold that gets most counts of [N, S] right; if tied, the nearest to 0.5."""
     candidates = torch.linspace(0.05, 0.95, 37)
     counts = torch.stack([
         active_streams(speaker_probs, float(candidate), first=first).sum(-1)
@@ -879,8 +879,8 @@ def calibrate_threshold(speaker_probs: Tensor, speaker_mask: Tensor, first: floa
 def window_separator(separator, threshold: float | None, num_speakers: int | None):
     """Return the function that ``long_recordings.separate_recording`` calls on its windows.
 
-    A window that is not ``alone`` may lack some of the ``num_speakers`` of the recording. For
-    spectrograms the function returns gains, as a talker's floor depends on all windows.
+    A window that is not ``alone`` (the only one) may lack some of the recording's ``num_speakers``.
+    For spectrograms the function returns gains, as a talker's floor depends on all windows.
     """
     separator.eval()
     weight = separator.speaker_queries  # for device and precision
@@ -920,8 +920,8 @@ def si_sdr(estimates: Tensor, targets: Tensor) -> Tensor:
 def trivial_outputs(mixture: Tensor, speaker_mask: Tensor, log_mel: bool = False) -> dict:
     """Return the outputs that need no separator, [B, T, D] each.
 
-    Of ``log_mel`` spectrograms "zeros" is 80 dB below the loudest bin and the count divides the
-    amplitude.
+    For ``log_mel`` spectrograms, "zeros" is 80 dB below the loudest bin, and "mixture / count"
+    divides the amplitude.
     """
     count = speaker_mask.sum(1).clamp(min=1).to(mixture.dtype)[:, None, None]
     zeros, shared = torch.zeros_like(mixture), mixture / count
@@ -960,7 +960,7 @@ def count_scores(
 def open_features(path: Path, feature_dim: int | None = None) -> np.memmap:
     """Open float features [T, D] in a .npy file without reading the values.
 
-    FileNotFoundError or ValueError if it is missing or its rank, width or type is another.
+    FileNotFoundError if it is missing, ValueError if its number of axes, width or type is wrong.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no such feature file: {path}")
@@ -1048,7 +1048,7 @@ class MultiSpeakerDataset(Dataset):
         return paths
 
     def _check_facts(self, sample: dict) -> None:
-        """Fail unless the entries that no file depends on are of their kind."""
+        """Fail unless the id, texts and overlap of a sample have the right types."""
         overlap, names = sample.get("overlap"), [sample["id"]]
         names += [str(speaker["speaker_id"]) for speaker in sample["speakers"]]
         texts = [speaker.get("text") or "" for speaker in sample["speakers"]]
@@ -1081,7 +1081,7 @@ class MultiSpeakerDataset(Dataset):
         return {"mixture": features[0], "targets": features[1:]}
 
     def files_by_talker(self) -> dict[str, list[Path]]:
-        """Return the files of every talker alone."""
+        """Return the single-talker files of every talker."""
         talkers: dict[str, list[Path]] = {}
         for sample in self.samples:
             for speaker, path in zip(sample["speakers"], self.files(sample)[1:], strict=True):
@@ -1096,10 +1096,10 @@ class MultiSpeakerDataset(Dataset):
 class RemixedDataset(Dataset):
     """Fresh mixtures of the training sources, from silence to ``max_speakers`` talkers.
 
-    Item ``number`` depends on the seed and the number alone; epoch ``e`` takes those from
-    ``e * length`` on. So no mixture returns within a run whose ``length`` stays the same, and a
-    resumed run draws the same ones. Each of the two kinds says what its talkers can say
-    (``_read_sources``) and how many of them talk (``_draw_talkers``).
+    Item ``number`` depends only on the seed and the number; epoch ``e`` starts at item
+    ``e * length``. So no mixture repeats within a run of constant ``length``, and a resumed run
+    draws the same mixtures. Subclasses read the sources of each talker (``_read_sources``) and
+    draw the number of talkers (``_draw_talkers``).
     """
 
     SILENCE = 0.04  # share of mixtures without any talker
@@ -1129,7 +1129,7 @@ class RemixedFeatures(RemixedDataset):
         return self.base.files_by_talker()
 
     def _draw_talkers(self, rng: np.random.Generator) -> int:
-        """Draw how many talk: every number from 1 on is equally likely."""
+        """Draw the number of talkers uniformly from 1 to ``max_speakers``."""
         return int(rng.integers(1, self.max_speakers, endpoint=True))
 
     def __getitem__(self, number: int) -> dict:
@@ -1145,7 +1145,7 @@ class RemixedFeatures(RemixedDataset):
 
 
 class RemixedRecordings(RemixedDataset):
-    """Mixtures of the recordings in utterances.json, drawn anew; the dataset's own stay unread."""
+    """Fresh mixtures of the recordings in utterances.json; the dataset's own are not read."""
 
     def _read_sources(self) -> dict:
         from generate_multi_speaker_dataset import load_source
@@ -1159,9 +1159,9 @@ class RemixedRecordings(RemixedDataset):
         return int(rng.choice(numbers, p=numbers / numbers.sum()))
 
     def draw_length(self, number: int) -> tuple[np.random.Generator, int, float]:
-        """Return generator, number of talkers and the length in seconds of the part to take.
+        """Return the generator, the number of talkers and the length of the crop in seconds.
 
-        It needs no plan, so that batches are sorted by length at little cost.
+        It needs no plan, so sorting batches by length is cheap.
         """
         rng, count = self.draw_count(number)
         share = rng.random()  # drawn in any case: crop_seconds does not change the mixtures
@@ -1171,10 +1171,10 @@ class RemixedRecordings(RemixedDataset):
         return rng, count, least + (most - least) * share
 
     def plan(self, number: int):
-        """Return the plan of a mixture, and start and length in seconds of the part to take of it.
+        """Return the plan of a mixture, and the start and length of its crop in seconds.
 
-        The part is centred on a time between the last talker's start and the first one's end:
-        where all of them talk, or else in the pause between two of them.
+        The centre of the crop is a random time between the latest start and the earliest end of a
+        talker: where all of them talk, or otherwise between two of them.
         """
         from mixing import plan_mixture
 
@@ -1187,7 +1187,7 @@ class RemixedRecordings(RemixedDataset):
         return plan, min(max(centre - length / 2, 0.0), plan.seconds - length), length
 
     def seconds(self, number: int) -> float:
-        """Return the length of a mixture before it is rendered; of a part, the most it can be."""
+        """Return the length of a mixture without rendering it; of a crop, its upper bound."""
         if self.crop_seconds is None:
             return self.plan(number)[0].seconds
         return self.draw_length(number)[2]
@@ -1220,29 +1220,29 @@ def collate(items: list[dict], max_speakers: int, compact: bool = False) -> dict
     """Pad items into a batch with two masks.
 
     Features: ``mixture [B, T, D]``, ``targets [B, S, T, D]``, ``frame_mask [B, T]``. Recordings:
-    ``waveforms [R, samples]``, mixtures among them, with ``rows [R]``, their places in
-    ``[B, 1 + S]`` (``by_mixture``), ``lengths [B]`` in samples, and ``voices [R, ...]`` where
-    talkers get other voices. Both: ``speaker_mask [B, S]``.
+    ``waveforms [R, samples]`` of mixtures and talkers, ``rows [R]``, their indices into the
+    flattened ``[B, 1 + S]`` (``by_mixture``), ``lengths [B]`` in samples, and ``voices [R, ...]``
+    if voices are changed. Both: ``speaker_mask [B, S]``.
 
-    ``compact`` batches, for a GPU, take half the memory and have few shapes: waveforms are float16,
-    padded to whole seconds and by silent ones to a multiple of 32.
+    ``compact`` batches, for a GPU, take half the memory and have few shapes: waveforms are float16
+    and padded to whole seconds, and silent ones fill up their number to a multiple of 32.
     """
     recorded, S = "waveforms" in items[0], max_speakers
     stacks = [item["waveforms"] if recorded else
                torch.cat([item["mixture"][None], item["targets"]]) for item in items]
     counts, lengths = torch.tensor([stack.shape[:2] for stack in stacks]).T
-    there = torch.arange(1 + S) < counts[:, None]
+    is_used = torch.arange(1 + S) < counts[:, None]
     if recorded:
-        return {"speaker_mask": there[:, 1:], "lengths": lengths} | _pack(items, there, compact)
+        return {"speaker_mask": is_used[:, 1:], "lengths": lengths} | _pack(items, is_used, compact)
     padded = stacks[0].new_zeros(len(items), 1 + S, int(lengths.max()), stacks[0].shape[2])
     for place, stack in zip(padded, stacks, strict=True):
         place[: len(stack), : stack.shape[1]] = stack
-    return {"speaker_mask": there[:, 1:], "mixture": padded[:, 0], "targets": padded[:, 1:],
+    return {"speaker_mask": is_used[:, 1:], "mixture": padded[:, 0], "targets": padded[:, 1:],
             "frame_mask": torch.arange(padded.shape[2]) < lengths[:, None]}
 
 
-def _pack(items: list[dict], there: Tensor, compact: bool) -> dict:
-    """Return what ``collate`` says of recordings that are ``there [B, 1 + S]``."""
+def _pack(items: list[dict], is_used: Tensor, compact: bool) -> dict:
+    """Pack recordings, set in ``is_used [B, 1 + S]``, into the tensors that ``collate`` names."""
     from audio import SAMPLING_RATE
 
     waveforms = [waveform for item in items for waveform in item["waveforms"]]
@@ -1253,8 +1253,8 @@ def _pack(items: list[dict], there: Tensor, compact: bool) -> dict:
     padded = torch.zeros(len(waveforms) + silent, longest, dtype=dtype)
     for place, waveform in zip(padded, waveforms, strict=False):
         place[: len(waveform)] = waveform
-    # Row numbers, because indexing by a mask would wait for the GPU; the silent have the last one.
-    rows = F.pad(there.flatten().nonzero().flatten(), (0, silent), value=there.numel())
+    # Row numbers, as indexing by a mask would wait for the GPU; silent waveforms get a spare one.
+    rows = F.pad(is_used.flatten().nonzero().flatten(), (0, silent), value=is_used.numel())
     batch = {"waveforms": padded, "rows": rows}
     if changed := [item["voices"] for item in items if "voices" in item]:
         own = F.pad(torch.ones(1, 1), (0, changed[0].shape[1] - 1))  # as it is
@@ -1264,7 +1264,7 @@ def _pack(items: list[dict], there: Tensor, compact: bool) -> dict:
 
 
 def by_mixture(values: Tensor, batch: dict) -> Tensor:
-    """Spread what belongs to the ``rows`` of a batch, [R, ...], to [B, 1 + S, ...]; 0 elsewhere."""
+    """Scatter values [R, ...] to the ``rows`` of a batch, [B, 1 + S, ...]; 0 elsewhere."""
     B, S = batch["speaker_mask"].shape
     spread = values.new_zeros(B * (1 + S) + 1, *values.shape[1:])
     spread[batch["rows"]] = values
@@ -1316,11 +1316,11 @@ def batches_of_like_length(order: list[int], seconds, size: int, random: torch.G
 
 
 class EpochBatches:
-    """Batch sampler: shuffled item numbers of one epoch, of like length where lengths are known.
+    """Batch sampler: shuffled item numbers of one epoch, ``RemixedRecordings`` grouped by length.
 
-    A step takes ``accumulate`` batches in every process, all parts of one large batch. The last
-    step may be smaller; it is left out if a part would be empty. ``train_epoch`` sets ``epoch`` and
-    ``start``, the first step to take.
+    A step takes ``accumulate`` batches in every process, which form one large batch. The last step
+    may be smaller; it is dropped if one of its batches would be empty. ``train_epoch`` sets
+    ``epoch`` and ``start``, the first step to take.
     """
 
     start = 0
@@ -1376,12 +1376,12 @@ def make_loader(
 def pick_device(name: str = "auto") -> str:
     """Return "cuda", "mps" or "cpu"; "auto" takes the first that is there."""
     mps = torch.backends.mps.is_available()
-    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
-        return next(device for device, available in there.items() if available)
-    if name not in there:
+        return next(device for device, is_there in available.items() if is_there)
+    if name not in available:
         raise ValueError(f"unknown device {name!r}; choose from auto, cpu, cuda, mps")
-    if not there[name]:
+    if not available[name]:
         raise ValueError(f"no {name} device here; use --device=auto")
     return name
 
@@ -1392,9 +1392,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def pick_dtype(name: str, device: str) -> tuple[torch.dtype, str]:
     """Return the precision of matrix products and the reason for it.
 
-    "auto" is bfloat16 where the device has units for its products: CUDA from Ampere on, CPUs with
-    AMX (6 to 10 times the float32 rate, measured) and with AVX512_BF16 (2.1 times). Elsewhere on
-    CPUs bfloat16 is emulated; on MPS it is untested.
+    "auto" is bfloat16 if the device multiplies it in hardware: CUDA from Ampere on, CPUs with AMX
+    (6 to 10 times the float32 rate, measured) or AVX512_BF16 (2.1 times). Other CPUs emulate
+    bfloat16; on MPS it is untested.
     """
     if name != "auto":
         if name not in DTYPES:
@@ -1417,36 +1417,36 @@ def autocast(device: str, dtype: torch.dtype):
 def attention_kernel(device: str, dtype: torch.dtype):
     """Return the context for attention in training.
 
-    On CPUs in bfloat16 that is plain products: a training step of the spectrogram separator takes
-    0.8 to 0.9 as long as with the fused kernel, whose backward pass is slow (measured).
+    On CPUs in bfloat16 it selects plain products: a training step of the spectrogram separator
+    takes 0.8 to 0.9 times as long as with the fused kernel, whose backward pass is slow (measured).
     """
     plain = device == "cpu" and dtype == torch.bfloat16
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()
 
 
 def fuses_optimizer(device: str) -> bool:
-    """Return whether AdamW runs in one kernel: 10 times faster on a CPU (measured)."""
+    """Return whether to use fused AdamW, which is 10 times faster on a CPU (measured)."""
     return device in ("cpu", "cuda")
 
 
 def to_device(batch: dict, device: str) -> dict:
-    """Move a batch, without waiting where its memory is page-locked."""
+    """Move a batch to a device; copies from page-locked memory are asynchronous."""
     return {key: value.to(device, non_blocking=device == "cuda") for key, value in batch.items()}
 
 
 # --------------------------------------------------------------------------------------------------
-# Processes: those of torchrun train as one process would on all their batches
+# Processes: under torchrun, several train as one process would on all their batches
 
 
 def process_rank() -> tuple[int, int]:
-    """Return the number of this process and how many there are; (0, 1) without torchrun."""
+    """Return the rank of this process and the number of processes; (0, 1) without torchrun."""
     if not dist.is_available() or not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """Add up a tensor of the same shape in all processes, in place; each waits for the others."""
+    """Sum a tensor over all processes, in place; each process waits for the others."""
     if process_rank()[1] > 1:
         dist.all_reduce(values)
     return values
@@ -1454,7 +1454,7 @@ def sum_over_processes(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def send_shares(tensors: list[Tensor]) -> None:
-    """Send tensors to all processes, in place: number ``i`` from process ``i`` modulo theirs."""
+    """Broadcast tensors in place, number ``i`` from process ``i % ranks``."""
     ranks = process_rank()[1]
     for number, tensor in enumerate(tensors if ranks > 1 else ()):
         dist.broadcast(tensor, number % ranks)
@@ -1467,9 +1467,9 @@ def progress_bar(batches, desc: str):
 
 @contextlib.contextmanager
 def join_processes(device: str):
-    """Join the processes of torchrun, if it started this one; only the first one then prints.
+    """Join the process group if torchrun started this process; only the first process prints.
 
-    ConnectionError if another process ends while this one needs it.
+    Raises ConnectionError if another process ends while this one waits for it.
     """
     count, local = (int(os.environ.get(key, 0)) for key in ("WORLD_SIZE", "LOCAL_RANK"))
     if count < 2:
@@ -1495,7 +1495,7 @@ def join_processes(device: str):
 
 
 def fails_first() -> bool:
-    """Return whether no other process failed before: a fault is reported once."""
+    """Return whether this process is the first to fail, so that a fault is reported once."""
     if process_rank()[1] == 1:
         return True
     try:
@@ -1507,7 +1507,7 @@ def fails_first() -> bool:
 def leave(status: int) -> int:
     """Return an exit status after a fault; exit at once if there are several processes.
 
-    A normal exit would be aborted by threads that still wait for the others. The first process
+    Threads that still wait for other processes would abort a normal exit. The first process
     keeps the count of failures, so it waits 2 s for the others to read it.
     """
     if process_rank()[1] > 1:
@@ -1523,7 +1523,7 @@ def leave(status: int) -> int:
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, with what to say and the exit status that belongs to the signal."""
+    """Raised on Ctrl-C and SIGTERM, with the message to print and the signal's exit status."""
 
     def __init__(self, number: int, message: str = "stopped"):
         super().__init__(message)
@@ -1531,7 +1531,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def outlast_signals(_=None) -> None:
-    """Keep a worker alive after signals to all processes; torch ends it with the main one."""
+    """Make a data worker ignore signals; PyTorch ends it with the main process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -1553,9 +1553,9 @@ def handling_signals(handler):
 
 @contextlib.contextmanager
 def locked(folder: Path):
-    """Keep a folder to this process; ValueError says who else works in it.
+    """Lock a folder for this process; ValueError names another process that holds the lock.
 
-    The system frees the lock of a process that died: none is ever stale. Its workers do not
+    The system releases the lock when the process dies, so no lock is stale. Data workers do not
     inherit it.
     """
     import fcntl
@@ -1591,7 +1591,7 @@ CHECKPOINT_KEYS = {
     "model_config": dict,
 }
 TENSORS = {"model_state_dict", "training_state_dict", "optimizer_state_dict", "progress"}
-LATER_KEYS = {  # older ones lack them, and all but interrupted ones the progress
+LATER_KEYS = {  # absent from older checkpoints; only interrupted ones have progress
     "options": dict, "training_state_dict": dict, "steps": int, "progress": dict}
 PICKLED = re.compile(  # what tensors and plain values need
     r"collections OrderedDict|torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)")
@@ -1611,9 +1611,9 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def check_archive(path) -> None:
-    """Fail unless a checkpoint is whole, uncompressed and without code; takes little memory.
+    """Fail unless a checkpoint is complete, uncompressed and free of code; uses little memory.
 
-    A compressed one could take any memory. The checksums find single flipped bits.
+    A compressed one could expand without limit. The checksums detect single flipped bits.
     """
     with reading(path, "is truncated or not a checkpoint"), zipfile.ZipFile(path) as archive:
         files = archive.infolist()
@@ -1646,8 +1646,8 @@ def load_checkpoint(path) -> dict:
         raise ValueError(f"{path} is not a separator checkpoint")
     with reading(path, "is not a separator checkpoint: it has tensors where values belong"):
         json.dumps([value for key, value in checkpoint.items() if key not in TENSORS])
-    there = {key: kind for key, kind in LATER_KEYS.items() if key in checkpoint}
-    for key, kind in {**CHECKPOINT_KEYS, **there}.items():
+    later_keys = {key: kind for key, kind in LATER_KEYS.items() if key in checkpoint}
+    for key, kind in {**CHECKPOINT_KEYS, **later_keys}.items():
         if not isinstance(checkpoint.get(key), kind):
             raise ValueError(f"{path} is not a separator checkpoint: {key!r} is missing or damaged")
     return checkpoint
@@ -1663,14 +1663,14 @@ def empty_separator(config: dict):
     with torch.device("meta"):
         separator = kind(**config)
     if (count := sum(weight.numel() for weight in separator.parameters())) > MAX_PARAMETERS:
-        raise ValueError(f"a separator of {count:,} parameters; {MAX_PARAMETERS:,} are the most")
+        raise ValueError(f"{count:,} parameters are too many; the limit is {MAX_PARAMETERS:,}")
     return separator
 
 
 def check_tensors(tensors: dict, shapes: dict) -> None:
     """Fail unless the tensors have these names and shapes and are finite floating-point numbers."""
     if odd := sorted(map(str, tensors.keys() ^ shapes.keys())):
-        raise ValueError(f"{odd[0]:.60} is missing or too much")
+        raise ValueError(f"{odd[0]:.60} is missing or unexpected")
     for name, shape in shapes.items():
         tensor = tensors[name]
         if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS or tensor.shape != shape:
@@ -1745,7 +1745,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> dict:
-    """Open the checkpoint that is furthest on, on the CPU; says which damaged ones it passes."""
+    """Load the most advanced checkpoint on the CPU; prints which damaged ones it skips."""
     found, faults = [], []
     for path in reversed(list_checkpoints(folder)):
         if found and path.name.startswith("checkpoint_epoch"):
@@ -1803,7 +1803,7 @@ def check_same_data(*datasets: MultiSpeakerDataset) -> None:
 
 
 def check_readable(data: MultiSpeakerDataset) -> None:
-    """Fail unless all mixtures can be read: else the first epoch would be lost."""
+    """Fail before the first epoch, rather than after it, if a mixture cannot be read."""
     rank, ranks = process_rank()
     for number in progress_bar(range(rank, len(data), ranks), "check"):
         data[number]
@@ -1907,9 +1907,9 @@ def prepare_folder(folder: Path) -> None:
 
 
 def check_disk(folder: Path, parameters: int, options: TrainOptions, done: int) -> None:
-    """Refuse a run whose checkpoints (weights twice and two moments, 4 bytes each) cannot fit.
+    """Fail if the disk cannot hold a run's checkpoints: weights twice, two moments, 4 bytes each.
 
-    After ``done`` epochs there is a best one already.
+    After at least one ``done`` epoch the best checkpoint already exists.
     """
     epochs = {*range(options.save_every, options.epochs + 1, options.save_every), options.epochs}
     missing = sum(epoch > done for epoch in epochs) + (done == 0)
@@ -1964,8 +1964,8 @@ class StackedMuon(torch.optim.Muon):
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the weight matrices of a separator's blocks, AdamW for everything else.
 
-    Muon makes every direction of a matrix's step equally long (Jordan et al., 2024); scaled to the
-    step length of AdamW (Liu et al., 2025, arXiv:2502.16982), both take the same learning rate.
+    Muon makes every direction of a matrix's step equally long (Jordan et al., 2024). Its steps are
+    scaled to AdamW's (Liu et al., 2025, arXiv:2502.16982), so both use the same learning rate.
     The first and last layers stay with AdamW: under Muon the gains saturate and nothing is learned
     (measured).
     """
@@ -1984,15 +1984,15 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure=None):
-        """Take one step with both, on the groups and the state of this optimizer.
+        """Take one step with both optimizers, on the groups and the state of this one.
 
-        Of several processes, each moves its share of the matrices and sends them to the others:
-        Muon's products take a quarter of a training step on a CPU.
+        Each of several processes updates its share of the matrices and broadcasts it: Muon's matrix
+        products take a quarter of a training step on a CPU.
         """
         (muon, adam), (matrices, others) = self.parts, self.param_groups
         (rank, ranks), weights = process_rank(), self._matrices()
         for part, group in ((muon, matrices | {"params": weights[rank::ranks]}), (adam, others)):
-            if group["params"]:  # of more processes than matrices some have none
+            if group["params"]:  # empty if processes outnumber the matrices
                 part.param_groups, part.state = [group], self.state
                 part.step()
         send_shares(weights)
@@ -2022,7 +2022,7 @@ def make_optimizer(separator, options: TrainOptions) -> torch.optim.Optimizer:
 
 
 def make_scheduler(optimizer, epochs: int, done: int = 0):
-    """Cosine per epoch from the optimizer's rate towards a tenth of it, ``done`` epochs in."""
+    """Per-epoch cosine schedule from the optimizer's rate to a tenth, ``done`` epochs in."""
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda epoch: 0.55 + 0.45 * math.cos(math.pi * epoch / epochs),
         last_epoch=done - 1)
@@ -2031,9 +2031,9 @@ def make_scheduler(optimizer, epochs: int, done: int = 0):
 class RunningAverage(torch.optim.swa_utils.AveragedModel):
     """The running average of a separator's weights, which is validated and saved.
 
-    It reaches back a tenth of the run; without it a step more or less moves the validation loss by
-    a tenth (measured). Only its counter stays on the CPU: the library copies that to a GPU in every
-    step, and waits there.
+    It covers the last tenth of the run; without it, one step more or less changes the validation
+    loss by a tenth (measured). Its counter stays on the CPU: the library's own update would copy it
+    to the GPU in every step, and wait.
     """
 
     def __init__(self, separator: nn.Module, steps: int = 0):
@@ -2124,7 +2124,7 @@ class Run(NamedTuple):
 
 
 def recompute_blocks(separator, device: str, dtype: torch.dtype) -> None:
-    """Let blocks keep only their input for the backward pass, which computes the rest again."""
+    """Make blocks keep only their input; the backward pass recomputes their activations."""
     for module in separator.modules():
         if isinstance(module, (Block, nn.TransformerDecoderLayer, nn.TransformerEncoderLayer)):
             module.forward = partial(
@@ -2133,7 +2133,7 @@ def recompute_blocks(separator, device: str, dtype: torch.dtype) -> None:
 
 
 def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype) -> SeparatorLoss:
-    """Return the loss of one batch that is on the device; in spectrograms of what is audible."""
+    """Return the loss of a batch on the device; for spectrograms, only of audible bins."""
     with autocast(device, dtype), attention_kernel(device, dtype):
         separated, probs = separator(batch["mixture"], batch["frame_mask"])
     if "waveforms" in batch:
@@ -2144,7 +2144,7 @@ def batch_loss(separator, batch: dict, weights: LossWeights, device: str, dtype)
 
 
 def backward(run: Run, batches: list[dict]) -> Tensor:
-    """Compute the gradients of one step, as of one batch that holds those of all processes.
+    """Compute the gradients of one step, as if the batches of all processes were one batch.
 
     Returns a row [6]: this process's share of LOSS_PARTS, its mixtures, and the gradient's norm.
     """
@@ -2165,7 +2165,7 @@ def backward(run: Run, batches: list[dict]) -> Tensor:
 
 
 def check_finite(run: Run, epoch: int, rows: Tensor, first: int = 0) -> None:
-    """Fail if a loss or gradient is not finite in rows of ``backward``, of step ``first`` on."""
+    """Fail if a loss or gradient in rows of ``backward``, from step ``first`` on, is not finite."""
     broken = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
     if not broken:
         return
@@ -2187,7 +2187,7 @@ def asked_to_stop(run: Run) -> bool:
 def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
     """Train for one epoch; return the mean of every loss part, or None if a signal stopped it.
 
-    Losses are read once at the end, so as not to wait for a GPU; on a CPU after every step.
+    On a GPU, losses are read once at the end, to avoid waiting; on a CPU, after every step.
     """
     run.separator.train()
     rows, batches, sampler = [*run.progress.get("rows", [])], [], run.loader.batch_sampler
@@ -2197,7 +2197,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
         batches.append(add_spectrograms(to_device(raw, run.device)))
         if len(batches) < run.options.accumulate:
             continue
-        # Dropout of a resumed run is that of a whole one, and differs between processes.
+        # Seed dropout by step and process, so that a resumed run repeats an uninterrupted one.
         place = [run.options.seed, epoch, len(rows), process_rank()[0]]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         rows.append(backward(run, batches))
@@ -2284,7 +2284,7 @@ def start_run(
 
 
 def validate(run: Run) -> dict:
-    """Return what ``evaluate_separator`` says of the averaged weights, threshold calibrated."""
+    """Return ``evaluate_separator``'s scores of the averaged weights, calibrating the threshold."""
     return evaluate_separator(
         run.averaged.module, run.val_set, batch_size=min(8, run.options.batch_size),
         device=run.device, dtype=run.dtype, calibrate=True, weights=run.weights)
@@ -2304,7 +2304,7 @@ def run_epoch(run: Run, epoch: int) -> dict | None:
     with warnings.catch_warnings():  # a resumed epoch may have no step left
         warnings.filterwarnings("ignore", "Detected call")
         run.scheduler.step()
-    seconds = time.perf_counter() - started  # the losses were read: no device runs ahead
+    seconds = time.perf_counter() - started  # reading the losses waited for the device
     return {"epoch": epoch, "lr": rate, "seconds": seconds, "train": train, "val": val}
 
 
@@ -2380,7 +2380,7 @@ def best_epoch(history: list[dict]) -> int:
 
 
 def patience_is_over(history: list[dict], patience: int | None) -> bool:
-    """Return whether the last ``patience`` epochs brought no better one."""
+    """Return whether the last ``patience`` epochs brought no lower validation loss."""
     return patience is not None and len(history) - best_epoch(history) >= patience
 
 
@@ -2398,7 +2398,7 @@ def save_epoch(run: Run, folder: Path, missing: bool = False) -> None:
 
 
 def run_epochs(run: Run, folder: Path) -> None:
-    """Train until the last epoch, or until a signal, or no better epoch, stops it."""
+    """Train until the last epoch, a signal, or ``patience`` epochs without a better one."""
     history, options, writes = run.history, run.options, process_rank()[0] == 0
     start = None
 
@@ -2439,7 +2439,7 @@ def train_speaker_separator(
     Raises FileNotFoundError or ValueError for data, checkpoints or devices that cannot be used.
     Ctrl-C and SIGTERM finish the step, write ``interrupted.pt`` and raise KeyboardInterrupt.
     """
-    # NumPy's numbers become Python's, and a path text: a checkpoint with one would not open.
+    # Convert NumPy numbers and paths to plain types: a checkpoint that holds one would not load.
     given = {name: str(value) if isinstance(value, Path) else np.asarray(value).tolist()
              for name, value in options.items()}
     options = TrainOptions(**given)
@@ -2460,7 +2460,7 @@ def train_speaker_separator(
         prepare_folder(folder)
     with locked(folder) if writes else contextlib.nullcontext():
         run = start_run(options, train_set, val_set, folder, checkpoint)
-        checkpoint = None  # as large as all that the run holds
+        checkpoint = None  # frees as much memory as the run uses
         if writes and run.history and not run.progress:  # a kill came between two checkpoints
             save_epoch(run, folder, missing=True)
         is_over = patience_is_over(run.history, options.patience)
@@ -2503,12 +2503,12 @@ def score_batch(
     separated: Tensor, probs: Tensor, batch: dict, weights: LossWeights
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of all SCORES in row 0, their divisors in row 1, and the assignment."""
-    there = batch["speaker_mask"].float()
+    is_talker = batch["speaker_mask"].float()
     loss = loss_of_streams(separated, probs, batch, weights)
     trivial = trivial_outputs(batch["mixture"], batch["speaker_mask"], "waveforms" in batch)
-    errors = [(talker_mse(output[:, None], batch["targets"], batch["frame_mask"]) * there).sum()
+    errors = [(talker_mse(output[:, None], batch["targets"], batch["frame_mask"]) * is_talker).sum()
               for output in trivial.values()]
-    several = there * (there.sum(1, keepdim=True) > 1)
+    several = is_talker * (is_talker.sum(1, keepdim=True) > 1)
     improvement = si_sdr_improvement(reorder(separated, loss.assignment), batch) * several
     sizes = loss_sizes(batch)
     sums = torch.stack([*torch.stack(loss[1:4]) * sizes, improvement.sum(), *errors])
@@ -2522,7 +2522,7 @@ def evaluate_separator(
     dtype: torch.dtype = torch.float32, threshold: float | None = None,
     num_speakers: int | None = None, calibrate: bool = False, weights: LossWeights | None = None,
 ) -> dict:
-    """Score a separator on a dataset beside the outputs that need none.
+    """Score a separator and the trivial outputs on a dataset.
 
     Talkers are counted by ``active_streams`` at ``threshold`` (default: the separator's own), or
     are the ``num_speakers`` likeliest streams of every mixture. With ``calibrate`` the threshold
@@ -2583,8 +2583,9 @@ def separate(
 ) -> Separation:
     """Separate the features [T, D] of one recording.
 
-    Every stream from ``threshold`` (default: the separator's) on is a talker, the likeliest of a
-    spectrogram from 0.5 on (``first_threshold``), or the ``num_speakers`` likeliest are.
+    A stream is a talker if its probability reaches ``threshold`` (default: the separator's); for a
+    spectrogram's likeliest stream 0.5 is enough (``first_threshold``). If given, the
+    ``num_speakers`` likeliest streams are the talkers instead.
     """
     if features.dim() != 2:
         raise ValueError(f"features must be [T, D], not {list(features.shape)}")
@@ -2621,11 +2622,10 @@ def infer_recording(
 
     Returns facts (``frame_rate``, ``num_windows``), the mixture's spectrogram [T, D] and, for each
     talker, facts (``probability``, ``windows``), spectrogram [T, D] and audio [samples] at 16 kHz.
-    Spectrograms have ``num_bins`` mel bins; where the number of talkers is uncertain, a model with
-    other bins may find another one.
-    Audio beyond full scale is turned down, that of all talkers by the same factor. A separator of
-    hidden features needs ``encoder`` and gives no audio. The separator stays in evaluation mode.
-    Raises as ``read_audio`` does.
+    Spectrograms have ``num_bins`` mel bins; an uncertain number of talkers may depend on it. If any
+    audio exceeds full scale, all talkers are scaled down by the same factor. A separator of hidden
+    features needs ``encoder`` and gives no audio. The separator is left in evaluation mode.
+    Raises the errors of ``read_audio``.
     """
     from audio import apply_gains, check_length, read_audio
     from long_recordings import separate_recording
@@ -2821,10 +2821,10 @@ def repeat_rows(kwargs: dict, recordings: list[int], A: int) -> dict:
 
 
 def joint_prompts(model, ids: Tensor, recordings: list[int], labels: list[int], kwargs: dict):
-    """Put a labelled audio slot for every talker where a prompt had one for the recording.
+    """Replace each audio slot of a prompt by one labelled audio slot per talker.
 
-    Returns new prompts and their mask [P, L], padded on the left, and the numbers of the prompts
-    they were made from; those without any talker are left out.
+    Returns the new prompts and their mask [P, L], padded on the left, and the indices of the
+    original prompts; prompts without any talker are left out.
     """
     tokenizer, mask = kwargs.get("tokenizer"), kwargs.get("attention_mask")
     if mask is None:
@@ -2853,7 +2853,7 @@ def joint_prompts(model, ids: Tensor, recordings: list[int], labels: list[int], 
 
 
 def no_rows(ids, asked: dict):
-    """Return what ``generate`` returns where there is no row, in the form that was asked for."""
+    """Return the output of ``generate`` for no rows, in the requested form."""
     from transformers.generation import GenerateDecoderOnlyOutput
 
     empty, more = torch.zeros(0, 0, dtype=torch.long) if ids is None else ids[:0], {}
@@ -2874,7 +2874,7 @@ def no_rows(ids, asked: dict):
 
 
 def freeze(separator: nn.Module) -> None:
-    """Keep a separator from learning while it is in a model; ``thaw`` restores it."""
+    """Turn off dropout and gradients of a separator inside a model; ``thaw`` restores them."""
     if not hasattr(separator, "_frozen"):
         needed = [weight.requires_grad for weight in separator.parameters()]
         separator._frozen = {"models": 0, "training": separator.training, "needed": needed}
@@ -2895,7 +2895,7 @@ def thaw(separator: nn.Module) -> None:
 
 
 class Integration:
-    """What an integrated model does differently; lives on the model until it is removed."""
+    """The changed behaviour of an integrated model; stored on the model until removed."""
 
     def __init__(self, model, separator, layer: int | None, threshold: float | None):
         self.model, self.separator, self.layer = model, separator, layer
@@ -2930,7 +2930,7 @@ class Integration:
         mixture = features.transpose(1, 2)
         if self.is_qwen and mel_mask is not None:
             inside = mel_mask.bool()
-        else:  # Whisper's processor gives a mask only if asked: set all up to the last with sound
+        else:  # Whisper's processor gives a mask only if asked: keep frames up to the last sound
             inside = sounding_frames(mixture.float()).flip(1).cummax(1).values.flip(1)
         if not self.separator.is_spectrogram:
             mixture, inside = tower_front(audio_tower_of(self.model), features, inside, self.layer)
@@ -3057,7 +3057,7 @@ class Integration:
 
 
 def warn_of_other_features(separator, source: dict) -> None:
-    """Say in one line that a separator gets other features than those it was trained on."""
+    """Warn in one line if a separator gets other features than it was trained on."""
     trained = {} if separator.is_spectrogram else separator.feature_source
     for key, name in (("kind", "{} features"), ("encoder", "features of {}"),
                       ("layer", "features after layer {}")):
@@ -3117,7 +3117,7 @@ def integrate_speaker_separator(
     Parameters
     ----------
     model : Qwen2AudioForConditionalGeneration or WhisperForConditionalGeneration
-        Also compiled, in half precision or spread over devices; for a spectrogram separator any
+        May be compiled, in half precision or spread over devices. A spectrogram separator fits any
         model whose ``generate`` takes Whisper's ``input_features``. The separator becomes
         ``model.speaker_separator``; it is not in the model's ``state_dict`` and is saved by its own
         ``save_pretrained``.
@@ -3145,7 +3145,7 @@ def integrate_speaker_separator(
         raise ValueError("separator_checkpoint must be a path, a hub id or a separator, not a "
                          f"{type(separator).__name__}")
     if not callable(getattr(whole, "generate", None)):
-        raise ValueError(f"{type(whole).__name__} has no generate to put a separator before")
+        raise ValueError(f"{type(whole).__name__} has no generate method, which a separator needs")
     layer = separator.feature_source.get("layer") if layer is None else layer
     check_fit(separator, None if separator.is_spectrogram else audio_tower_of(whole).config, layer)
     warn_of_other_features(separator, {"kind": "speech", "layer": layer})
@@ -3154,7 +3154,7 @@ def integrate_speaker_separator(
                          f"max_speakers={max_speakers} was asked for")
     remove_speaker_separator(model)
     integration = Integration(whole, separator, layer, threshold)
-    # Set past nn.Module: the separator is no part of the model's weights and keeps its precision.
+    # Bypass nn.Module: the separator stays out of the model's weights and keeps its precision.
     vars(whole).update(
         _speaker_integration=integration, speaker_separator=separator, speaker_rows=None,
         generate=integration.generate)
@@ -3216,7 +3216,7 @@ def evaluate_words(
     files = [dataset.files(sample, recordings=True) for sample in samples]
     mixtures = [read_audio(paths[0]) for paths in files]
     if cut := sum(len(mixture) > processor.feature_extractor.n_samples for mixture in mixtures):
-        print(f"{cut} mixtures are longer than the model's window, which ends their answers")
+        print(f"{cut} mixtures are longer than the model's window: it hears only their start")
     alone = [read_audio(path) for paths in files for path in paths[1:]]
     answers = {"mixture": transcribe(model, processor, mixtures, **options)}
     singles = iter(transcribe(model, processor, alone, **options))
@@ -3251,7 +3251,7 @@ def check_writable(*files: str | None, inputs=()) -> None:
         if path.exists() and any(is_inside(path, i) for i in inputs if i):
             raise ValueError(f"{file} is an input and would be overwritten: choose another name")
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"cannot write {file}: no such folder, or not yours to write in")
+            raise ValueError(f"cannot write {file}: no such folder, or no permission to write")
 
 
 def result_options(args) -> dict:
@@ -3340,14 +3340,14 @@ def question_options(args) -> dict:
 
 
 def check_questions(args) -> None:
-    """Fail if there are options of answers, but no model that answers."""
+    """Fail if options of a model's answers are given without a model."""
     given = [f"--{name}" for name, value in question_options(args).items() if value is not None]
     if given and not args.model:
         raise ValueError(f"{given[0]} is for a model's answers: add --model")
 
 
 def check_prompt(args, config) -> None:
-    """Fail if a model of this configuration cannot be asked so."""
+    """Fail if a model of this configuration does not take the given question options."""
     is_whisper = config.model_type == "whisper"
     if is_whisper and (args.prompt is not None or getattr(args, "mode", "") == "joint"):
         option = "--prompt" if args.prompt is not None else "--mode=joint"
@@ -3355,7 +3355,7 @@ def check_prompt(args, config) -> None:
     if args.language is not None and not is_whisper:
         raise ValueError("--language is for Whisper; tell Qwen2-Audio in the --prompt")
     if "<|AUDIO|>" in (args.prompt or ""):
-        raise ValueError("--prompt must not hold <|AUDIO|>: there is one audio each")
+        raise ValueError("--prompt must not hold <|AUDIO|>: the audio is added to it")
 
 
 def check_language(model: str, language: str, config) -> None:
@@ -3398,8 +3398,8 @@ def is_out_of_memory(error: Exception) -> bool:
 def running(model: str):
     """Turn errors that a model's files cause into a ValueError that names the model.
 
-    Errors in this project's code pass. The random seed is fixed: a Whisper that decodes again
-    draws the same every time.
+    Errors in this project's code pass through. The random seed is fixed, so that Whisper samples
+    the same tokens in every run when it decodes again at a higher temperature.
     """
     try:
         with warnings.catch_warnings(), torch.random.fork_rng():
@@ -3537,7 +3537,7 @@ def open_encoder(args, separator, device: str):
     name = args.encoder or separator.feature_source.get("encoder")
     if not name:
         raise ValueError("the separator was trained on simulated features; audio needs a "
-                         "spectrogram separator, or --encoder of a separator of its features")
+                         "spectrogram separator, or --encoder with the model of its features")
     layer = separator.feature_source.get("layer") if args.layer is None else args.layer
     encoder = load_audio_encoder(name, layer, device)
     check_fit(separator, encoder.tower.config, layer)
@@ -3546,7 +3546,7 @@ def open_encoder(args, separator, device: str):
 
 
 def holds_features(path: Path) -> bool:
-    """Return whether an input is features, not audio; fail unless it is one file of either."""
+    """Return whether an input file holds features, not audio; fail if it holds neither."""
     if path.suffix == ".npz":
         raise ValueError(f"{path} is an archive of arrays: save one, features [T, D], as .npy")
     if path.suffix == ".npy":
@@ -3610,7 +3610,7 @@ def cmd_infer(args) -> None:
             raise ValueError(f"cannot write to {folder}, which is a file: choose another "
                              "--output_dir")
         if folder in results:
-            raise ValueError(f"{folder} holds what {args.jsonl} says of {results[folder]}: choose "
+            raise ValueError(f"{folder} holds results of {results[folder]} ({args.jsonl}): choose "
                              "another --output_dir")
     is_features = check_all(holds_features, folders)[0]
     separator, checkpoint = open_separator(args, not is_features, device)
@@ -3716,12 +3716,12 @@ def unslashed(name: str) -> str:
 def add_train_arguments(add) -> None:
     """Add the options of ``train``.
 
-    One that is not given is left out of the result: a resumed run keeps what it started with.
+    Options that are not given stay unset, so that a resumed run keeps its earlier values.
     """
     add("--data_dir", default=DEFAULT_DATA_DIR, help="dataset; the default one is made if missing")
     add("--checkpoint_dir", default=DEFAULT_CHECKPOINT_DIR, help="checkpoints, report and curves")
     add("--init_from", metavar="PATH_OR_ID", default=argparse.SUPPRESS,
-        help="separator to train further, such as pretrained; its sizes stay")
+        help="separator to fine-tune, such as pretrained; its sizes stay")
     for name, (default, kind, _, _, text) in OPTIONS.items():
         text += "" if default is None else f" (default: {default})"
         pair = {"nargs": 2, "metavar": ("MIN", "MAX")} if name == "crop_seconds" else {}
@@ -3729,7 +3729,7 @@ def add_train_arguments(add) -> None:
     add("--no_remix", dest="remix", action="store_false", default=argparse.SUPPRESS,
         help="the same mixtures every epoch instead of fresh ones")
     add("--recompute", action="store_true", default=argparse.SUPPRESS,
-        help="compute blocks again in the backward pass: less memory for long recordings")
+        help="recompute blocks in the backward pass, to save memory on long recordings")
     add("--resume", action="store_true", help="go on from the newest checkpoint")
     add("--export", metavar="DIR", help="also save the best weights alone, for from_pretrained")
 
@@ -3751,7 +3751,7 @@ def add_infer_arguments(add) -> None:
     add("--jsonl",      metavar="FILE", help="add a line for each input; skip paths that have one")
     add("--encoder",    type=unslashed,
         help="model that makes the features (default: the checkpoint's)")
-    add("--output_dir", default="separated", help="where speaker_1.npy ... go")
+    add("--output_dir", default="separated", help="folder for speaker_1.npy ...")
 
 
 def add_integrate_arguments(add) -> None:
@@ -3761,7 +3761,7 @@ def add_integrate_arguments(add) -> None:
     add("--audio",          required=True, nargs="+", action="extend", help="recordings")
     add("--mode",           default="separate", choices=["separate", "joint"],
         help="an answer per talker, or one about all of them in one prompt")
-    add("--json",           metavar="FILE", help="also write the answers, by window too")
+    add("--json",           metavar="FILE", help="also write the answers, and those per window")
     add("--jsonl",          metavar="FILE",
         help="add a line for each recording; skip paths that have one")
 
@@ -3780,11 +3780,10 @@ def add_shared_arguments(name: str, add) -> None:
         more = "" if name in ("integrate", "demo") else " for audio, else checkpoints/best_model.pt"
         add("--checkpoint", type=unslashed, help=f"separator (default: the shipped one{more})")
         add("--threshold", type=float,
-            help="lowest probability of a talker (default: the checkpoint's); of spectrograms the "
-                 "likeliest stream needs 0.5 at most, unless the threshold is 1")
+            help="lowest probability of a talker (default: the checkpoint's); for spectrograms "
+                 "the likeliest stream needs at most 0.5, unless the threshold is 1")
         add("--num_speakers", type=int,
-            help="how many talkers there are, when known; recordings longer than a window may get "
-                 "fewer")
+            help="number of talkers, if known; recordings longer than a window may get fewer")
     if name in ("infer", "integrate"):
         add("--layer", type=int, help="encoder block to separate after (default: the checkpoint's)")
     if name in ("evaluate", "integrate", "demo"):
@@ -3828,7 +3827,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser of one command; what it refuses it names in one line."""
+    """Parser of one command that reports a fault in one line."""
 
     def parse_args(self, args=None, namespace=None):
         """Parse as argparse does; refuse empty values, as of unset variables of a shell."""
@@ -3838,7 +3837,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def parse_known_args(self, args=None, namespace=None):
-        """Refuse unknown flags where the command is known, so that its own help is named."""
+        """Refuse unknown flags in the parser of the command, so that the error names its help."""
         namespace, unknown = super().parse_known_args(args, namespace)
         for flag in (f"--{word.split('=')[0][2:].replace('-', '_')}" for word in unknown):
             if flag in self._option_string_actions:
@@ -3882,7 +3881,7 @@ def tell_stop(args, message: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; return 0, or 2 after one line on standard error for bad input."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a user can mend none of them
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # users cannot act on its warnings
     args, signals = None, []
 
     def stop(number: int, _):
@@ -3896,7 +3895,7 @@ def main(argv: list[str] | None = None) -> int:
             with join_processes(pick_device(getattr(args, "device", "auto"))):
                 COMMANDS[args.command][0](args)
     except (Exception, KeyboardInterrupt) as error:
-        if signals and not isinstance(error, Stopped):  # libraries in C make other errors of it
+        if signals and not isinstance(error, Stopped):  # C libraries turn it into other errors
             error = Stopped(signals[0])
         if isinstance(error, KeyboardInterrupt):
             tell_stop(args, str(error) or "stopped")

@@ -6,8 +6,8 @@ Training of a tiny model saves after every epoch, so that many kills fall into a
 each kill every checkpoint in the folder is opened and --resume goes on; a run at its last epoch
 is compared, bit for bit, with one that was never killed. A third of the signals are SIGTERM and
 SIGINT, which training answers with a checkpoint and exit status 143 or 130. The generator is killed
-while it makes a dataset, and while it replaces another one: what is then taken for a dataset must
-be the old or the new one, whole, and the same command must write the bytes of one never killed.
+while it makes a dataset, and while it replaces one: if the folder then opens as a dataset, it must
+be the old or the new one, whole, and a rerun must write the same bytes as a run never killed.
 """
 
 import argparse
@@ -38,9 +38,9 @@ SMALL = ["--feature_dim=256", "--seq_len=20", "--train_samples=40", "--val_sampl
 
 
 def quietly(main, argv: list[str], errors: str) -> None:
-    """Run a command in a child process, its words in a file, and leave with its status.
+    """Run a command in a child process, its errors in a file, and exit with its status.
 
-    Signals wait until there are handlers, as the scripts set them before their imports.
+    Signals are blocked until handlers are set, as the scripts set them before their imports.
     """
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
@@ -67,7 +67,7 @@ def run(main, argv: list[str], kill_after: float | None = None, number=signal.SI
 
 
 def timed(main, argv: list[str]) -> float:
-    """Return how long a command takes that nothing stops."""
+    """Return the seconds that a command takes when nothing stops it."""
     started = time.perf_counter()
     assert run(main, argv) == 0, argv
     return time.perf_counter() - started
@@ -86,7 +86,7 @@ def same(a, b) -> bool:
 
 
 def kill_training(rng, folder: Path, kills: int) -> tuple[Counter, Counter]:
-    """Kill training so often; return the signals that came in time and what was lost."""
+    """Kill training ``kills`` times; return the signals that came in time and what was lost."""
     data, signals, found = folder / "data", Counter(), Counter()
     assert run(generator.main, [*SMALL, f"--output_dir={data}"]) == 0
     argv = ["train", f"--data_dir={data}", f"--epochs={EPOCHS}", "--save_every=1", "--device=cpu",
@@ -137,7 +137,7 @@ def content(folder: Path) -> dict:
 
 
 def kill_generator(rng, folder: Path, kills: int) -> tuple[Counter, Counter]:
-    """Kill the generator so often, every other time while there is an earlier dataset."""
+    """Kill the generator ``kills`` times, every other time with an earlier dataset in place."""
     signals, found = Counter(), Counter()
     old, new = [*SMALL, "--seed=1"], [*SMALL, "--seed=2"]
     timed(generator.main, [*old, f"--output_dir={folder / 'old'}"])
@@ -165,7 +165,7 @@ def kill_generator(rng, folder: Path, kills: int) -> tuple[Counter, Counter]:
 def main(argv: list[str] | None = None) -> int:
     """Run both tests and print a line about each; return 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50, help="of training, and of the generator")
+    parser.add_argument("--kills", type=int, default=50, help="of training and generator each")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     lost = 0

@@ -3,10 +3,10 @@
     python benchmarks/fuzz.py --inputs 5000 --seed 1
 
 An input is a valid checkpoint, dataset, array, recording, model folder, exported separator, list
-of recordings or command line, damaged once or several times by the structure it has: bytes, entries
+of recordings or command line, damaged once or several times within its structure: bytes, entries
 of JSON, tensors, fields of headers, values of options. A worker process runs the commands on it,
 one after the other. Failures are tracebacks, crashes, hangs, messages of more than one line, files
-changed outside the output folder, and more than 1 GB above a worker that has done nothing. Any
+changed outside the output folder, and memory over 1 GB above that of an idle worker. Any
 input can be run again alone: ``--seed S --only NUMBER``.
 """
 
@@ -35,7 +35,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as the commands do
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-SECONDS, MEGABYTES = 60, 1024  # of processor time, and above an idle worker: limits of an input
+SECONDS, MEGABYTES = 60, 1024  # limits of an input: CPU time, memory above an idle worker
 NESTED = "nested"  # becomes lists in lists, which no JSON writer can write
 ODD = [None, True, -1, 0, 0.5, 3, 2**31, 2**63, 10**30, 1e30, 1e308, float("inf"), float("nan"), "",
        "x", "a\nb", "\0", "../../../etc/passwd", "/etc/passwd", "é" * 300, [], {}, [1, [2]],
@@ -75,7 +75,7 @@ def places(content, path=()):
 
 
 def odd_plain(rng, _=None):
-    """Return a value of ``ODD``, a copy: the next damage may change it in place."""
+    """Return a copy of a value of ``ODD``, which later damage may change in place."""
     return copy.deepcopy(ODD[int(rng.integers(len(ODD)))])
 
 
@@ -99,7 +99,7 @@ def damage_entries(rng, content, odd=odd_plain):
 
 
 def write_odd_json(path: Path, content) -> None:
-    """Write JSON with what no writer writes: deep nesting, endless integers."""
+    """Write JSON that no JSON library writes: deep nesting, very long integers."""
     text = json.dumps(content)
     text = text.replace(f'"{NESTED}"', "[" * 50_000 + "]" * 50_000)
     path.write_text(text.replace('"ENORMOUS"', "9" * 5000))
@@ -118,7 +118,7 @@ def damage_json(rng, path: Path) -> None:
 
 
 def odd_value(rng, old):
-    """Return another value; of a tensor one of another shape, kind, layout or with NaN."""
+    """Return another value; for a tensor one of another shape, type or layout, or with NaN."""
     import torch
 
     if not isinstance(old, torch.Tensor) or rng.random() < 0.15:
@@ -238,7 +238,7 @@ def checkpoint(rng, folder: Path) -> list[list[str]]:
 
 
 def metadata(rng, folder: Path) -> list[list[str]]:
-    """Damage lists of mixtures and utterances, or what a dataset says of itself."""
+    """Damage a dataset's lists of mixtures and utterances, or its dataset.json."""
     kind = "recordings" if rng.random() < 0.4 else "features"
     files = [*folder.glob(f"{kind}/*/*.json"), *folder.glob(f"{kind}/*.json")]
     damage_json(rng, files[int(rng.integers(len(files)))])
@@ -343,7 +343,7 @@ def command_line(rng, folder: Path) -> list[list[str]]:
         parser = ssm.build_parser()._subparsers._group_actions[0].choices[name]
         options = [action.option_strings[0] for action in parser._actions]
     argv = commands[name]
-    # What is asked for may be long work and files anywhere: values that would be valid are no test.
+    # Leave out options whose valid values ask for long work or for files anywhere.
     options = [o for o in options if o not in ("--help", "-h", "--output_dir", "--checkpoint_dir",
                                                "--json", "--jsonl", "--picture", "--export",
                                                "--workers",
@@ -469,7 +469,7 @@ def run_command(argv: list[str]) -> str:
 
 
 def touch(path, *_) -> None:
-    """Stand in for what draws a picture."""
+    """Stand in for a function that draws a picture."""
     Path(path).touch()
 
 
@@ -500,7 +500,7 @@ def run_input(base: Path, seed: int, number: int) -> tuple[str, str, list]:
 
 
 def work(base: Path, seed: int, pipe) -> None:
-    """Serve inputs until the parent ends it; leave after one that took too much memory."""
+    """Run inputs until the parent ends this process; exit after one that took too much memory."""
     import transformers  # noqa: F401  # its log goes where standard error is at its import
 
     run_input(base, 0, 0)

@@ -2,8 +2,8 @@
 
 Builds recordings of two talkers who alternate and overlap out of single spoken digits (the Free
 Spoken Digit Dataset), separates them in windows, and counts the windows in which every talker has
-the number that it has in the whole recording, judged by each one's own track. Without a checkpoint
-the streams are the talkers' own spectrograms in random order: that measures the matching alone.
+the number that it has in the whole recording, judged by the talkers' own tracks. Without a
+checkpoint the streams are the talkers' own spectrograms in random order: only matching is measured.
 
     python benchmarks/long_recording.py --recordings FSDD --checkpoint pretrained
 """
@@ -37,7 +37,7 @@ def speak(folder: Path, speaker: str, seconds: float, rng) -> np.ndarray:
 def two_tracks(folder: Path, seconds: float, seed: int) -> np.ndarray:
     """Return the tracks [2, samples] of two talkers who take turns of 3 to 8 s.
 
-    A turn starts between 2 s before the end of the other's and 1 s after it.
+    A turn starts between 2 s before the end of the previous turn and 1 s after it.
     """
     rng = np.random.default_rng(seed)
     speakers = rng.choice(sorted({f.stem.split("_")[1] for f in folder.glob("*.wav")}), 2, False)
@@ -54,7 +54,7 @@ def two_tracks(folder: Path, seconds: float, seed: int) -> np.ndarray:
 
 
 def oracle(tracks: np.ndarray, step: int, seed: int):
-    """Return a separator of windows whose streams are the talkers', in an order drawn anew."""
+    """Return a separator of windows whose streams are the talkers', in random order per window."""
     rng, firsts = np.random.default_rng(seed), count(0, step)
 
     def separate(features, alone):
@@ -70,7 +70,7 @@ def oracle(tracks: np.ndarray, step: int, seed: int):
 
 
 def measure(folder: Path, checkpoint, seconds: float, seed: int, num_speakers=None) -> dict:
-    """Return windows with a talker, the share with the right numbers, and talkers found."""
+    """Return the number of windows, the share with the right numbers, and the talkers found."""
     tracks = two_tracks(folder, seconds, seed)
     step = long_recordings.window_step(long_recordings.WINDOW_SECONDS * SAMPLING_RATE)
     separate = oracle(tracks, step, seed)
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--recordings", type=Path, required=True, help="the Free Spoken Digit Dataset")
     add("--checkpoint", help="separator; without it the talkers' own spectrograms")
     add("--seconds", type=float, default=240, help="length of each recording")
-    add("--seeds", type=int, default=5, help="recordings")
+    add("--seeds", type=int, default=5, help="number of recordings")
     add("--num_speakers", type=int, help="give the number of talkers")
     add("--window", type=int, default=long_recordings.WINDOW_SECONDS, help="seconds of a window")
     args = parser.parse_args(argv)

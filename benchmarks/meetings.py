@@ -27,7 +27,7 @@ SMOOTH = FRAME_RATE // 2 + 1  # frames
 
 
 def reference_counts(rttm: Path) -> dict[str, tuple[np.ndarray, int]]:
-    """Return the number of talkers in every frame, and of talkers in all, by recording."""
+    """Return {recording: (number of talkers in every frame, number of talkers in all)}."""
     turns: dict[str, list] = {}
     for line in rttm.read_text(encoding="utf-8").splitlines():
         _, name, _, start, seconds, _, _, speaker, *_ = line.split()

@@ -2,8 +2,8 @@
 
 In one run on the CPU, on 30 s of two talkers: seconds of every separator and of Whisper on the two
 talkers, real-time factor, peak memory, and ratios to Whisper alone and to ours. The separators have
-random weights, so this says nothing of quality. Whisper reads the talkers' own recordings after
-each of them: random streams would give texts of random length.
+random weights, so this says nothing about quality. Whisper is timed on the talkers' own recordings,
+because random streams would give texts of random length.
 
     pip install -r benchmarks/peers-requirements.txt
     python benchmarks/peers.py --model openai/whisper-tiny.en --speech first.wav second.wav
@@ -87,7 +87,7 @@ def sepformer():
 
 @torch.inference_mode()
 def measure(call, *inputs) -> dict:
-    """Return seconds and peak memory above what is there of a call on each input in turn."""
+    """Call on each input in turn; return seconds and peak memory above that before."""
     reset_peak("cpu")
     before, start = peak_bytes("cpu"), clock("cpu")
     for values in inputs:
@@ -115,7 +115,7 @@ def measure_all(model: str, talkers: np.ndarray) -> dict:
 
 
 def table(results: dict) -> list[str]:
-    """Return the lines of a Markdown table; times with Whisper on both talkers after it."""
+    """Return the lines of a Markdown table; "with Whisper" adds its time for both talkers."""
     whisper = results["Whisper"]["seconds"]
     added = results["ours"]["seconds"]
     rows = []

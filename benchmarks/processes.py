@@ -2,8 +2,8 @@
 
     python benchmarks/processes.py
 
-One process takes batches of 8 mixtures, two take 4 each and train the same. Both separators have
-their default size; recordings are noise, whose content costs what speech costs.
+One process takes batches of 8 mixtures; two take 4 each, for the same training. Both separators
+have their default size; recordings are noise, whose content costs what speech costs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make_data(folder: Path, kind: str) -> Path:
 
 
 def train(folder: Path, kind: str, mixtures: int, dtype: str) -> None:
-    """Train two epochs as a process of torchrun; the first one prints the second's seconds."""
+    """Train two epochs in a process of torchrun; rank 0 prints the seconds of the second epoch."""
     core = int(os.environ["LOCAL_RANK"]) % os.cpu_count()
     if hasattr(os, "sched_setaffinity"):  # Linux
         os.sched_setaffinity(0, {core})
@@ -59,7 +59,7 @@ def train(folder: Path, kind: str, mixtures: int, dtype: str) -> None:
 
 
 def seconds_of(processes: int, data: Path, kind: str, args) -> float:
-    """Return what one epoch takes so many processes."""
+    """Return the seconds that one epoch takes ``processes`` processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc_per_node={processes}", __file__, f"--mixtures={args.mixtures}",
                f"--dtype={args.dtype}", f"--worker={kind}={data}"]
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     """Print a row for each separator."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--mixtures", type=int, default=8 * BATCH, help="of an epoch")
+    parser.add_argument("--mixtures", type=int, default=8 * BATCH, help="mixtures in an epoch")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="precision of matrix products, auto: as train chooses")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

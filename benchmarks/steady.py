@@ -1,9 +1,9 @@
-"""Train a tiny separator for many steps; memory and open files must stay what they are.
+"""Train a tiny separator for many steps; memory and open files must not grow.
 
     python benchmarks/steady.py --steps 20000
 
-The command runs as a process of its own and is looked at from outside (/proc, so Linux only) after
-every 1,000 steps, which are an epoch with its validation.
+Training runs in a separate process and is observed from outside (/proc, so Linux only) after every
+epoch, which is 1,000 steps and a validation.
 """
 
 import argparse
@@ -19,9 +19,9 @@ SIZES = ["--num_layers=1", "--num_heads=4", "--ff_dim=32", f"--batch_size={BATCH
 
 
 def look(pid: int) -> tuple[float, int]:
-    """Return the memory of a process in MB, without files' pages, and its count of open files.
+    """Return a process's memory in MB, without file pages, and its number of open files.
 
-    The least count of several looks: in between training opens and closes feature files.
+    The number is the least of 20, because training opens and closes feature files in between.
     """
     process = Path(f"/proc/{pid}")
     rows = dict(row.split(":", 1) for row in (process / "status").read_text().splitlines())

@@ -8,8 +8,8 @@ products; what optimizer and data pipeline add; memory.
 
 FLOPs are counted by the shapes of the products (``torch.utils.flop_counter``). A step is forward
 and backward pass and has three times those of the forward pass; the optimizer is extra. On a CPU
-with one thread the clock is that of the process, so that other work beside it does not count; else
-it is the clock on the wall.
+with one thread, times are CPU time of the process, so that other work does not count; otherwise
+they are wall-clock time.
 """
 
 import argparse
@@ -39,18 +39,18 @@ CASES = (  # separator, batch, frames, frames per second
     ("features", 8, 100, 25), ("features", 4, 750, 25),
     ("spectrogram", 8, 600, 100), ("spectrogram", 1, 3000, 100))
 SIZE = 2048  # of the square matrices that set the device's rate
-PRODUCTS = ("mm", "matmul", "conv", "attention", "linear")  # in the names of what computes them
+PRODUCTS = ("mm", "matmul", "conv", "attention", "linear")  # in names of product operations
 
 
 def clock(device: str) -> float:
-    """Return seconds; a GPU has finished by then."""
+    """Wait until the device has finished; return seconds."""
     getattr(torch, device).synchronize()
     alone = device == "cpu" and torch.get_num_threads() == 1
     return time.process_time() if alone else time.perf_counter()
 
 
 def seconds_of(call, device: str, repeats: int) -> float:
-    """Return the least seconds that a call takes, after one that does not count."""
+    """Return the least seconds that a call takes, after a warm-up call."""
     call()
     times = []
     for _ in range(repeats):
@@ -95,7 +95,7 @@ def share_outside_products(call, device: str) -> float:
 
 
 def reset_peak(device: str) -> None:
-    """Let the peak memory count from now on; on a CPU under Linux."""
+    """Reset the peak memory: that of CUDA, and on Linux that of the process."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -103,7 +103,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Return the peak memory: of a GPU its tensors', else of the whole process."""
+    """Return the peak memory: of tensors on a GPU, otherwise of the whole process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
                         choices=range(len(CASES)), help="numbers of the sizes to measure")
     parser.add_argument("--times", type=int, default=1,
                         help="multiply the batches: a GPU needs larger ones")
-    parser.add_argument("--repeats", type=int, default=3, help="the least time of so many counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs; the least time counts")
     parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
     args = parser.parse_args(argv)
     try:

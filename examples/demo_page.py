@@ -30,7 +30,7 @@ def talkers_of(recording: str, separate: Callable, ask: Callable | None, count: 
     """Separate a recording of ``count`` talkers (None: find out how many).
 
     ``separate`` and ``ask`` take the recording and ``num_speakers``; they are ``infer_recording``
-    and ``answer_per_talker`` with everything else given. Returns warnings, a picture and, for each
+    and ``answer_per_talker`` with other arguments bound. Returns warnings, a picture and, for each
     talker, a title, int16 samples at 16 kHz and the text (None without ``ask``). Raises as they do.
     """
     _, mixture, talkers = separate(recording, num_speakers=count)
@@ -50,7 +50,7 @@ def explain(error: Exception, recording: str) -> str:
 
 
 def build_page(separate: Callable, ask: Callable | None, most: int, count: int | None = None):
-    """Return the page, with ``count`` talkers of ``most`` chosen (None: find out how many)."""
+    """Return the page; of 1 to ``most`` talkers, ``count`` is preselected (None: find out)."""
     import gradio
 
     with gradio.Blocks(title="Speaker separator", analytics_enabled=False) as page:

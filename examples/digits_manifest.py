@@ -17,7 +17,7 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def digit_rows(folder: str, start: Path) -> list[dict]:
-    """Return the rows of a manifest that lies in the folder ``start``; ValueError if none are."""
+    """Return the rows of a manifest in the folder ``start``; ValueError without recordings."""
     recordings = sorted(path for path in Path(folder).glob("*.wav")
                         if re.fullmatch(r"\d_[^_]+_\d+", path.stem))
     if not recordings:
@@ -32,7 +32,7 @@ def digit_rows(folder: str, start: Path) -> list[dict]:
 
 
 def main(folder: str, manifest: str) -> int:
-    """Write the manifest; returns 0, or 2 where there are no recordings."""
+    """Write the manifest; return 0, or 2 after an error."""
     try:
         rows = digit_rows(folder, Path(manifest).parent)
         if not Path(manifest).resolve().parent.is_dir() or Path(manifest).is_dir():

@@ -1,11 +1,11 @@
-"""Overlapped spoken digits, understood: data, training, evaluation, a table and pictures.
+"""Digit errors in overlapped speech: data, training, evaluation, a table and pictures.
 
     python examples/overlapped_digits.py --fsdd FSDD --model QWEN2_AUDIO
 
 Trains a spectrogram separator on fresh mixtures of the Free Spoken Digit Dataset (recordings 10 and
-up) and counts the digits that the frozen model gets wrong in overlapped recordings it never heard
-(below 10): as it is, with the separator, and for each talker alone. Every step is a command of this
-project, printed as it would be typed. Run again, it goes on where it stopped.
+up) and counts the digits that the frozen model gets wrong in overlapped recordings that no training
+saw (0 to 9): as it is, with the separator, and for each talker alone. Every step is a command of
+this project, printed as it would be typed. A second run continues where the first one stopped.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def read_manifest(manifest: Path) -> list[dict]:
 
 
 def write_manifest(manifest: Path, rows: list[dict]) -> Path:
-    """Write a manifest; fail where there is another, since what was made of that is there too."""
+    """Write a manifest; fail if another is there, since data made from that one is there too."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if manifest.is_file() and manifest.read_text(encoding="utf-8") != text:
         fail(f"{manifest} lists other recordings: choose another --work_dir")
@@ -83,7 +83,7 @@ def write_manifest(manifest: Path, rows: list[dict]) -> Path:
 
 
 def list_digits(args) -> list[dict]:
-    """Return the rows of the digits, as a manifest in the working folder has them."""
+    """Return the digits' manifest rows, with paths relative to the working folder."""
     try:
         return digits_manifest.digit_rows(args.fsdd, args.work_dir)
     except ValueError as error:
@@ -91,7 +91,7 @@ def list_digits(args) -> list[dict]:
 
 
 def make_dataset(folder: Path, *words) -> Path:
-    """Make a dataset, unless the same command made the one that is there."""
+    """Make a dataset, unless the same command has already made it."""
     words = [f"--output_dir={folder}", *map(str, words)]
     about, command = folder / "dataset.json", " ".join([Path(generator.__file__).name, *words])
     if not about.is_file() or json.loads(about.read_text("utf-8")).get("command_line") != command:
@@ -100,7 +100,7 @@ def make_dataset(folder: Path, *words) -> Path:
 
 
 def make_data(args) -> tuple[Path, dict[str, Path]]:
-    """Make the training data and a test set of every kind; return it and the test sets by name."""
+    """Make the training data and all test sets; return the data and the test sets by name."""
     manifest = write_manifest(args.work_dir / "digits.jsonl", list_digits(args))
     digits, noises = [f"--speech_dir={manifest}", "--max_seconds=4"], args.work_dir / "noises"
     make_noises(noises / "train", seed=1)
@@ -123,9 +123,9 @@ def make_data(args) -> tuple[Path, dict[str, Path]]:
 
 
 def make_noises(folder: Path, seed: int) -> None:
-    """Write a minute of white and of falling noise."""
+    """Write a minute each of white noise and of noise that falls with frequency."""
     if not folder.is_dir():
-        part = folder.with_suffix(".part")  # a folder that is there is whole
+        part = folder.with_suffix(".part")  # a folder without .part is whole
         part.mkdir(parents=True, exist_ok=True)
         white = np.random.default_rng(seed).standard_normal(60 * SAMPLING_RATE)
         falling = np.convolve(white, 0.95 ** np.arange(100), mode="same")
@@ -135,7 +135,7 @@ def make_noises(folder: Path, seed: int) -> None:
 
 
 def is_trained(folder: Path, args) -> bool:
-    """Return whether the run of this length is done; fail if the one in the folder had another."""
+    """Return whether the run is done; fail if the folder holds a run of another length."""
     last = folder / f"checkpoint_epoch_{args.epochs}.pt"
     if not last.is_file():
         return False

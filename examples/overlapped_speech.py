@@ -29,7 +29,7 @@ from scoring import markdown_table, word_table  # noqa: E402
 
 
 def copy_manifest(args, source: Path) -> Path:
-    """Write a manifest's lines, of one corpus if asked, with absolute paths; return the new one."""
+    """Copy a manifest, or one corpus of it, with absolute paths; return the new manifest."""
     name = args.corpus or "speech"
     rows = [row for row in read_manifest(source)
             if str(row.get("corpus") or "").startswith(args.corpus or "")]
@@ -39,7 +39,7 @@ def copy_manifest(args, source: Path) -> Path:
 
 
 def make_test_set(args, talkers: int) -> Path:
-    """Make the mixtures of so many talkers."""
+    """Make the mixtures of ``talkers`` talkers."""
     folder = args.work_dir / f"{talkers}_talkers{'_by_telephone' * args.telephone}"
     return make_dataset(
         folder, f"--speech_dir={args.speech}", "--train_samples=1",
@@ -48,7 +48,7 @@ def make_test_set(args, talkers: int) -> Path:
 
 
 def evaluate(args, talkers: int, data: Path) -> dict:
-    """Return the scores of a test set of so many talkers."""
+    """Return the scores of the test set of ``talkers`` talkers."""
     scores = data / "scores.json"
     known = ["--num_speakers", talkers] if args.known_count else []
     run(ssm, "evaluate", f"--checkpoint={args.checkpoint}", f"--data_dir={data}",
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--speech", required=True, help="recordings of speakers, with transcripts")
-    add("--corpus", help="take the lines of manifest.jsonl whose corpus starts so")
+    add("--corpus", help="use the lines of manifest.jsonl whose corpus starts with this")
     add("--model", required=True, help="Whisper: folder or hub id")
     add("--checkpoint", default=ssm.SHIPPED_SEPARATOR, help="separator")
     add("--work_dir", type=Path, default=Path("overlapped_speech"), help="where everything goes")

@@ -1,10 +1,10 @@
-"""Train a separator like the shipped one from nothing: manifest, dataset, training, export.
+"""Train a separator like the shipped one from scratch: manifest, dataset, training, export.
 
     python examples/pretrain.py --speech SPEECH --fsdd FSDD
 
 ``--speech`` is a folder with ``manifest.jsonl`` (audio, speaker, text, split, corpus) and, in
 ``noise/``, recordings of noise; ``--fsdd`` is the Free Spoken Digit Dataset. Every step is a
-command of this project, printed as it would be typed. Run again, it goes on where it stopped.
+command of this project, printed as it would be typed. A second run continues where it stopped.
 """
 
 import argparse
@@ -32,15 +32,15 @@ import speaker_separator_module as ssm  # noqa: E402
 from audio import SAMPLING_RATE, write_wav  # noqa: E402
 from mixing import list_noises  # noqa: E402
 
-TIMES = {"librispeech": 12, "fsdd": 3}  # how often recordings for training are listed
-PARTS = 8  # of a step where memory is small: whole it takes up to 27 GB
+TIMES = {"librispeech": 12, "fsdd": 3}  # how often each training recording is listed
+PARTS = 8  # of a step, except on CUDA: a whole one takes up to 27 GB
 SIZES = ["--dim=240", "--num_heads=4", "--ff_dim=640"]  # 5.9 million weights, 12 MB in bfloat16
 
 
 def list_speech(args) -> Path:
-    """Write a manifest of speech and digits, those of corpora in ``TIMES`` as often as it says.
+    """Write a manifest of speech and digits; training rows repeat as often as ``TIMES`` says.
 
-    Digits are for training alone: their few speakers would make validation look easy.
+    Digits are for training only: their few speakers would make validation look easy.
     """
     speech = read_manifest(Path(args.speech) / "manifest.jsonl")
     if not (Path(args.speech) / "noise").is_dir():
@@ -58,7 +58,7 @@ def make_noises(args) -> Path:
     """Copy the recordings of noise, and add half as many steady ones, white to brown."""
     folder = args.work_dir / "noise"
     if not folder.is_dir():
-        part = folder.with_suffix(".part")  # a folder that is there is whole
+        part = folder.with_suffix(".part")  # a folder without .part is whole
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(Path(args.speech) / "noise", part)
         rng, samples = np.random.default_rng(0), 6 * SAMPLING_RATE
@@ -72,7 +72,7 @@ def make_noises(args) -> Path:
 
 
 def make_data(args) -> Path:
-    """Make the dataset, whose recordings are mixed anew in training, unless it is there."""
+    """Make the dataset, unless it is there; training mixes its recordings anew."""
     return make_dataset(
         args.work_dir / "data", f"--speech_dir={list_speech(args)}", "--train_samples=10",
         "--val_samples=120", "--min_speakers=1", "--join", 1, 3, "--min_seconds=3",
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fsdd", required=True, help="folder of the Free Spoken Digit Dataset's recordings")
     add("--output_dir", default="my_separator", help="where the weights go")
     add("--work_dir", type=Path, default=Path("pretraining"), help="data and checkpoints")
-    add("--epochs", type=int, default=10, help="times --mixtures_per_epoch mixtures")
+    add("--epochs", type=int, default=10, help="training epochs")
     add("--mixtures_per_epoch", type=int, default=54_000, help="fresh mixtures in an epoch")
     add("--batch_size", type=int, default=128, help="mixtures per step, a multiple of 8")
     add("--workers", type=int, default=0, help="processes that mix; 0: this one")

@@ -42,7 +42,7 @@ def mix(one: Path, other: Path) -> np.ndarray:
 
 
 def answer(args, mixture: np.ndarray) -> tuple[str, list[str], int]:
-    """Return the model's answer to the mixture, those for each talker, and its mel bins."""
+    """Return the model's answer to the mixture, its answers per talker, and its mel bins."""
     model, processor = load_model(args.model)
     (alone,) = ask(model, processor, [mixture], max_new_tokens=128)
     ssm.integrate_speaker_separator(model, separator_checkpoint=args.checkpoint)
