@@ -128,8 +128,8 @@ def table(results: dict) -> list[str]:
             "" if alone else f"{(whisper + seconds) / (whisper + added):.2f}",
             "" if alone else f"{seconds / added:.1f}", f"{row['peak_bytes'] / 1e6:.0f} MB"])
     return markdown_table(
-        ["separator", "parameters", "seconds", "real-time factor", "with Whisper, of Whisper",
-         "of ours", "separation alone, of ours", "peak memory"], rows)
+        ["separator", "parameters", "seconds", "real-time factor", "total / Whisper alone",
+         "total / ours", "separation / ours", "peak memory"], rows)
 
 
 def main(argv: list[str] | None = None) -> int:

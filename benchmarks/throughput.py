@@ -187,8 +187,9 @@ def table(results: dict) -> list[str]:
             f"{row['peak_bytes'] / 1e6:.0f} MB",
             f"{row['peak_bytes_per_second_of_audio'] / 1e6:.1f} MB"])
     return markdown_table(
-        ["separator", "batch x frames", "precision", "forward", "of the rate", "step",
-         "of the rate", "outside products", "optimizer", "peak memory", "per s of audio"], rows)
+        ["separator", "batch x frames", "precision", "forward", "of product rate", "step",
+         "of product rate", "time outside products", "optimizer", "peak memory", "per s of audio"],
+        rows)
 
 
 def main(argv: list[str] | None = None) -> int:
