@@ -83,6 +83,7 @@ DEFAULT_CHECKPOINT_DIR = "checkpoints"
 SHIPPED_SEPARATOR = Path(__file__).resolve().parent / "pretrained"
 MAX_FRAMES = 4000  # of one feature file: attention among them takes 0.2 GB a head (measured)
 JSON_BYTES = 1 << 29  # a hundred thousand mixtures of long sentences take less
+SIBLINGS = ("audio", "mixing", "long_recordings", "scoring")  # files of functions used here
 LONGEST_LINE = 500  # characters of an error message
 MAX_STREAMS = 7  # the loss scores every assignment of streams to talkers: 7! are 5,040
 
@@ -1048,8 +1049,11 @@ class MultiSpeakerDataset(Dataset):
         return paths
 
     def _check_facts(self, sample: dict) -> None:
-        """Fail unless the id, texts and overlap of a sample have the right types."""
-        overlap, names = sample.get("overlap"), [sample["id"]]
+        """Fail unless the id, texts, overlap and number of speakers of a sample make sense."""
+        overlap, names, listed = sample.get("overlap"), [sample["id"]], len(sample["speakers"])
+        if (count := sample.get("num_speakers", listed)) != listed:
+            raise ValueError(f"{self.folder / 'metadata.json'} says that {sample['id']} has "
+                             f"{count} speakers and lists {listed}")
         names += [str(speaker["speaker_id"]) for speaker in sample["speakers"]]
         texts = [speaker.get("text") or "" for speaker in sample["speakers"]]
         if not all(isinstance(text, str) for text in names + texts):
@@ -2242,7 +2246,10 @@ def start_run(
     else:
         separator = new_separator(options, train_set, val_set)
     dtype, reason = pick_dtype(options.dtype, device)
-    options = options._replace(dtype=str(dtype).removeprefix("torch."), device=device)
+    weights = loss_weights(options, train_set)
+    options = options._replace(
+        dtype=str(dtype).removeprefix("torch."), device=device,
+        **{f"{part}_weight": weight for part, weight in weights._asdict().items()})
     # A checkpoint's model_state_dict is the average; ``restore`` puts in the weights in training.
     averaged = RunningAverage(separator.to(device), checkpoint.get("steps", 0) if checkpoint else 0)
     if options.recompute:
@@ -2279,8 +2286,8 @@ def start_run(
     parallel = separator
     if ranks > 1:
         parallel = nn.parallel.DistributedDataParallel(separator, gradient_as_bucket_view=True)
-    return Run(options, device, dtype, loss_weights(options, train_set), separator, parallel,
-               averaged, optimizer, scheduler, loader, val_set, history, rest, [])
+    return Run(options, device, dtype, weights, separator, parallel, averaged, optimizer,
+               scheduler, loader, val_set, history, rest, [])
 
 
 def validate(run: Run) -> dict:
@@ -3136,7 +3143,8 @@ def integrate_speaker_separator(
     check_threshold(threshold)
     if separator is None:
         width = audio_tower_of(whole).config.d_model
-        separator = SpeakerSeparatorTransformer(width, max_speakers or 3).eval()
+        streams = 3 if max_speakers is None else max_speakers
+        separator = SpeakerSeparatorTransformer(width, streams).eval()
         print("warning: this separator has random weights; give separator_checkpoint, for example "
               "that of load_separator()", file=sys.stderr)
     elif isinstance(separator, str | os.PathLike):
@@ -3187,7 +3195,8 @@ def transcribed_samples(dataset: MultiSpeakerDataset) -> list[dict]:
     samples = [s for s in dataset.samples if all(speaker.get("text") for speaker in s["speakers"])]
     if not recorded or not any(sample["speakers"] for sample in samples):
         raise ValueError(f"{dataset.folder} has no recordings with transcripts to count words of: "
-                         "make it with a --speech_dir that has both")
+                         "make it with a --speech_dir that has both, and no --max_seconds that "
+                         "cuts them")
     return samples
 
 
@@ -3730,7 +3739,8 @@ def add_train_arguments(add) -> None:
         help="the same mixtures every epoch instead of fresh ones")
     add("--recompute", action="store_true", default=argparse.SUPPRESS,
         help="recompute blocks in the backward pass, to save memory on long recordings")
-    add("--resume", action="store_true", help="go on from the newest checkpoint")
+    add("--resume", action="store_true", help="go on from the newest checkpoint; more "
+        "--epochs than before change the learning rates")
     add("--export", metavar="DIR", help="also save the best weights alone, for from_pretrained")
 
 
@@ -3907,6 +3917,8 @@ def main(argv: list[str] | None = None) -> int:
             error = ChildProcessError("a process that loads or mixes died, out of memory? Use "
                                       "fewer --workers; train --resume goes on from the last "
                                       "checkpoint")
+        if isinstance(error, ModuleNotFoundError) and error.name in SIBLINGS:
+            error = ModuleNotFoundError(f"this needs {error.name}.py beside {Path(__file__).name}")
         if not isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryError)):
             raise
         if fails_first():

@@ -303,6 +303,7 @@ DAMAGE = {
     "outside": (with_entry("mixed_audio", "../val/mixed/val_00000.npy"), "outside its folder"),
     "outside, absolute": (with_entry("mixed_audio", "/etc/hostname"), "outside its folder"),
     "width in words": (with_entry("feature_dim", "wide"), "metadata.json"),
+    "another number of speakers": (with_entry("num_speakers", 7), "has 7 speakers and lists"),
     "speakers a number": (with_entry("speakers", 3), "metadata.json"),
     "dataset.json not JSON": (with_bytes("dataset.json", b"{"), "dataset.json"),
     "dataset.json a list": (with_bytes("dataset.json", b"[1]"), "dataset.json"),
@@ -1256,7 +1257,7 @@ def test_features_of_an_encoder_are_no_sum(own_dataset):
 def test_one_talker_alone_says_nothing_of_sums(own_dataset):
     """Of a dataset of other features, in no dataset.json, the first mixture of several decides."""
     def start_with_one(rows):
-        rows[0] |= {"speakers": rows[0]["speakers"][:1],
+        rows[0] |= {"num_speakers": 1, "speakers": rows[0]["speakers"][:1],
                     "mixed_audio": rows[0]["speakers"][0]["feature_file"]}
 
     edit_json(own_dataset / "train/metadata.json", start_with_one)

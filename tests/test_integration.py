@@ -1070,6 +1070,8 @@ def test_max_speakers(streams, qwen, processor, tmp_path, capsys):
         with pytest.raises(ValueError, match=f"{streams} streams and max_speakers={streams + 1}"):
             ssm.integrate_speaker_separator(qwen, streams + 1, path)
     assert "random weights" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="max_speakers must be 1 to"):
+        ssm.integrate_speaker_separator(qwen, max_speakers=0)
     model = ssm.integrate_speaker_separator(qwen, streams, threshold=0.0)  # no checkpoint
     assert "random weights" in capsys.readouterr().err
     assert len(model.generate(**inputs, max_new_tokens=1)) == streams
