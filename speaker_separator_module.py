@@ -2546,7 +2546,7 @@ def evaluate_separator(
     (rank, ranks), S = process_rank(), separator.max_speakers
     sums = torch.zeros(2, len(SCORES), device=device)  # above what to divide them by
     found = torch.zeros(2, len(dataset), S, device=device)  # probabilities above truths
-    own, done = found[:, rank::ranks], 0  # a view of what this process scores
+    own, done = found[:, rank::ranks], 0  # a view; the rest stays 0 for the sum
     loader = make_loader(Subset(dataset, range(rank, len(dataset), ranks)), batch_size, S, device)
     for raw in progress_bar(loader, "evaluate"):
         batch = add_spectrograms(to_device(raw, device))
@@ -3442,7 +3442,7 @@ def cmd_train(args) -> None:
         config = Path(args.export) / "config.json"
         if config.exists() and b'"max_speakers"' not in config.read_bytes():
             raise ValueError(f"--export={args.export} holds another model: name another folder")
-    made = any(Path(args.data_dir).glob("*/metadata.json"))  # not by a generator that was stopped
+    made = any(Path(args.data_dir).glob("*/metadata.json"))  # a stopped generator leaves none
     missing = args.data_dir == DEFAULT_DATA_DIR and not (made or start or args.resume)
     if writes and missing and (generator := import_sibling("generate_multi_speaker_dataset")):
         print(f"no {DEFAULT_DATA_DIR}: making the default dataset first")
