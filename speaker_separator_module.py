@@ -2246,6 +2246,8 @@ def start_run(
     else:
         separator = new_separator(options, train_set, val_set)
     dtype, reason = pick_dtype(options.dtype, device)
+    if checkpoint:
+        reason = "as before"
     weights = loss_weights(options, train_set)
     options = options._replace(
         dtype=str(dtype).removeprefix("torch."), device=device,

@@ -600,11 +600,12 @@ def test_flags_that_contradict_the_checkpoint(flag, run_folder, dataset, capsys)
 
 
 @pytest.mark.filterwarnings("error")
-def test_flags_that_agree_with_the_checkpoint(run_folder, dataset):
+def test_flags_that_agree_with_the_checkpoint(run_folder, dataset, capsys):
     """Training goes on with them, in the same folder and without a warning."""
     flags = ["--num_layers=1", "--max_speakers=3", "--seed=42", "--dtype=float32", "--batch_size=1",
              "--reconstruction_weight=0.5", "--activity_weight=0.5"]
     assert ssm.main(train_flags(dataset, run_folder, "--resume", "--epochs=4", *flags)) == 0
+    assert "float32 (as before)" in capsys.readouterr().out
     assert torch.load(run_folder / "checkpoint_epoch_4.pt")["epoch"] == 4
     assert not (run_folder / "previous_run").exists()
     assert (run_folder / "checkpoint_epoch_2.pt").is_file()
