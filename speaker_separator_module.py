@@ -2114,7 +2114,6 @@ class Run(NamedTuple):
     options: TrainOptions
     device: str
     dtype: torch.dtype
-    weights: LossWeights
     separator: nn.Module  # what is trained
     parallel: nn.Module  # the same, with gradients averaged over processes if there are several
     averaged: nn.Module  # the running average of its weights, validated and saved
@@ -2125,6 +2124,11 @@ class Run(NamedTuple):
     history: list[dict]
     progress: dict  # of an interrupted epoch: rows of ``backward``, mixtures in a step
     signals: list[int]  # those that asked to stop
+
+    @property
+    def weights(self) -> LossWeights:
+        """Those of the loss parts."""
+        return LossWeights(self.options.reconstruction_weight, self.options.activity_weight)
 
 
 def recompute_blocks(separator, device: str, dtype: torch.dtype) -> None:
@@ -2229,6 +2233,22 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
 # Train: a run from start or checkpoint
 
 
+def stopped_epoch(checkpoint: dict, train_set, step_size: int) -> dict:
+    """Return ``Run.progress`` of a checkpoint's epoch; fail if this run cannot go on with it."""
+    if not (progress := dict(checkpoint.get("progress", {}))):
+        return progress
+    if checkpoint.get("training_data", train_set.digest) != train_set.digest:
+        raise ValueError(f"the epoch that was stopped drew from other data than {train_set.folder} "
+                         "has now: give its --data_dir, or train anew elsewhere")
+    if progress["step_size"] != step_size:
+        raise ValueError(f"the epoch that was stopped has steps of {progress['step_size']} "
+                         f"mixtures, not {step_size}: keep processes times --accumulate times "
+                         "--batch_size")
+    if process_rank()[0]:  # the first process holds the losses of all
+        progress["rows"] = torch.zeros_like(progress["rows"])
+    return progress
+
+
 def start_run(
     options: TrainOptions, train_set, val_set, folder: Path, checkpoint: dict | None = None
 ) -> Run:
@@ -2246,12 +2266,10 @@ def start_run(
     else:
         separator = new_separator(options, train_set, val_set)
     dtype, reason = pick_dtype(options.dtype, device)
-    if checkpoint:
-        reason = "as before"
-    weights = loss_weights(options, train_set)
+    reconstruction, activity = loss_weights(options, train_set)
     options = options._replace(
         dtype=str(dtype).removeprefix("torch."), device=device,
-        **{f"{part}_weight": weight for part, weight in weights._asdict().items()})
+        reconstruction_weight=reconstruction, activity_weight=activity)
     # A checkpoint's model_state_dict is the average; ``restore`` puts in the weights in training.
     averaged = RunningAverage(separator.to(device), checkpoint.get("steps", 0) if checkpoint else 0)
     if options.recompute:
@@ -2267,29 +2285,21 @@ def start_run(
     if not len(loader):
         raise ValueError(f"an epoch has {len(mixtures)} mixtures and a step needs "
                          f"{loader.batch_sampler.parts}: fewer processes or --accumulate")
+    progress = stopped_epoch(checkpoint or {}, train_set, loader.batch_sampler.step_size)
     rank, ranks = process_rank()
-    rest = dict((checkpoint or {}).get("progress", {}))
-    if rest and checkpoint.get("training_data", train_set.digest) != train_set.digest:
-        raise ValueError(f"the epoch that was stopped drew from other data than {train_set.folder} "
-                         "has now: give its --data_dir, or train anew elsewhere")
-    if rest and rank:  # the first process holds the losses of all
-        rest["rows"] = torch.zeros_like(rest["rows"])
-    if rest and rest["step_size"] != loader.batch_sampler.step_size:
-        raise ValueError(f"the epoch that was stopped has steps of {rest['step_size']} mixtures, "
-                         f"not {loader.batch_sampler.step_size}: keep processes times "
-                         "--accumulate times --batch_size")
     if not rank:
         check_disk(folder, parameters, options, len(history))
     remixed = f" (remixed to {len(mixtures)} an epoch)" if mixtures is not train_set else ""
     start = f" of {options.init_from}" if options.init_from and not checkpoint else ""
+    reason = "as before" if checkpoint else reason
     print(f"device {device}{f', {ranks} processes' * (ranks > 1)}, {options.dtype} ({reason}), "
           f"{parameters:,} parameters{start}, {len(train_set)} training{remixed} and "
           f"{len(val_set)} validation mixtures, {streams} streams")
     parallel = separator
     if ranks > 1:
         parallel = nn.parallel.DistributedDataParallel(separator, gradient_as_bucket_view=True)
-    return Run(options, device, dtype, weights, separator, parallel, averaged, optimizer,
-               scheduler, loader, val_set, history, rest, [])
+    return Run(options, device, dtype, separator, parallel, averaged, optimizer, scheduler,
+               loader, val_set, history, progress, [])
 
 
 def validate(run: Run) -> dict:
@@ -2363,7 +2373,6 @@ def write_results(run: Run, folder: Path, train_set) -> None:
         drawn_from, rate = run.loader.dataset, run.options.lr or run.history[0]["lr"]
         used |= {"lr": rate, "mixtures_per_epoch": len(drawn_from)}
         used.pop("feature_source", None)
-        used |= {f"{part}_weight": value for part, value in run.weights._asdict().items()}
         terms = {"separation": 1.0, **run.weights._asdict()}
         scoring.write_report(folder, used, terms, train_set, run.val_set, run.history,
                              len(getattr(drawn_from, "talkers", ())))
@@ -3436,8 +3445,8 @@ def cmd_train(args) -> None:
     """Train a separator; writes checkpoints, a report and curves."""
     writes = process_rank()[0] == 0
     start = getattr(args, "init_from", None)
-    source = Path(str(start).removesuffix("model.safetensors")).resolve()
-    if start and args.export and Path(args.export).resolve() == source:
+    own = {Path(start, name).resolve() for name in ("", "model.safetensors")} if start else ()
+    if args.export and Path(args.export, "model.safetensors").resolve() in own:
         raise ValueError(f"--export={args.export} would replace --init_from: name another folder")
     if writes and args.export:
         prepare_folder(Path(args.export))
