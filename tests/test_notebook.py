@@ -1,6 +1,5 @@
 """The example notebook runs from a clean kernel, as its user runs it; other inputs run faster."""
 
-import os
 import socket
 import sys
 
@@ -47,7 +46,6 @@ def test_stored_outputs():
 def test_without_recordings_and_separator(whisper_path, tmp_path, monkeypatch):
     monkeypatch.setenv("SPEAKER_SEPARATOR_MODEL", str(whisper_path))
     monkeypatch.setenv("SPEAKER_SEPARATOR_CHECKPOINT", str(tmp_path / "gone"))
-    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "2"))
     printed, shown = execute(read_notebook())
     assert "two hums instead" in printed and "random weights instead" in printed
     for line in ("Speaker 1 (", "Speaker 2 (", "[(0, 0, ", "Speaker 2: "):
