@@ -2728,10 +2728,10 @@ def audio_tower_of(model: nn.Module) -> nn.Module:
     raise ValueError(f"{type(model).__name__} is neither Qwen2-Audio nor Whisper")
 
 
-def audio_frames(mel_mask: Tensor, frames: int, stride: int, device) -> Tensor:
-    """Return which encoder frames [B, T] are audio, where ``stride`` mel frames make one."""
-    lengths = (mel_mask.sum(-1).to(device) + 1) // stride
-    return torch.arange(frames, device=device) < lengths[:, None]
+def audio_frames(mel_mask: Tensor, hidden: Tensor, stride: int) -> Tensor:
+    """Return which frames [B, T] of ``hidden`` are audio; ``stride`` mel frames make one."""
+    lengths = (mel_mask.sum(-1).to(hidden.device) + 1) // stride
+    return torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
 
 
 def run_blocks(tower: nn.Module, hidden: Tensor, blocks, frame_mask: Tensor | None) -> Tensor:
@@ -2768,13 +2768,13 @@ def tower_front(
     weight = tower.conv1.weight
     hidden = F.gelu(tower.conv1(input_features.to(weight.device, weight.dtype)))
     hidden = F.gelu(tower.conv2(hidden)).transpose(1, 2) + tower.embed_positions.weight
-    frame_mask = audio_frames(mel_mask, hidden.shape[1], 2, hidden.device)
+    frame_mask = audio_frames(mel_mask, hidden, 2)
     hidden = run_blocks(tower, hidden, tower.layers[:layer], frame_mask)
     if layer is not None:
         return hidden, frame_mask
     hidden = tower_rest(tower, hidden, None, len(tower.layers))  # no block: pooling and norm
     stride = 4 if hasattr(tower, "avg_pooler") else 2
-    return hidden, audio_frames(mel_mask, hidden.shape[1], stride, hidden.device)
+    return hidden, audio_frames(mel_mask, hidden, stride)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3014,8 +3014,7 @@ class Integration:
             return None, kwargs | {"encoder_outputs": BaseModelOutput(hidden)}
         del kwargs["input_features"]
         audio = getattr(self.model, "model", self.model).multi_modal_projector(hidden)
-        inside = audio_frames(
-            kwargs.pop("feature_attention_mask"), audio.shape[1], 4, audio.device)
+        inside = audio_frames(kwargs.pop("feature_attention_mask"), audio, 4)
         embeds = self.model.get_input_embeddings()(ids)
         slots = (ids == self.model.config.audio_token_id)[..., None].to(embeds.device)
         embeds = embeds.masked_scatter(slots, audio[inside].to(embeds))
