@@ -44,7 +44,7 @@ if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C wo
 import argparse
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 import json
 import math
 import operator
@@ -3693,8 +3693,6 @@ def cmd_integrate(args) -> None:
 
 def cmd_demo(args) -> None:
     """Serve a page on this machine: see and hear each talker, read what each says."""
-    from importlib.util import find_spec
-
     device = pick_device(args.device)
     check_questions(args)
     if args.dtype != "auto" and not args.model:
@@ -3703,7 +3701,7 @@ def cmd_demo(args) -> None:
         from audio import load_config
 
         check_prompt(args, load_config(args.model))
-    if find_spec("gradio") is None:
+    if importlib.util.find_spec("gradio") is None:
         raise ValueError("the page needs gradio: pip install gradio")
     sys.path.append(str(Path(__file__).resolve().parent / "examples"))
     from demo_page import build_page
