@@ -3491,6 +3491,7 @@ def sample_panels(separator, dataset, device: str, count: int = 3) -> list[dict]
 def cmd_evaluate(args) -> None:
     """Score a separator beside the trivial outputs."""
     import scoring
+    from audio import load_config
 
     device = pick_device(args.device)
     check_questions(args)
@@ -3505,8 +3506,6 @@ def cmd_evaluate(args) -> None:
     check_data(f"the separator {checkpoint}", separator.config, dataset)
     warn_of_other_features(separator, dataset.source)
     if args.model:
-        from audio import load_config
-
         transcribed_samples(dataset)
         check_prompt(args, load_config(args.model))
     scores = evaluate_separator(
