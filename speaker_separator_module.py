@@ -2120,7 +2120,8 @@ class Run(NamedTuple):
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     loader: DataLoader
-    val_set: Dataset
+    train_set: MultiSpeakerDataset  # what the loader's mixtures are drawn from
+    val_set: MultiSpeakerDataset
     history: list[dict]
     progress: dict  # of an interrupted epoch: rows of ``backward``, mixtures in a step
     signals: list[int]  # those that asked to stop
@@ -2299,7 +2300,7 @@ def start_run(
     if ranks > 1:
         parallel = nn.parallel.DistributedDataParallel(separator, gradient_as_bucket_view=True)
     return Run(options, device, dtype, separator, parallel, averaged, optimizer, scheduler,
-               loader, val_set, history, progress, [])
+               loader, train_set, val_set, history, progress, [])
 
 
 def validate(run: Run) -> dict:
@@ -2346,7 +2347,6 @@ def format_epoch(row: dict, epochs: int) -> str:
 def checkpoint_of(run: Run) -> dict:
     """Return what a checkpoint holds: plain types and tensors."""
     separator, row = run.averaged.module, run.history[-1] if run.history else None
-    drawn_from = run.loader.dataset
     threshold = row["val"]["threshold"] if row else separator.threshold
     return {
         "epoch": len(run.history), "model_state_dict": separator.state_dict(),
@@ -2356,8 +2356,7 @@ def checkpoint_of(run: Run) -> dict:
         "train_history": run.history, "training_state_dict": run.separator.state_dict(),
         "steps": int(run.averaged.n_averaged), "options": run.options._asdict(),
         "model_config": separator.config | {"threshold": threshold},
-        "training_data": getattr(drawn_from, "base", drawn_from).digest,
-        "validation_data": run.val_set.digest,
+        "training_data": run.train_set.digest, "validation_data": run.val_set.digest,
         **({"progress": run.progress} if run.progress else {}),
     }
 
@@ -2366,7 +2365,7 @@ def checkpoint_of(run: Run) -> dict:
 # Train: all epochs, checkpoints and report
 
 
-def write_results(run: Run, folder: Path, train_set) -> None:
+def write_results(run: Run, folder: Path) -> None:
     """Write report and curves."""
     if scoring := import_sibling("scoring"):
         used = run.options._asdict() | run.averaged.module.config | run.separator.feature_source
@@ -2374,7 +2373,7 @@ def write_results(run: Run, folder: Path, train_set) -> None:
         used |= {"lr": rate, "mixtures_per_epoch": len(drawn_from)}
         used.pop("feature_source", None)
         terms = {"separation": 1.0, **run.weights._asdict()}
-        scoring.write_report(folder, used, terms, train_set, run.val_set, run.history,
+        scoring.write_report(folder, used, terms, run.train_set, run.val_set, run.history,
                              len(getattr(drawn_from, "talkers", ())))
         scoring.plot_history(folder / "training_curves.png", run.history)
 
@@ -2492,7 +2491,7 @@ def train_speaker_separator(
                 move_earlier_run(folder)
             run_epochs(run, folder)
         if writes:  # also where a kill after the last checkpoint left them out
-            write_results(run, folder, train_set)
+            write_results(run, folder)
     return run.history
 
 
