@@ -2250,18 +2250,24 @@ def stopped_epoch(checkpoint: dict, train_set, step_size: int) -> dict:
     return progress
 
 
+def resumed_separator(checkpoint: dict, train_set, val_set, folder: Path) -> nn.Module:
+    """Return the separator of a checkpoint; fail if it was trained for other data."""
+    config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
+    separator = build_separator(config, checkpoint["model_state_dict"], folder)
+    check_data(f"the checkpoint in {folder}", config, train_set, val_set)
+    if checkpoint.get("validation_data", val_set.digest) != val_set.digest:
+        raise ValueError(f"the run in {folder} was validated on other mixtures than those in "
+                         f"{val_set.folder}: give its --data_dir, or train anew elsewhere")
+    return separator
+
+
 def start_run(
     options: TrainOptions, train_set, val_set, folder: Path, checkpoint: dict | None = None
 ) -> Run:
     """Build or restore separator and optimizer, and print what will be trained."""
-    device = pick_device(options.device)
+    checkpoint, device = checkpoint or {}, pick_device(options.device)
     if checkpoint:
-        config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
-        separator = build_separator(config, checkpoint["model_state_dict"], folder)
-        check_data(f"the checkpoint in {folder}", config, train_set, val_set)
-        if checkpoint.get("validation_data", val_set.digest) != val_set.digest:
-            raise ValueError(f"the run in {folder} was validated on other mixtures than those in "
-                             f"{val_set.folder}: give its --data_dir, or train anew elsewhere")
+        separator = resumed_separator(checkpoint, train_set, val_set, folder)
     elif options.init_from:
         separator = started_separator(options, train_set, val_set)
     else:
@@ -2272,7 +2278,7 @@ def start_run(
         dtype=str(dtype).removeprefix("torch."), device=device,
         reconstruction_weight=reconstruction, activity_weight=activity)
     # A checkpoint's model_state_dict is the average; ``restore`` puts in the weights in training.
-    averaged = RunningAverage(separator.to(device), checkpoint.get("steps", 0) if checkpoint else 0)
+    averaged = RunningAverage(separator.to(device), checkpoint.get("steps", 0))
     if options.recompute:
         recompute_blocks(separator, device, dtype)
     optimizer = make_optimizer(separator, options)
@@ -2286,7 +2292,7 @@ def start_run(
     if not len(loader):
         raise ValueError(f"an epoch has {len(mixtures)} mixtures and a step needs "
                          f"{loader.batch_sampler.parts}: fewer processes or --accumulate")
-    progress = stopped_epoch(checkpoint or {}, train_set, loader.batch_sampler.step_size)
+    progress = stopped_epoch(checkpoint, train_set, loader.batch_sampler.step_size)
     rank, ranks = process_rank()
     if not rank:
         check_disk(folder, parameters, options, len(history))
