@@ -2193,6 +2193,19 @@ def asked_to_stop(run: Run) -> bool:
     return bool(sum_over_processes(torch.tensor(len(run.signals))))
 
 
+def train_step(run: Run, epoch: int, step: int, batches: list[dict]) -> Tensor:
+    """Take a step of an epoch, counted from 0; return its row of ``backward``."""
+    # Seed dropout by step and process, so that a resumed run repeats an uninterrupted one.
+    place = [run.options.seed, epoch, step, process_rank()[0]]
+    torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+    row = backward(run, batches)
+    if run.device == "cpu":
+        check_finite(run, epoch, row[None], step)
+    run.optimizer.step()
+    run.averaged.update_parameters(run.separator)
+    return row
+
+
 def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
     """Train for one epoch; return the mean of every loss part, or None if a signal stopped it.
 
@@ -2206,14 +2219,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
         batches.append(add_spectrograms(to_device(raw, run.device)))
         if len(batches) < run.options.accumulate:
             continue
-        # Seed dropout by step and process, so that a resumed run repeats an uninterrupted one.
-        place = [run.options.seed, epoch, len(rows), process_rank()[0]]
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
-        rows.append(backward(run, batches))
-        if run.device == "cpu":
-            check_finite(run, epoch, rows[-1][None], len(rows) - 1)
-        run.optimizer.step()
-        run.averaged.update_parameters(run.separator)
+        rows.append(train_step(run, epoch, len(rows), batches))
         batches = []
         if stopped := asked_to_stop(run):
             break
