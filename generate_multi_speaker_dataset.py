@@ -258,8 +258,7 @@ def write_recordings(rows: Iterable[dict], folder: Path) -> None:
                                  f"{', '.join(SPEAKER_COLUMNS)}; its columns are {', '.join(row)}")
             name = f"{number:08d}{Path(path).suffix}"
             (folder / name).write_bytes(data)
-            row = {"audio": name, "speaker": speaker, "text": text}
-            lines.write(json.dumps(row) + "\n")
+            lines.write(json.dumps({"audio": name, "speaker": speaker, "text": text}) + "\n")
     if number < 0:
         raise ValueError("it has no rows")
     staging.replace(folder / "manifest.jsonl")
