@@ -393,16 +393,15 @@ def plan_mixtures(args, options: MixingOptions, sizes: dict, splits: dict) -> li
     """Plan the mixtures of train, then of val; ValueError if a split has too few speakers."""
     noises, plans = mixing.list_noises(options.noise_dir), []
     for split, samples in sizes.items():
-        talkers = group_by_speaker(splits[split])
-        source = SpeechSource(options, talkers, noises, split)
-        if not source.by_speaker:
+        speakers = group_by_speaker(splits[split])
+        if not speakers:
             raise ValueError(f"the {split} split has no speakers: add some to --speech_dir; a "
                              "manifest that names splits needs train and val")
-        if len(source.by_speaker) < args.max_speakers:
+        if len(speakers) < args.max_speakers:
             hint = ", or use --split_by utterance" if args.split_by == "speaker" else ""
-            raise ValueError(
-                f"the {split} split has {len(source.by_speaker)} speakers and mixtures of "
-                f"{args.max_speakers} were asked for: lower --max_speakers{hint}")
+            raise ValueError(f"the {split} split has {len(speakers)} speakers and mixtures of "
+                             f"{args.max_speakers} were asked for: lower --max_speakers{hint}")
+        source = SpeechSource(options, speakers, noises, split)
         rng = np.random.default_rng([args.seed, split == "val"])
         plans += [mixing.plan_mixture(rng, source)
                   for _ in tqdm(range(samples), f"plan {split}", leave=False, disable=None)]
