@@ -2408,17 +2408,17 @@ def best_epoch(history: list[dict]) -> int:
     return min(history, key=lambda row: row["val"]["total"], default={"epoch": 0})["epoch"]
 
 
-def patience_is_over(history: list[dict], patience: int | None) -> bool:
+def patience_is_over(run: Run) -> bool:
     """Return whether the last ``patience`` epochs brought no lower validation loss."""
-    return patience is not None and len(history) - best_epoch(history) >= patience
+    patience = run.options.patience
+    return patience is not None and len(run.history) - best_epoch(run.history) >= patience
 
 
 def save_epoch(run: Run, folder: Path, missing: bool = False) -> None:
     """Write the checkpoints that are due after the last epoch; only the ``missing`` ones if set."""
     epoch, options = len(run.history), run.options
-    stop = patience_is_over(run.history, options.patience)
     names = ["best_model.pt"] * (epoch == best_epoch(run.history))
-    if stop or epoch == options.epochs or epoch % options.save_every == 0:
+    if patience_is_over(run) or epoch == options.epochs or epoch % options.save_every == 0:
         names.append(f"checkpoint_epoch_{epoch}.pt")
     for name in names:
         if not (missing and (folder / name).is_file()):
@@ -2448,7 +2448,7 @@ def run_epochs(run: Run, folder: Path) -> None:
             if writes:
                 save_epoch(run, folder)
             print(format_epoch(row, options.epochs), flush=True)
-            if patience_is_over(history, options.patience):
+            if patience_is_over(run):
                 print(f"no better epoch in {options.patience}; stopped, the best was "
                       f"{best_epoch(history)}")
                 break
@@ -2492,7 +2492,7 @@ def train_speaker_separator(
         checkpoint = None  # frees as much memory as the run uses
         if writes and run.history and not run.progress:  # a kill came between two checkpoints
             save_epoch(run, folder, missing=True)
-        is_over = patience_is_over(run.history, options.patience)
+        is_over = patience_is_over(run)
         if is_over or len(run.history) >= options.epochs:
             print(f"{len(run.history)} epochs are done already; ask for more with "
                   f"--{'patience' if is_over else 'epochs'}")
