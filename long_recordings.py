@@ -251,7 +251,7 @@ def separate_recording(
     features. ``num_speakers`` is the number of talkers in the recording, if known. ``audio``,
     ``sampling_rate`` and errors are those of ``audio.read_audio``.
     """
-    window, rate = round(WINDOW_SECONDS * SAMPLING_RATE), FRAME_RATE
+    window, rate = WINDOW_SECONDS * SAMPLING_RATE, FRAME_RATE
     if encoder is not None:
         window, rate = encoder.feature_extractor.n_samples, encoder.frame_rate
     shared = window - window_step(window)  # samples
@@ -442,9 +442,8 @@ def _heard(stream: Tensor, mixture: Tensor, segments: list[dict]) -> list[dict]:
     for part in segments:
         frames = slice(int(part["start"] * FRAME_RATE), math.ceil(part["end"] * FRAME_RATE))
         if len(stream[frames]):
-            loudest = stream[frames].max()
             least = max(stream.max() - SILENT, mixture[frames].max() - DROWNED)
-            if loudest > least:
+            if stream[frames].max() > least:
                 heard.append(part)
     return heard
 
