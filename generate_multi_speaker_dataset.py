@@ -440,6 +440,10 @@ def speech_dataset(args, sizes: dict, splits: dict[str, list]) -> tuple[Iterator
     return mixtures, about | {"mixing": options._asdict()}
 
 
+# --------------------------------------------------------------------------------------------------
+# Recorded talkers: read back for training
+
+
 def _utterance(row: dict, listing: Path) -> Utterance:
     """Return an utterance of a listing; relative paths start at the dataset's folder."""
     return Utterance(listing.parents[1] / row["audio"], str(row["speaker"]), str(row["text"]),

@@ -215,14 +215,7 @@ def import_sibling(name: str):
 
 
 # --------------------------------------------------------------------------------------------------
-# Separator of feature vectors
-
-
-def sinusoidal_positions(num_frames: int, dim: int, device=None) -> Tensor:
-    """Return the parameter-free positions [T, D] of Vaswani et al. (2017), float32."""
-    rates = torch.exp(-math.log(10000.0) * torch.arange(0, dim, 2, device=device) / dim)
-    angles = torch.arange(num_frames, device=device)[:, None] * rates
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :dim]
+# Separators: what both share
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim) -> Tensor:
@@ -295,6 +288,17 @@ class StrictHubMixin(PyTorchModelHubMixin):
         # safetensors lets nobody but the owner read what it writes
         shutil.copymode(folder / "config.json", folder / "model.safetensors")
         return saved
+
+
+# --------------------------------------------------------------------------------------------------
+# Separator of feature vectors
+
+
+def sinusoidal_positions(num_frames: int, dim: int, device=None) -> Tensor:
+    """Return the parameter-free positions [T, D] of Vaswani et al. (2017), float32."""
+    rates = torch.exp(-math.log(10000.0) * torch.arange(0, dim, 2, device=device) / dim)
+    angles = torch.arange(num_frames, device=device)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :dim]
 
 
 class SpeakerSeparatorTransformer(nn.Module, StrictHubMixin):
