@@ -2906,27 +2906,6 @@ def no_rows(ids, asked: dict):
 # Integrate: what generate does with a separator in the model
 
 
-def freeze(separator: nn.Module) -> None:
-    """Turn off dropout and gradients of a separator inside a model; ``thaw`` restores them."""
-    if not hasattr(separator, "_frozen"):
-        needed = [weight.requires_grad for weight in separator.parameters()]
-        separator._frozen = {"models": 0, "training": separator.training, "needed": needed}
-    separator._frozen["models"] += 1
-    separator.eval().requires_grad_(False)
-
-
-def thaw(separator: nn.Module) -> None:
-    """Restore what ``freeze`` changed, once the separator is in no model any more."""
-    frozen = separator._frozen
-    frozen["models"] -= 1
-    if frozen["models"] > 0:
-        return
-    separator.train(frozen["training"])
-    for weight, needed in zip(separator.parameters(), frozen["needed"], strict=True):
-        weight.requires_grad_(needed)
-    del separator._frozen
-
-
 class Integration:
     """The changed behaviour of an integrated model; stored on the model until removed."""
 
@@ -2941,7 +2920,6 @@ class Integration:
         self.stride = 4 if self.is_qwen and layer is None else 2  # its output is pooled
         if separator.is_spectrogram:
             self.stride = 1
-        freeze(separator)
         # A library (accelerate) may have put its own generate on the object: call and restore it.
         self.own_generate, self.original_generate = vars(model).get("generate"), model.generate
 
@@ -3119,6 +3097,27 @@ def check_fit(separator, config, layer: int | None) -> None:
             f"layer must be 0 to {config.encoder_layers} for this encoder, not {layer}")
 
 
+def freeze(separator: nn.Module) -> None:
+    """Turn off dropout and gradients of a separator inside a model; ``thaw`` restores them."""
+    if not hasattr(separator, "_frozen"):
+        needed = [weight.requires_grad for weight in separator.parameters()]
+        separator._frozen = {"models": 0, "training": separator.training, "needed": needed}
+    separator._frozen["models"] += 1
+    separator.eval().requires_grad_(False)
+
+
+def thaw(separator: nn.Module) -> None:
+    """Restore what ``freeze`` changed, once the separator is in no model any more."""
+    frozen = separator._frozen
+    frozen["models"] -= 1
+    if frozen["models"] > 0:
+        return
+    separator.train(frozen["training"])
+    for weight, needed in zip(separator.parameters(), frozen["needed"], strict=True):
+        weight.requires_grad_(needed)
+    del separator._frozen
+
+
 def remove_speaker_separator(model):
     """Take the separator out again; the model is then what it was, bit for bit."""
     integration = getattr(model, "_speaker_integration", None)  # also of a wrapped model
@@ -3187,6 +3186,7 @@ def integrate_speaker_separator(
                          f"max_speakers={max_speakers} was asked for")
     remove_speaker_separator(model)
     integration = Integration(whole, separator, layer, threshold)
+    freeze(separator)
     # Bypass nn.Module: the separator stays out of the model's weights and keeps its precision.
     vars(whole).update(
         _speaker_integration=integration, speaker_separator=separator, speaker_rows=None,
