@@ -3233,9 +3233,8 @@ def evaluate_words(
 
     Returns one dict per mixture whose talkers all have a transcript: ``talkers, overlap, words,
     found`` (talkers) and the word errors of ``mixture`` (the model as it is), ``separated`` and
-    ``oracle`` (each talker alone).
-    ``options`` (``prompt`` and those of ``generate``) go to the model. Raises ValueError if there
-    are no recordings or transcripts.
+    ``oracle`` (each talker alone). ``options`` (``prompt`` and those of ``generate``) go to the
+    model. Raises ValueError if there are no recordings or transcripts.
     """
     from audio import read_audio
     from long_recordings import integration_of
