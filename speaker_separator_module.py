@@ -3271,7 +3271,7 @@ def evaluate_words(
 
 
 # --------------------------------------------------------------------------------------------------
-# Commands: what several share
+# Commands: results and inputs
 
 
 def check_writable(*files: str | None, inputs=()) -> None:
@@ -3365,6 +3365,10 @@ def check_all(check: Callable, paths) -> list:
     if faults:
         raise ValueError("; ".join(faults))
     return results
+
+
+# --------------------------------------------------------------------------------------------------
+# Commands: models and separators
 
 
 def question_options(args) -> dict:
