@@ -1857,28 +1857,6 @@ def started_separator(options: TrainOptions, train_set, val_set) -> nn.Module:
     return build_separator(config, separator.state_dict(), options.init_from)
 
 
-def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
-    """Return the options of the run that a checkpoint belongs to, updated with those given now.
-
-    Sizes, seed, precision and loss weights cannot change within a run, mixtures not within an
-    epoch.
-    """
-    earlier = {k: v for k, v in checkpoint.get("options", {}).items() if k in TrainOptions._fields}
-    fixed = {name: checkpoint["model_config"].get(name) for name in SIZES}
-    kept = ["seed", "dtype", "init_from", "reconstruction_weight", "activity_weight"]
-    if "progress" in checkpoint:  # the rest of an epoch
-        kept += ["mixtures_per_epoch", "crop_seconds", "remix"]
-    fixed |= {name: earlier[name] for name in kept if name in earlier}
-    for name, before in fixed.items():
-        now = given.get(name)
-        if now not in (None, "auto", before):
-            flag = "--no_remix" if name == "remix" else f"--{name}={now}"
-            raise ValueError(f"{flag} contradicts the checkpoint in {folder}, which has "
-                             f"{before}: leave the flag out, or train anew in another folder")
-    given = {name: value for name, value in given.items() if name not in fixed}
-    return TrainOptions(**earlier | {"device": "auto"} | given)
-
-
 def training_mixtures(options: TrainOptions, train_set, talkers: int) -> Dataset:
     """Return what an epoch draws from: fresh mixtures where the data allows it, else its own.
 
@@ -2061,6 +2039,39 @@ class RunningAverage(torch.optim.swa_utils.AveragedModel):
 # Train: what a resumed run takes over
 
 
+def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions:
+    """Return the options of the run that a checkpoint belongs to, updated with those given now.
+
+    Sizes, seed, precision and loss weights cannot change within a run, mixtures not within an
+    epoch.
+    """
+    earlier = {k: v for k, v in checkpoint.get("options", {}).items() if k in TrainOptions._fields}
+    fixed = {name: checkpoint["model_config"].get(name) for name in SIZES}
+    kept = ["seed", "dtype", "init_from", "reconstruction_weight", "activity_weight"]
+    if "progress" in checkpoint:  # the rest of an epoch
+        kept += ["mixtures_per_epoch", "crop_seconds", "remix"]
+    fixed |= {name: earlier[name] for name in kept if name in earlier}
+    for name, before in fixed.items():
+        now = given.get(name)
+        if now not in (None, "auto", before):
+            flag = "--no_remix" if name == "remix" else f"--{name}={now}"
+            raise ValueError(f"{flag} contradicts the checkpoint in {folder}, which has "
+                             f"{before}: leave the flag out, or train anew in another folder")
+    given = {name: value for name, value in given.items() if name not in fixed}
+    return TrainOptions(**earlier | {"device": "auto"} | given)
+
+
+def resumed_separator(checkpoint: dict, train_set, val_set, folder: Path) -> nn.Module:
+    """Return the separator of a checkpoint; fail if it was trained for other data."""
+    config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
+    separator = build_separator(config, checkpoint["model_state_dict"], folder)
+    check_data(f"the checkpoint in {folder}", config, train_set, val_set)
+    if checkpoint.get("validation_data", val_set.digest) != val_set.digest:
+        raise ValueError(f"the run in {folder} was validated on other mixtures than those in "
+                         f"{val_set.folder}: give its --data_dir, or train anew elsewhere")
+    return separator
+
+
 def fitting_moments(optimizer, saved: dict) -> dict:
     """Return a state to load: the saved moments, if they fit, and the optimizer's own settings."""
     found = {(number, name): moment for number, moments in saved["state"].items()
@@ -2106,6 +2117,22 @@ def restore(separator, optimizer, checkpoint: dict, origin) -> list[dict]:
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return list(checkpoint["train_history"])
+
+
+def stopped_epoch(checkpoint: dict, train_set, step_size: int) -> dict:
+    """Return ``Run.progress`` of a checkpoint's epoch; fail if this run cannot go on with it."""
+    if not (progress := dict(checkpoint.get("progress", {}))):
+        return progress
+    if checkpoint.get("training_data", train_set.digest) != train_set.digest:
+        raise ValueError(f"the epoch that was stopped drew from other data than {train_set.folder} "
+                         "has now: give its --data_dir, or train anew elsewhere")
+    if progress["step_size"] != step_size:
+        raise ValueError(f"the epoch that was stopped has steps of {progress['step_size']} "
+                         f"mixtures, not {step_size}: keep processes times --accumulate times "
+                         "--batch_size")
+    if process_rank()[0]:  # the first process holds the losses of all
+        progress["rows"] = torch.zeros_like(progress["rows"])
+    return progress
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2242,33 +2269,6 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float] | None:
 
 # --------------------------------------------------------------------------------------------------
 # Train: a run from start or checkpoint
-
-
-def stopped_epoch(checkpoint: dict, train_set, step_size: int) -> dict:
-    """Return ``Run.progress`` of a checkpoint's epoch; fail if this run cannot go on with it."""
-    if not (progress := dict(checkpoint.get("progress", {}))):
-        return progress
-    if checkpoint.get("training_data", train_set.digest) != train_set.digest:
-        raise ValueError(f"the epoch that was stopped drew from other data than {train_set.folder} "
-                         "has now: give its --data_dir, or train anew elsewhere")
-    if progress["step_size"] != step_size:
-        raise ValueError(f"the epoch that was stopped has steps of {progress['step_size']} "
-                         f"mixtures, not {step_size}: keep processes times --accumulate times "
-                         "--batch_size")
-    if process_rank()[0]:  # the first process holds the losses of all
-        progress["rows"] = torch.zeros_like(progress["rows"])
-    return progress
-
-
-def resumed_separator(checkpoint: dict, train_set, val_set, folder: Path) -> nn.Module:
-    """Return the separator of a checkpoint; fail if it was trained for other data."""
-    config = checkpoint["model_config"] | {"threshold": 0.5}  # as in a run never stopped
-    separator = build_separator(config, checkpoint["model_state_dict"], folder)
-    check_data(f"the checkpoint in {folder}", config, train_set, val_set)
-    if checkpoint.get("validation_data", val_set.digest) != val_set.digest:
-        raise ValueError(f"the run in {folder} was validated on other mixtures than those in "
-                         f"{val_set.folder}: give its --data_dir, or train anew elsewhere")
-    return separator
 
 
 def start_run(
