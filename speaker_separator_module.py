@@ -1762,10 +1762,9 @@ def newest_checkpoint(folder: Path) -> dict:
             found.append(load_checkpoint(path))
         except ValueError as error:
             faults.append(error)
-    if faults and not found:
-        raise faults[0]
     if not found:
-        raise FileNotFoundError(f"nothing to resume in {folder}; train without --resume first")
+        raise faults[0] if faults else FileNotFoundError(
+            f"nothing to resume in {folder}; train without --resume first")
     for fault in faults:
         print(f"passed over a checkpoint: {fault}")
     return max(found, key=lambda c: (c["epoch"], "progress" in c))
