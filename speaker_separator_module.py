@@ -2703,8 +2703,7 @@ def write_separation(folder: Path, about: dict, mixture: Tensor, talkers: list, 
     ours = (folder / "separation.json").is_file()  # files of another origin stay
     if ours:
         print(f"replacing the earlier separation in {folder}")
-    names = [*files, "separation.png"]
-    if foreign := [name for name in names if (folder / name).exists() and not ours]:
+    elif foreign := [name for name in (*files, "separation.png") if (folder / name).exists()]:
         raise ValueError(f"{folder / foreign[0]} is not of an earlier separation and would be "
                          "overwritten: choose another --output_dir")
     staging = folder / ".separation"  # earlier results stay until these are whole
