@@ -152,7 +152,6 @@ def write_report(
     total = max(last["val"]["total"], 1e-12)
     shares = [[part, weight, f"{weight * last['val'][part] / total:.0%}"]
               for part, weight in weights.items()]
-    checkpoints = sorted(path.name for path in folder.glob("*.pt"))
     lines = [
         "# Training report", "", "## Configuration", "",
         *markdown_table(["setting", "value"], [[k, json.dumps(v)] for k, v in settings.items()
@@ -172,7 +171,7 @@ def write_report(
                         losses),
         "", "## Loss composition, last epoch (validation)", "",
         *markdown_table(["part", "weight", "share"], shares),
-        "", "## Checkpoints", "", *(f"- {name}" for name in checkpoints),
+        "", "## Checkpoints", "", *(f"- {path.name}" for path in sorted(folder.glob("*.pt"))),
     ]
     (folder / "training_report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
