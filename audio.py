@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import threading
 import warnings
@@ -26,13 +27,15 @@ SAMPLING_RATE = 16000  # what every Whisper and Qwen2-Audio reads
 N_FFT, HOP_LENGTH = 400, 160  # samples: 25 ms every 10 ms
 FRAME_RATE = SAMPLING_RATE // HOP_LENGTH  # spectrogram frames per second
 READ_BLOCK = 1 << 18  # samples read at a time: 16 s at 16 kHz
-CANCELLED = 1e-4  # mean 40 dB below the loudest channel: channels in opposite phase
+CANCELLED = 0.3  # power of the sum / that of the loudest channel: channels in opposite phase
 LEAD, QUIET = 10, 1e-4  # in power: 10 dB above every other channel, 40 dB below the loudest part
 RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; largest sample: float32 can sum its squares
 # Bytes of the header that hold a file's size, and their order: WAV, AIFF, AU, RF64 and W64.
 SIZED = {b"RIFF": (4, 8, "little"), b"RIFX": (4, 8, "big"), b"FORM": (4, 8, "big"),
          b".snd": (8, 12, "big"), b"RF64": (20, 28, "little"), b"riff": (16, 24, "little")}
-HEADER_SLACK, STREAM_SIZE = 1024, 0x7FFF0000  # tolerance in bytes; least size that means unknown
+UNKNOWN_SIZES, NEAR = (1 << 31, 1 << 32, 1 << 63, 1 << 64), 1 << 16  # what pipes write, about
+HEADER_SLACK = 1024  # bytes that a header may be wrong by
+MP3_REST = 1 << 14  # bytes after the claimed end: more than the frame that some do not count
 UNREADABLE_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mkv", ".mov"}
 OGG_PAGE = 1 << 16  # bytes that hold the last page's header
 LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotary base
@@ -88,11 +91,14 @@ def _reading(path):
 
 @np.errstate(all="ignore")  # NaN or infinite samples are refused later
 def _mix_channels(block: np.ndarray) -> np.ndarray:
-    """Average the channels of ``block [samples, channels]``, or take the loudest if they cancel."""
-    mean, powers = block.mean(axis=1), np.square(block).sum(axis=0)
-    if np.square(mean).sum() < CANCELLED * powers.max():
-        return block[:, powers.argmax()]
-    return mean
+    """Average the channels of ``block [samples, channels]``; if they cancel, take a loud one.
+
+    The loudest would be another one in every block, and so would its sign.
+    """
+    total, powers = block.sum(axis=1), np.square(block).sum(axis=0)
+    if np.square(total).sum() < CANCELLED * powers.max():
+        return block[:, np.argmax(powers >= powers.max() / 2)]
+    return total / block.shape[1]
 
 
 def _blocks_of_file(path) -> Iterator[np.ndarray]:
@@ -117,24 +123,57 @@ def _blocks_of_file(path) -> Iterator[np.ndarray]:
                              "missing")
 
 
-def _breaks_off(path) -> bool:
-    """Return whether a file ends before its header says, or before the end of Ogg's last page.
+def _claimed_size(header: bytes) -> int:
+    """Return the least size of a file in bytes by its header; 0 if the header does not tell."""
+    kind = header[:4]
+    if kind == b"NIST":  # SPHERE
+        counts = re.findall(rb"(?:sample_count|channel_count|sample_n_bytes) -i (\d+)", header)
+        return math.prod(map(int, counts)) if len(counts) == 3 else 0
+    if kind not in SIZED:
+        return 0
+    start, end, order = SIZED[kind]
+    size = int.from_bytes(header[start:end], order)
+    return 0 if any(abs(size - unknown) < NEAR for unknown in UNKNOWN_SIZES) else size
 
-    libsndfile reads such a file without an error, as if it were complete.
+
+def _mp3_end(file, header: bytes) -> int:
+    """Return the end of an MP3 stream in bytes by its first frame; 0 if that does not tell."""
+    start = 0
+    if header[:3] == b"ID3":  # a tag, whose length has 7 bits in a byte
+        start = 10 + sum(byte << 7 * (3 - i) for i, byte in enumerate(header[6:10]))
+    file.seek(start)
+    frame = file.read(80)
+    at = max(frame.find(b"Xing"), frame.find(b"Info"))  # then flags, numbers of frames and bytes
+    if at < 0 or len(frame) < at + 16 or not frame[at + 7] & 2:
+        return 0
+    place = at + 8 + 4 * (frame[at + 7] & 1)
+    return start + int.from_bytes(frame[place : place + 4], "big")
+
+
+def _check_end(path) -> None:
+    """Fail if a file ends before it should, or if another stream follows in it.
+
+    libsndfile reads such a file, or its first stream, as if it were complete.
     """
     size = Path(path).stat().st_size
+    breaks_off = joined = False
     with open(path, "rb") as file:
-        header = file.read(28)
-        kind = header[:4]
-        if kind == b"OggS":
+        header = file.read(1024)
+        if header.startswith(b"OggS"):
             file.seek(max(0, size - OGG_PAGE))
-            page = file.read().rpartition(kind)[2]
+            page = file.read().rpartition(b"OggS")[2]
             sizes = page[23 : 23 + page[22]] if len(page) > 22 else b""  # of the page's segments
-            return len(page) < 23 + len(sizes) + sum(sizes) or not page[1] & 4  # flag of the last
-    if kind not in SIZED:
-        return False
-    start, end, order = SIZED[kind]
-    return size + HEADER_SLACK < int.from_bytes(header[start:end], order) < STREAM_SIZE
+            breaks_off = len(page) < 23 + len(sizes) + sum(sizes) or not page[1] & 4  # the last one
+            joined = page[10:14] != header[14:18]  # serial numbers
+        elif header.startswith((b"ID3", b"\xff")) and (end := _mp3_end(file, header)):
+            file.seek(end)
+            after = file.read(3)
+            joined = size - end > MP3_REST and (after == b"ID3" or after[:2] >= b"\xff\xe0")
+    if breaks_off or size + HEADER_SLACK < _claimed_size(header):
+        raise ValueError(f"cannot read audio from {path}: it breaks off")
+    if joined:
+        raise ValueError(f"{path} holds several streams in a row, of which only the first would be "
+                         f"read: {_conversion(path)}")
 
 
 def check_rate(name, rate: int) -> None:
@@ -159,8 +198,7 @@ def audio_info(path):
     if info.frames > 1 << 62:  # a FLAC file that was written to a pipe
         raise ValueError(f"{path} does not say how long it is: {_conversion(path)}")
     check_rate(path, info.samplerate)
-    if _breaks_off(path):
-        raise ValueError(f"cannot read audio from {path}: it breaks off")
+    _check_end(path)
     if info.frames > 100 * Path(path).stat().st_size:  # implausible: reading all checks it
         for _ in _blocks_of_file(path):
             pass

@@ -390,14 +390,15 @@ def ask(model, processor, recordings: list, prompt: str | None = None, **options
     return decode(processor, ids[:, prompted:])
 
 
-def _common_run(tail: list[str], head: list[str]) -> tuple[int, int, int]:
+def _common_run(tail: list[str], head: list[str], room: int) -> tuple[int, int, int]:
     """Return where a run of words that two texts share begins in each, and its length.
 
-    A run of three counts anywhere, as two windows may hear the words around it differently. A
+    A run of three counts anywhere, as two windows may hear the words around it differently, if all
+    words from there to the end of ``tail``, and before it in ``head``, are at most ``room``. A
     shorter run must end ``tail`` and begin ``head``, except for one word cut at either edge.
     """
     run = SequenceMatcher(None, tail, head, autojunk=False).find_longest_match()
-    if run.size >= 3:
+    if run.size >= 3 and len(tail) - run.a + run.b <= room:
         return run
     for size, cut, late in product((2, 1), (0, 1), (0, 1)):
         start = len(tail) - cut - size
@@ -423,7 +424,7 @@ def join_texts(texts: list[tuple[int, str]], shared: float) -> str:
         if number - 1 == last:
             tail, head = ([word.lower().strip(".,;:!?") for word in side]
                           for side in (joined[-room:], words[:room]))
-            start, late, size = _common_run(tail, head)
+            start, late, size = _common_run(tail, head, room)
             joined, words = joined[: len(joined) - len(tail) + start + size], words[late + size :]
         joined, last = joined + words, number
     return re.sub(rf"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])", "", " ".join(joined))

@@ -413,6 +413,13 @@ def test_join_texts(texts, joined):
     assert join_texts(texts, 0.3) == joined
 
 
+@pytest.mark.parametrize(("later", "joined"), [
+    ("a I think it b", "I think it b"), ("a b I think it c", "I think it x y a b I think it c")])
+def test_words_in_common_lie_in_the_shared_second(later, joined):
+    """It holds six words: five from the run on, and those before it in the later text."""
+    assert join_texts([(0, "I think it x y"), (1, later)], 1.0) == joined
+
+
 @pytest.mark.parametrize("last", [0, 3, 30, 60])
 def test_shared_words_are_said_once(last):
     """Of a talker of 3 words a second, late or throughout, whatever the last window's length."""
