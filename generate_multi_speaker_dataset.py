@@ -632,46 +632,6 @@ def _holds(file: Path, text: str) -> bool:
         return text in content.read(1 << 16)
 
 
-def generate_dataset(args, command_line: str) -> None:
-    """Make the dataset asked for; an earlier dataset stays until the new one is whole."""
-    output_dir, splits = Path(args.output_dir), {}
-    sizes = {"train": args.train_samples, "val": args.val_samples}
-    for old in (output_dir / split for split in sizes):
-        if old.exists() and not _holds(old / "metadata.json", '"num_speakers":'):
-            raise ValueError(f"{old} exists and is no dataset; choose another --output_dir")
-    description = output_dir / "dataset.json"
-    if description.is_file() and not _holds(description, '"kind":'):
-        raise ValueError(
-            f"{description} is not of a dataset made here; choose another --output_dir")
-    if args.speech_dir:
-        speech = Path(args.speech_dir)
-        if is_hub_dataset(args.speech_dir) or any(speech.glob("*.parquet")):
-            speech = fetch_speech(args.speech_dir, output_dir / FETCHED)
-        splits = split_speech(read_speech(speech), args.split_by, args.seed)
-        check_apart(splits)
-        utterances = chain(*splits.values())
-        for corpus in sorted(set(args.as_recorded).difference(u.corpus for u in utterances)):
-            print(f"--as_recorded: no recording is of the corpus {corpus}")
-    mixtures, about = (speech_dataset(args, sizes, splits) if splits else
-                       simulated_dataset(args, sizes))
-    about |= {"seed": args.seed, "command_line": command_line}
-    try:
-        entries = write_dataset(output_dir, sizes, mixtures, splits, about)
-    except FileNotFoundError:  # a recording is gone
-        raise
-    except torch.OutOfMemoryError as error:  # a RuntimeError too
-        raise MemoryError(f"out of memory, --device=cpu has more: {error}") from None
-    except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot write the dataset to {output_dir}: {reason}") from None
-    finally:
-        mixtures.close()  # ends rendering processes
-    for split in entries:
-        print_statistics(split, entries[split])
-    size = sum(path.stat().st_size for split in sizes for path in (output_dir / split).rglob("*"))
-    print(f"{size / 1e6:.0f} MB in {output_dir}")
-
-
 # --------------------------------------------------------------------------------------------------
 # Command line
 
@@ -748,6 +708,47 @@ def check_arguments(args) -> None:
         raise ValueError("--reverb needs pyroomacoustics: pip install -r requirements.txt")
 
 
+def generate_dataset(args, command_line: str) -> None:
+    """Make the dataset asked for; an earlier dataset stays until the new one is whole."""
+    check_arguments(args)
+    output_dir, splits = Path(args.output_dir), {}
+    sizes = {"train": args.train_samples, "val": args.val_samples}
+    for old in (output_dir / split for split in sizes):
+        if old.exists() and not _holds(old / "metadata.json", '"num_speakers":'):
+            raise ValueError(f"{old} exists and is no dataset; choose another --output_dir")
+    description = output_dir / "dataset.json"
+    if description.is_file() and not _holds(description, '"kind":'):
+        raise ValueError(
+            f"{description} is not of a dataset made here; choose another --output_dir")
+    if args.speech_dir:
+        speech = Path(args.speech_dir)
+        if is_hub_dataset(args.speech_dir) or any(speech.glob("*.parquet")):
+            speech = fetch_speech(args.speech_dir, output_dir / FETCHED)
+        splits = split_speech(read_speech(speech), args.split_by, args.seed)
+        check_apart(splits)
+        utterances = chain(*splits.values())
+        for corpus in sorted(set(args.as_recorded).difference(u.corpus for u in utterances)):
+            print(f"--as_recorded: no recording is of the corpus {corpus}")
+    mixtures, about = (speech_dataset(args, sizes, splits) if splits else
+                       simulated_dataset(args, sizes))
+    about |= {"seed": args.seed, "command_line": command_line}
+    try:
+        entries = write_dataset(output_dir, sizes, mixtures, splits, about)
+    except FileNotFoundError:  # a recording is gone
+        raise
+    except torch.OutOfMemoryError as error:  # a RuntimeError too
+        raise MemoryError(f"out of memory, --device=cpu has more: {error}") from None
+    except (OSError, RuntimeError) as error:  # soundfile reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write the dataset to {output_dir}: {reason}") from None
+    finally:
+        mixtures.close()  # ends rendering processes
+    for split in entries:
+        print_statistics(split, entries[split])
+    size = sum(path.stat().st_size for split in sizes for path in (output_dir / split).rglob("*"))
+    print(f"{size / 1e6:.0f} MB in {output_dir}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Make a dataset; return 0, or 2 after one line on standard error for bad input."""
     arguments, parser = sys.argv[1:] if argv is None else argv, build_parser()
@@ -764,7 +765,6 @@ def main(argv: list[str] | None = None) -> int:
         if odd := [text for text in arguments if re.fullmatch("(--[^=]+=(--)?)?", text)]:
             parser.error(f"{odd[0].partition('=')[0] or 'an option'} needs a value")
         args = parser.parse_args(arguments)
-        check_arguments(args)
         generate_dataset(args, " ".join(["generate_multi_speaker_dataset.py", *arguments]))
     except (Exception, KeyboardInterrupt) as error:
         if signals or isinstance(error, KeyboardInterrupt):  # in numpy it becomes a TypeError

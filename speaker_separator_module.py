@@ -136,6 +136,9 @@ class LossWeights(NamedTuple):
         return separation + self.reconstruction * reconstruction + self.activity * activity
 
 
+WEIGHTS = tuple(f"{part}_weight" for part in LossWeights._fields)  # their options
+
+
 def default_weights(log_mel: bool) -> LossWeights:
     """Return the weights for log-mel spectra, whose errors are small numbers, or for features."""
     return LossWeights(0.0, 0.02) if log_mel else LossWeights()
@@ -1496,8 +1499,8 @@ def join_processes(device: str):
             yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise ConnectionError("another process ended, and with it the run; train --resume "
-                                  "goes on from the last checkpoint") from None
+            raise ConnectionError("another process ended, and with it the run; a training goes on "
+                                  "from its last checkpoint with --resume") from None
         raise
     dist.destroy_process_group()
 
@@ -1732,6 +1735,15 @@ def load_separator(path_or_id=SHIPPED_SEPARATOR, device: str = "cpu"):
     return separator.to(device).eval()
 
 
+def prepare_export(folder: Path, flag: str = "--export") -> None:
+    """Make a folder for an export; fail if it cannot be written to or holds another model."""
+    prepare_folder(folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    ours = config.is_file() and b'"max_speakers"' in config.read_bytes()
+    if not ours and (config.exists() or weights.exists()):
+        raise ValueError(f"{flag}={folder} holds another model: name another folder")
+
+
 def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and model.safetensors, with weights in ``dtype``."""
     config = separator.config | {"threshold": separator.threshold}
@@ -1877,8 +1889,8 @@ def loss_weights(options: TrainOptions, train_set) -> LossWeights:
     default = default_weights(train_set.has_recordings)
     if not train_set.is_sum:
         default = default._replace(reconstruction=0.0)
-    asked = {"reconstruction": options.reconstruction_weight, "activity": options.activity_weight}
-    return default._replace(**{k: v for k, v in asked.items() if v is not None})
+    asked = (getattr(options, name) for name in WEIGHTS)
+    return LossWeights(*(d if a is None else a for d, a in zip(default, asked, strict=True)))
 
 
 def prepare_folder(folder: Path) -> None:
@@ -2046,7 +2058,7 @@ def resumed_options(given: dict, checkpoint: dict, folder: Path) -> TrainOptions
     """
     earlier = {k: v for k, v in checkpoint.get("options", {}).items() if k in TrainOptions._fields}
     fixed = {name: checkpoint["model_config"].get(name) for name in SIZES}
-    kept = ["seed", "dtype", "init_from", "reconstruction_weight", "activity_weight"]
+    kept = ["seed", "dtype", "init_from", *WEIGHTS]
     if "progress" in checkpoint:  # the rest of an epoch
         kept += ["mixtures_per_epoch", "crop_seconds", "remix"]
     fixed |= {name: earlier[name] for name in kept if name in earlier}
@@ -2159,7 +2171,7 @@ class Run(NamedTuple):
     @property
     def weights(self) -> LossWeights:
         """Those of the loss parts."""
-        return LossWeights(self.options.reconstruction_weight, self.options.activity_weight)
+        return LossWeights(*(getattr(self.options, name) for name in WEIGHTS))
 
 
 def recompute_blocks(separator, device: str, dtype: torch.dtype) -> None:
@@ -2282,10 +2294,8 @@ def start_run(
     else:
         separator = new_separator(options, train_set, val_set)
     dtype, reason = pick_dtype(options.dtype, device)
-    reconstruction, activity = loss_weights(options, train_set)
-    options = options._replace(
-        dtype=str(dtype).removeprefix("torch."), device=device,
-        reconstruction_weight=reconstruction, activity_weight=activity)
+    weights = dict(zip(WEIGHTS, loss_weights(options, train_set), strict=True))
+    options = options._replace(dtype=str(dtype).removeprefix("torch."), device=device, **weights)
     # A checkpoint's model_state_dict is the average; ``restore`` puts in the weights in training.
     averaged = RunningAverage(separator.to(device), checkpoint.get("steps", 0))
     if options.recompute:
@@ -2836,6 +2846,8 @@ def check_prompts(model, ids: Tensor, features, mode: str, asked: dict) -> None:
     elif mode == "separate" and set(slots) != {1}:
         raise ValueError(f"a prompt has {max(slots)} audio slots: one answer per talker takes one "
                          "slot each; mode='joint' puts the talkers of every slot in its place")
+    elif asked.get("feature_attention_mask") is None:
+        raise ValueError("the recordings came without the processor's feature_attention_mask")
 
 
 def repeat_rows(kwargs: dict, recordings: list[int], A: int) -> dict:
@@ -3464,10 +3476,7 @@ def cmd_train(args) -> None:
     if args.export and Path(args.export, "model.safetensors").resolve() in own:
         raise ValueError(f"--export={args.export} would replace --init_from: name another folder")
     if writes and args.export:
-        prepare_folder(Path(args.export))
-        config = Path(args.export) / "config.json"
-        if config.exists() and b'"max_speakers"' not in config.read_bytes():
-            raise ValueError(f"--export={args.export} holds another model: name another folder")
+        prepare_export(Path(args.export))
     made = any(Path(args.data_dir).glob("*/metadata.json"))  # a stopped generator leaves none
     missing = args.data_dir == DEFAULT_DATA_DIR and not (made or start or args.resume)
     if writes and missing and (generator := import_sibling("generate_multi_speaker_dataset")):
@@ -3518,6 +3527,7 @@ def cmd_evaluate(args) -> None:
         data / args.split, data / "dataset.json", args.checkpoint or default, SHIPPED_SEPARATOR,
         args.model))
     dataset = MultiSpeakerDataset(args.data_dir, args.split)
+    check_same_data(dataset)
     separator, checkpoint = open_separator(args, dataset.has_recordings, device)
     check_data(f"the separator {checkpoint}", separator.config, dataset)
     warn_of_other_features(separator, dataset.source)

@@ -9,6 +9,7 @@ this project, printed as it would be typed. A second run continues where the fir
 """
 
 import argparse
+import contextlib
 import io
 import json
 import sys
@@ -50,12 +51,13 @@ def existing(path: Path) -> Path:
     return path
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder; fail if it cannot be written to."""
+@contextlib.contextmanager
+def failing_in_one_line():
+    """End with one line and status 2 on what the user can mend."""
     try:
-        ssm.prepare_folder(folder)
-    except ValueError as error:
-        fail(error)
+        yield
+    except (OSError, ValueError) as error:
+        fail(ssm.first_line(error))
 
 
 def read_manifest(manifest: Path) -> list[dict]:
@@ -84,17 +86,14 @@ def write_manifest(manifest: Path, rows: list[dict]) -> Path:
 
 def list_digits(args) -> list[dict]:
     """Return the digits' manifest rows, with paths relative to the working folder."""
-    try:
-        return digits_manifest.digit_rows(args.fsdd, args.work_dir)
-    except ValueError as error:
-        fail(error)
+    return digits_manifest.digit_rows(args.fsdd, args.work_dir)
 
 
 def make_dataset(folder: Path, *words) -> Path:
     """Make a dataset, unless the same command has already made it."""
     words = [f"--output_dir={folder}", *map(str, words)]
     about, command = folder / "dataset.json", " ".join([Path(generator.__file__).name, *words])
-    if not about.is_file() or json.loads(about.read_text("utf-8")).get("command_line") != command:
+    if not about.is_file() or ssm.read_json(about, dict).get("command_line") != command:
         run(generator, *words)
     return folder
 
@@ -190,9 +189,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Run every step that is not done yet."""
     args = build_parser().parse_args(argv)
-    make_folder(args.work_dir)
-    data, tests = make_data(args)
-    rows = evaluate(args, args.checkpoint or train(args, data), tests)
+    with failing_in_one_line():
+        ssm.prepare_folder(args.work_dir)
+        data, tests = make_data(args)
+        rows = evaluate(args, args.checkpoint or train(args, data), tests)
     print("\n" + "\n".join(word_table(rows)))
     print(f"\npictures: {args.work_dir}/*.png")
 

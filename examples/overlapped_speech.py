@@ -17,8 +17,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from overlapped_digits import (  # noqa: E402
     fail,
+    failing_in_one_line,
     make_dataset,
-    make_folder,
     read_manifest,
     run,
     write_manifest,
@@ -63,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--speech", required=True, help="recordings of speakers, with transcripts")
-    add("--corpus", help="use the lines of manifest.jsonl whose corpus starts with this")
+    add("--corpus", help="use the lines of manifest.jsonl whose corpus starts with this; both "
+        "splits are needed")
     add("--model", required=True, help="Whisper: folder or hub id")
     add("--checkpoint", default=ssm.SHIPPED_SEPARATOR, help="separator")
     add("--work_dir", type=Path, default=Path("overlapped_speech"), help="where everything goes")
@@ -78,17 +79,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Make the test sets, evaluate on them and print two tables."""
     args = build_parser().parse_args(argv)
-    make_folder(args.work_dir)
     manifest = Path(args.speech)
     if manifest.is_dir():
         manifest /= "manifest.jsonl"
-    if args.corpus or manifest.is_file():
-        args.speech = copy_manifest(args, manifest)
-    tests = {n: make_test_set(args, n) for n in args.talkers}
-    scores = {f"{n} talker{'s' * (n > 1)}": evaluate(args, n, tests[n]) for n in tests}
+    with failing_in_one_line():
+        ssm.prepare_folder(args.work_dir)
+        if args.corpus or manifest.is_file():
+            args.speech = copy_manifest(args, manifest)
+        tests = {n: make_test_set(args, n) for n in args.talkers}
+        scores = {f"{n} talker{'s' * (n > 1)}": evaluate(args, n, tests[n]) for n in tests}
     rows = [{**row["words"][0], "of": name} for name, row in scores.items()]
     print("\n" + "\n".join(word_table(rows)) + "\n")
-    audio = [[name, f"{row['si_sdr_improvement']:.1f}"] for name, row in scores.items()
+    audio = [[name, f"{row['si_sdr_improvement']:z.1f}"] for name, row in scores.items()
              if not name.startswith("1")]
     print("\n".join(markdown_table(["audio of", "SI-SDR improvement (dB)"], audio)))
     print(f"\npictures: {args.work_dir}/*.png")

@@ -19,10 +19,10 @@ import torch  # noqa: E402
 from overlapped_digits import (  # noqa: E402
     existing,
     fail,
+    failing_in_one_line,
     is_trained,
     list_digits,
     make_dataset,
-    make_folder,
     read_manifest,
     run,
     write_manifest,
@@ -99,13 +99,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run every step that is not done yet."""
-    args = build_parser().parse_args(argv)
-    if args.batch_size < 1 or args.batch_size % PARTS:
-        fail(f"--batch_size must be a multiple of {PARTS}, not {args.batch_size}")
-    make_folder(args.work_dir)
-    make_folder(Path(args.output_dir))
+def pretrain(args) -> None:
+    """Make the data, train and export."""
+    ssm.prepare_folder(args.work_dir)
+    ssm.prepare_export(Path(args.output_dir), "--output_dir")
     data, checkpoints = make_data(args), args.work_dir / "checkpoints"
     last = checkpoints / f"checkpoint_epoch_{args.epochs}.pt"
     if not is_trained(checkpoints, args):
@@ -118,6 +115,15 @@ def main(argv: list[str] | None = None) -> None:
             *["--resume"] * any(checkpoints.glob("*.pt")))
     ssm.export_separator(ssm.load_separator(existing(last)), Path(args.output_dir), torch.bfloat16)
     print(f"exported the weights of epoch {args.epochs} to {args.output_dir}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run every step that is not done yet."""
+    args = build_parser().parse_args(argv)
+    if args.batch_size < 1 or args.batch_size % PARTS:
+        fail(f"--batch_size must be a multiple of {PARTS}, not {args.batch_size}")
+    with failing_in_one_line():
+        pretrain(args)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from scoring import DECIBELS, decibels, draw_features  # noqa: E402
 LEVEL = 0.05  # root mean square of each talker
 LATER = SAMPLING_RATE // 2  # samples between the talkers' starts
 LONGEST = 30  # seconds that Whisper reads at a time
+RESULTS = ("two_talkers.png", "mixture.wav", "speaker_1.wav", "speaker_2.wav")  # as written
 
 
 def mix(one: Path, other: Path) -> np.ndarray:
@@ -88,31 +89,35 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         ssm.prepare_folder(args.output_dir)
-        names = ("mixture.wav", "speaker_1.wav", "speaker_2.wav", "two_talkers.png")
-        ssm.check_writable(
-            *(str(args.output_dir / name) for name in names), inputs=(args.one, args.other))
+        results = [args.output_dir / name for name in RESULTS]
+        ssm.check_writable(*map(str, results), inputs=(args.one, args.other))
+        others = [path for path in results if path.exists() and not results[0].exists()]
+        if others:
+            raise ValueError(f"{others[0]} is not of an earlier run and would be overwritten: "
+                             "choose another --output_dir")
         mixture = mix(args.one, args.other)
-        write_wav(args.output_dir / "mixture.wav", mixture)
         separator = ssm.load_separator(args.checkpoint)
         alone, per_talker, bins = answer(args, mixture)
         _, spectrogram, talkers = ssm.infer_recording(
-            args.output_dir / "mixture.wav", separator, num_speakers=2, num_bins=bins)
+            mixture, separator, num_speakers=2, num_bins=bins)
         if len(per_talker) != len(talkers):  # a model of short windows may miss one
             raise ValueError(f"{args.model} reads less than this mixture at a time, and finds "
                              f"{len(per_talker)} talkers in it: take shorter recordings")
+        print(f"without separator: {alone}")
+        panels = [("Two people talk at once, and the model writes:", spectrogram, alone)]
+        for number, (text, (_, values, _)) in enumerate(zip(per_talker, talkers, strict=True), 1):
+            print(f"speaker {number}: {text}")
+            panels.append((f"With the separator, speaker {number}:", values, text))
+        picture(results[0], panels)
+        sounds = [mixture, *(audio.numpy() for _, _, audio in talkers)]
+        for path, sound in zip(results[1:], sounds, strict=True):
+            write_wav(path, sound)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    print(f"without separator: {alone}")
-    panels = [("Two people talk at once, and the model writes:", spectrogram, alone)]
-    for number, (text, (_, values, audio)) in enumerate(zip(per_talker, talkers, strict=True), 1):
-        print(f"speaker {number}: {text}")
-        write_wav(args.output_dir / f"speaker_{number}.wav", audio.numpy())
-        panels.append((f"With the separator, speaker {number}:", values, text))
-    picture(args.output_dir / "two_talkers.png", panels)
     print(f"pictures and sound: {args.output_dir}")
     return 0
 

@@ -77,6 +77,11 @@ def test_overlapped_digits_tells_the_whole_story(
     assert " train " not in other and "| 3 talkers, room | 2 |" in other
     longer = [flag.replace("epoch=4", "epoch=8") for flag in argv]
     ends(capsys, overlapped_digits, longer, "a run of --mixtures_per_epoch=4", "--work_dir")
+    last = tmp_path / "overlapped_digits/checkpoints/checkpoint_epoch_1.pt"
+    about = tmp_path / "overlapped_digits/data/dataset.json"
+    for damaged in (last, about):
+        damaged.write_bytes(damaged.read_bytes()[:-20])
+        ends(capsys, overlapped_digits, argv, damaged.name)
     (fsdd / "0_s0_1.wav").unlink()
     ends(capsys, overlapped_digits, argv, "digits.jsonl lists other recordings", "--work_dir")
 
@@ -111,6 +116,10 @@ def test_pretrain_exports_what_it_trained(fsdd, tmp_path, capsys, monkeypatch):
     (tmp_path / "taken").touch()
     argv += ["--work_dir=new", f"--output_dir={tmp_path / 'taken'}"]
     ends(capsys, pretrain, argv, "cannot write to", "taken")
+    (tmp_path / "whisper").mkdir()
+    (tmp_path / "whisper/model.safetensors").touch()
+    argv[-1] = f"--output_dir={tmp_path / 'whisper'}"
+    ends(capsys, pretrain, argv, "--output_dir", "holds another model")
     assert not any((tmp_path / "new").iterdir())  # refused before any work
 
 
@@ -154,6 +163,12 @@ def test_two_talkers_from_any_two_recordings(qwen_folder, spectrogram_checkpoint
     assert (tmp_path / "out/two_talkers.png").read_bytes() == before
     assert_fails(capsys, ["gone.wav", *argv[1:]], "gone.wav", main=two_talkers.main)
     assert_fails(capsys, ["out/mixture.wav", *argv[1:]], "overwritten", main=two_talkers.main)
+    (tmp_path / "mine").mkdir()
+    argv[-1] = "--output_dir=mine"
+    assert_fails(capsys, [*argv, "--checkpoint=none.pt"], "none.pt", main=two_talkers.main)
+    assert not any((tmp_path / "mine").iterdir())
+    (tmp_path / "mine/speaker_2.wav").touch()
+    assert_fails(capsys, argv, "speaker_2.wav is not of an earlier run", main=two_talkers.main)
 
 
 @pytest.mark.parametrize("telephone", [0, 1])
@@ -174,7 +189,7 @@ def test_overlapped_speech_takes_one_corpus(
     data = tmp_path / "overlapped_speech" / f"2_talkers{'_by_telephone' * telephone}"
     assert json.loads((data / "dataset.json").read_text())["mixing"]["telephone"] == telephone
     score = json.loads((data / "scores.json").read_text())
-    assert f"| 2 talkers | {score['si_sdr_improvement']:.1f} |" in printed
+    assert f"| 2 talkers | {score['si_sdr_improvement']:z.1f} |" in printed
     argv = [f"--speech={tmp_path}", "--corpus=book", "--model=none", "--talkers", "1", "7"]
     ends(capsys, overlapped_speech, argv, "mixtures of 7 were asked for")
     ends(capsys, overlapped_speech, [*argv, "--corpus=bok"], "a corpus that starts with bok")

@@ -412,6 +412,15 @@ def test_audio_that_never_reached_the_processor(integrate, qwen, processor):
         integrate(qwen).generate(**inputs)
 
 
+@pytest.mark.parametrize("mode", ["separate", "joint"])
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_recordings_without_their_mask(kind, mode, integrate, qwen, processor):
+    inputs = processed(processor, RECORDINGS[:1])
+    del inputs["feature_attention_mask"]
+    with pytest.raises(ValueError, match="without the processor's feature_attention_mask"):
+        integrate(qwen, kind).generate(**inputs, mode=mode, tokenizer=processor.tokenizer)
+
+
 def test_several_audio_slots(integrate, qwen, processor):
     model, inputs = integrate(qwen), two_slots(processor)
     with pytest.raises(ValueError, match="2 audio slots.*joint"):

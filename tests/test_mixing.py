@@ -818,6 +818,14 @@ def test_bad_arguments(flags, words, speech_dir, tmp_path, capsys):
     assert not (tmp_path / "data").exists()
 
 
+def test_bad_arguments_of_the_function(tmp_path):
+    args = generator.build_parser().parse_args(
+        ["--val_samples=0", f"--output_dir={tmp_path / 'data'}"])
+    with pytest.raises(ValueError, match="val_samples"):
+        generator.generate_dataset(args, "")
+    assert not (tmp_path / "data").exists()
+
+
 def test_nothing_of_a_kind_may_be_asked_for(speech_dir, tmp_path):
     none = [f"--{name}=0" for name in ("min_seconds", "max_gap", "max_onset", "turns", "reverb",
                                        "level_difference", "equalizer", "same_corpus", "telephone",

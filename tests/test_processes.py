@@ -171,6 +171,12 @@ def test_processes_with_other_data_are_refused(same, dataset, own_dataset, monke
         ssm.check_same_data(*ours)
 
 
+def test_evaluation_of_other_data_is_refused(recordings, capsys, monkeypatch):
+    monkeypatch.setattr(ssm, "sum_over_processes", lambda values: values + 1)
+    argv = ["evaluate", f"--data_dir={recordings}", "--device=cpu"]
+    assert_fails(capsys, argv, "is not the same for all processes")
+
+
 def test_a_port_that_is_taken_is_one_line(dataset, tmp_path, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         world = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",

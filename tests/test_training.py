@@ -913,6 +913,8 @@ def test_export_is_checked_before_training(dataset, tmp_path, capsys):
     argv = train_flags(dataset, tmp_path / "run", f"--export={tmp_path / 'whisper'}")
     assert_fails(capsys, argv, "--export", "another model")
     assert os.listdir(tmp_path / "whisper") == ["config.json"]
+    (tmp_path / "whisper/config.json").rename(tmp_path / "whisper/model.safetensors")
+    assert_fails(capsys, argv, "--export", "another model")
     assert not (tmp_path / "run").exists()
 
 
