@@ -9,6 +9,7 @@ checkpoint the streams are the talkers' own spectrograms in random order: only m
 """
 
 import argparse
+import math
 import sys
 from itertools import count, islice
 from pathlib import Path
@@ -40,7 +41,8 @@ def two_tracks(folder: Path, seconds: float, seed: int) -> np.ndarray:
     A turn starts between 2 s before the end of the previous turn and 1 s after it.
     """
     rng = np.random.default_rng(seed)
-    speakers = rng.choice(sorted({f.stem.split("_")[1] for f in folder.glob("*.wav")}), 2, False)
+    speakers = {path.stem.split("_")[1] for path in folder.glob("[0-9]_*_*.wav")}
+    speakers = rng.choice(sorted(speakers), 2, False)
     tracks = np.zeros((2, int(seconds * SAMPLING_RATE)), np.float32)
     start, turn = 0.0, 0
     while start < seconds:
@@ -112,13 +114,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--num_speakers", type=int, help="give the number of talkers")
     add("--window", type=int, default=long_recordings.WINDOW_SECONDS, help="seconds of a window")
     args = parser.parse_args(argv)
+    if not (args.window >= 1 and 1 <= args.seconds < math.inf):
+        print("error: --window and --seconds must be 1 or more", file=sys.stderr)
+        return 2
+    if not any(args.recordings.glob("[0-9]_*_*.wav")):
+        print(f"error: no recordings named like 7_theo_3.wav in {args.recordings}", file=sys.stderr)
+        return 2
     long_recordings.WINDOW_SECONDS = args.window
-    if args.window < 1:
-        print(f"error: --window must be 1 or more, not {args.window}", file=sys.stderr)
-        return 2
-    if not any(args.recordings.glob("*.wav")):
-        print(f"error: no recordings in {args.recordings}", file=sys.stderr)
-        return 2
     print("| recording | windows | right numbers | talkers |\n|---|---|---|---|")
     try:
         for seed in range(args.seeds):

@@ -29,9 +29,12 @@ SMOOTH = FRAME_RATE // 2 + 1  # frames
 def reference_counts(rttm: Path) -> dict[str, tuple[np.ndarray, int]]:
     """Return {recording: (number of talkers in every frame, number of talkers in all)}."""
     turns: dict[str, list] = {}
-    for line in rttm.read_text(encoding="utf-8").splitlines():
-        _, name, _, start, seconds, _, _, speaker, *_ = line.split()
-        turns.setdefault(name, []).append((float(start), float(seconds), speaker))
+    with ssm.reading(rttm, "is no RTTM file"):
+        for line in rttm.read_text(encoding="utf-8").splitlines():
+            _, name, _, start, seconds, _, _, speaker, *_ = line.split()
+            turns.setdefault(name, []).append((float(start), float(seconds), speaker))
+    if not turns:
+        raise ValueError(f"{rttm} has no turns")
     counts = {}
     for name, rows in turns.items():
         frames = round(max(start + seconds for start, seconds, _ in rows) * FRAME_RATE)
@@ -89,9 +92,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     rows = []
     try:
+        reference = reference_counts(args.recordings / "reference.rttm")
         separator = ssm.load_separator(args.checkpoint)
         model, processor = load_model(args.model)
-        for name, (counts, talkers) in reference_counts(args.recordings / "reference.rttm").items():
+        for name, (counts, talkers) in reference.items():
             path = args.recordings / f"{name}.wav"
             scores = measure(path, counts, separator, model, processor)
             rows.append([name, talkers, *scores])

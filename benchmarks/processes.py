@@ -81,6 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         kind, _, data = args.worker.partition("=")
         train(Path(data), kind, args.mixtures, args.dtype)
         return 0
+    if args.mixtures < BATCH:
+        print(f"error: --mixtures must be {BATCH} or more, not {args.mixtures}", file=sys.stderr)
+        return 2
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for kind in PARTS:

@@ -15,7 +15,6 @@ they are wall-clock time.
 import argparse
 import contextlib
 import gc
-import json
 import resource
 import sys
 import tempfile
@@ -193,7 +192,7 @@ def table(results: dict) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the tables; return 0, or 2 if the device is not there."""
+    """Print the tables; return 0, or 2 after an error."""
     parser = argparse.ArgumentParser(description="Cost of a step beside its matrix products.")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"],
@@ -207,6 +206,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         device = ssm.pick_device(args.device)
+        ssm.check_writable(args.json)
+        if min(args.times, args.repeats) < 1:
+            raise ValueError("--times and --repeats must be 1 or more")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -226,8 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     results["data"] = measure_data(6.0, 8, device, args.repeats)
     print(f"\na batch of 8 mixtures of 6 s: mixing {results['data']['mixing']:.3f} s in one "
           f"process, spectrograms {results['data']['log_mel']:.3f} s")
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=2) + "\n")
+    ssm.write_json(args.json, results)
     return 0
 
 

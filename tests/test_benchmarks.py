@@ -50,7 +50,12 @@ def test_long_recording(tmp_path, capsys, monkeypatch):
 
 def test_without_recordings(tmp_path, capsys):
     assert long_recording.main([f"--recordings={tmp_path}"]) == 2
-    assert f"no recordings in {tmp_path}" in capsys.readouterr().err
+    assert f"named like 7_theo_3.wav in {tmp_path}" in capsys.readouterr().err
+    write_wav(tmp_path / "digits.wav", sine(0.3, 130))
+    assert long_recording.main([f"--recordings={tmp_path}"]) == 2
+    for bad in ("--window=0", "--seconds=-3", "--seconds=nan"):
+        assert long_recording.main([f"--recordings={tmp_path}", bad]) == 2
+        assert "must be 1 or more" in capsys.readouterr().err
 
 
 def test_talkers_in_every_frame_of_a_meeting(tmp_path):
@@ -76,6 +81,10 @@ def test_talkers_in_every_frame_of_a_meeting(tmp_path):
 def test_a_meeting_has_a_reference(tmp_path, capsys):
     assert meetings.main([f"--recordings={tmp_path}"]) == 2
     assert "no reference.rttm" in capsys.readouterr().err
+    for content, words in (("", "has no turns"), ("SPEAKER", "is no RTTM file")):
+        (tmp_path / "reference.rttm").write_text(content)
+        assert meetings.main([f"--recordings={tmp_path}"]) == 2
+        assert f"reference.rttm {words}" in capsys.readouterr().err
 
 
 def test_a_meeting_fills_one_window(tmp_path, whisper_path, spectrogram_checkpoint, capsys):
@@ -110,7 +119,9 @@ def test_throughput(tmp_path, capsys, monkeypatch):
     assert 0 < row["outside_products"] < 1 and 0 < row["optimizer_share"] < 1
     assert row["peak_bytes"] > 0 and results["data"]["mixing"] > 0
     assert "| spectrogram | 2 x 40 | float32 |" in printed
-    assert throughput.main(["--device=tpu"]) == 2
+    for bad in ("--device=tpu", "--times=0", "--repeats=0", f"--json={tmp_path / 'gone/a.json'}"):
+        assert throughput.main([bad]) == 2
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_a_process_of_the_benchmark(tmp_path, capsys, monkeypatch):
@@ -125,6 +136,7 @@ def test_a_process_of_the_benchmark(tmp_path, capsys, monkeypatch):
     assert pinned == [(0, {0})] and "(remixed to 4 an epoch)" in printed
     assert "float32 (as asked)" in printed
     assert float(printed.split("seconds ")[-1]) > 0
+    assert processes.main(["--mixtures=1"]) == 2
 
 
 def test_peers(tmp_path, whisper_folder, capsys):
