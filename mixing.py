@@ -232,11 +232,13 @@ def _plan_talker(rng, options: MixingOptions, pool: list[Utterance]) -> PlannedT
     return talker
 
 
-def _with_voice(rng, options: MixingOptions, talker: PlannedTalker) -> PlannedTalker:
+def _with_voice(
+    rng, options: MixingOptions, talker: PlannedTalker, pool: list[Utterance]
+) -> PlannedTalker:
     """Draw how a talker's voice is changed, if any is."""
     if not options.equalizer and options.formants == (1.0, 1.0):
         return talker
-    if talker.utterances[0].corpus in options.as_recorded:
+    if pool[0].corpus in options.as_recorded:
         return talker._replace(voice=(1.0, *[0.0] * len(EQUALIZER)))
     curve = rng.normal(0, options.equalizer / EQUALIZER).tolist()
     return talker._replace(voice=(rng.uniform(*options.formants), *curve))
@@ -320,10 +322,12 @@ def _plan_talkers(rng, source: SpeechSource, count: int, target: float | None) -
     likely = shares / shares.sum()
     miss, best = np.inf, []
     for _ in range(OVERLAP_DRAWS):
-        drawn = [names[i] for i in rng.choice(len(names), count, replace=False, p=likely)]
-        talkers = [_plan_talker(rng, source.options, source.by_speaker[name]) for name in drawn]
+        drawn = rng.choice(len(names), count, replace=False, p=likely)
+        pools = [source.by_speaker[names[i]] for i in drawn]
+        talkers = [_plan_talker(rng, source.options, pool) for pool in pools]
         if source.split == "train":
-            talkers = [_with_voice(rng, source.options, talker) for talker in talkers]
+            talkers = [_with_voice(rng, source.options, talker, pool)
+                       for talker, pool in zip(talkers, pools, strict=True)]
         if target is None:
             return talkers
         plan = _plan_overlap(rng, source.options, talkers, target)

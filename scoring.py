@@ -161,7 +161,8 @@ def write_report(
                          "mixtures by talkers"], data),
         *["", f"Training drew fresh mixtures of {mixed} talkers."] * (mixed > 0),
         "", f"## Validation, best epoch ({best['epoch']})", "", *score_table(best["val"]),
-        "", "Talkers are counted in every other mixture; the threshold was chosen on the rest.",
+        *["", "Talkers are counted in every other mixture; the threshold was chosen on the rest."]
+        * (len(val_set) > 1),
         "", "## Loss by epoch", "",
         *["Training losses are of a single pass and ignore levels more than 50 dB below the "
           "loudest bin; validation losses are of the separator as used, except that a single "

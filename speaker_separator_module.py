@@ -2533,7 +2533,10 @@ def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
         gains = (estimates - mixture).clamp(max=0)
         waveforms = by_mixture(batch["waveforms"].float(), batch)  # audio from here on
         mixture, targets = waveforms.tensor_split([1], dim=1)
-        estimates = torch.stack([apply_gains(m[0], g) for m, g in zip(mixture, gains, strict=True)])
+        lengths, frames = batch["lengths"].tolist(), batch["frame_mask"].sum(1).tolist()
+        estimates = torch.zeros_like(targets)  # each made without padding, as in use
+        for found, m, g, n, T in zip(estimates, mixture, gains, lengths, frames, strict=True):
+            found[:, :n] = apply_gains(m[0, :n], g[:, :T])
     else:
         valid = batch["frame_mask"][:, None, :, None]
         estimates, mixture, targets = (
@@ -2550,7 +2553,9 @@ def score_batch(
     trivial = trivial_outputs(batch["mixture"], batch["speaker_mask"], "waveforms" in batch)
     errors = [(talker_mse(output[:, None], batch["targets"], batch["frame_mask"]) * is_talker).sum()
               for output in trivial.values()]
-    several = is_talker * (is_talker.sum(1, keepdim=True) > 1)
+    least, most = batch["targets"].flatten(2).aminmax(dim=2)
+    heard = is_talker * (most > least)  # the SI-SDR of silence is undefined
+    several = heard * (heard.sum(1, keepdim=True) > 1)
     improvement = si_sdr_improvement(reorder(separated, loss.assignment), batch) * several
     sizes = loss_sizes(batch)
     sums = torch.stack([*torch.stack(loss[1:4]) * sizes, improvement.sum(), *errors])
@@ -2571,8 +2576,8 @@ def evaluate_separator(
     that counts best is found on every other mixture, and counting is scored on the rest.
 
     Returns ``total, separation, reconstruction, activity`` over all mixtures, whatever the batch
-    size; ``si_sdr_improvement`` in dB over mixtures of two or more talkers (of audio for
-    recordings, else of features), None if there are none; what ``count_scores`` returns;
+    size; ``si_sdr_improvement`` in dB over mixtures of two or more talkers who are not silent (of
+    audio for recordings, else of features), None if there are none; what ``count_scores`` returns;
     ``trivial_mse`` by name.
     """
     separator.eval()

@@ -154,6 +154,15 @@ def test_talkers_as_recorded(by_speaker):
     assert all(1.1 <= t.speed <= 1.2 and 0.8 <= t.voice[0] <= 0.9 for t in changed) and changed
 
 
+def test_a_talker_of_two_corpora_is_recorded_as_the_first_says(by_speaker):
+    groups = {name: [u._replace(corpus="changed" if take % 2 else "kept")
+                     for take, u in enumerate(group)] for name, group in by_speaker.items()}
+    drawn = plans(groups, 20, as_recorded=("kept",), speed=(1.1, 1.2), formants=(0.8, 0.9))
+    talkers = [talker for plan in drawn for talker in plan.talkers]
+    assert {t.utterances[0].corpus for t in talkers} == {"kept", "changed"}
+    assert {(t.speed, *t.voice[:1]) for t in talkers} == {(1.0, 1.0)}
+
+
 def test_voices_are_drawn_after_everything_else(by_speaker):
     """Formants and equalizers change no other number of a plan of one talker."""
     one = {"min_speakers": 1, "max_speakers": 1}

@@ -445,6 +445,36 @@ def test_improvement_of_audio(scripted):
     assert ssm.si_sdr_improvement(lifted, batch).abs().max() < 0.05
 
 
+def test_improvement_of_audio_does_not_depend_on_the_batch():
+    """A recording cut within speech keeps its last frame's gain, beside a longer one too."""
+    torch.manual_seed(0)
+    cut = torch.stack([torch.randn(4800), 0.03 * torch.randn(4800)])
+    items = [{"waveforms": torch.cat([cut.sum(0)[None], cut])},
+             {"waveforms": torch.randn(2, 9600)}]
+    separator, scores = tiny_spectrogram_separator(2), []
+    for size in (1, 2):
+        scores.append(ssm.evaluate_separator(separator, items, batch_size=size))
+    assert scores[0]["si_sdr_improvement"] == pytest.approx(
+        scores[1]["si_sdr_improvement"], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["features", "recordings"])
+def test_silent_talkers_have_no_improvement(kind):
+    torch.manual_seed(0)
+    talkers = torch.randn(2, 20, WIDTH) if kind == "features" else torch.randn(2, 3200)
+
+    def item(sources):
+        if kind == "features":
+            return {"mixture": sources.sum(0), "targets": sources}
+        return {"waveforms": torch.cat([sources.sum(0)[None], sources])}
+
+    silent = talkers * torch.tensor([1.0, 0.0]).view(2, *[1] * (talkers.dim() - 1))
+    separator = (tiny_separator if kind == "features" else tiny_spectrogram_separator)(2)
+    scores = [ssm.evaluate_separator(separator, items)["si_sdr_improvement"]
+              for items in ([item(talkers)], [item(talkers), item(silent)], [item(silent)])]
+    assert scores == [pytest.approx(scores[0]), pytest.approx(scores[0], abs=1e-4), None]
+
+
 def test_single_talkers_have_no_improvement(tmp_path):
     """The mixture is the talker: a number would say that the separator changed nothing."""
     singles = make_dataset(tmp_path, "--min_speakers=1", "--max_speakers=1")
@@ -842,7 +872,11 @@ def test_the_report_has_the_threshold_of_the_best_epoch(trained, dataset, tmp_pa
     history[0]["val"] |= {"total": 0.0, "threshold": 0.125}
     sets = [ssm.MultiSpeakerDataset(dataset, split) for split in ("train", "val")]
     scoring.write_report(tmp_path, {}, {"separation": 1.0}, *sets, history)
-    assert "| threshold | 0.125 |" in (tmp_path / "training_report.md").read_text()
+    report = (tmp_path / "training_report.md").read_text()
+    assert "| threshold | 0.125 |" in report and "every other mixture" in report
+    del sets[1].samples[1:]  # one mixture calibrates nothing
+    scoring.write_report(tmp_path, {}, {"separation": 1.0}, *sets, history)
+    assert "every other mixture" not in (tmp_path / "training_report.md").read_text()
 
 
 def test_log(dataset, tmp_path, capsys):
