@@ -492,14 +492,16 @@ def _decode_streams(
 
 
 def _numbered_rows(
-    integration, tracker: TalkerTracker, samples: np.ndarray, alone: bool,
+    integration, tracker: TalkerTracker, samples: np.ndarray, sound: bool, alone: bool,
     features: Tensor, mel_mask, num_speakers: int | None,
 ):
-    """Choose the rows of a window as the integration does, ordered by talker number."""
+    """Choose the rows of a window as the integration does, ordered by talker number.
+
+    ``sound`` says whether there is any in the seconds that it shares with the window before.
+    """
     streams, frame_mask, rows, _ = integration.choose_rows(
         features, mel_mask, num_speakers, reach_threshold=not alone)
     hop, present = HOP_LENGTH * integration.stride, [stream for _, stream, _ in rows]
-    sound = has_sound(samples[: tracker.shared * hop], samples)
     numbers = tracker.number(streams[0][:, : len(samples) // hop].cpu(), present, sound)
     rows.sort(key=lambda row: numbers[row[1]])
     return streams, frame_mask, rows, [numbers[stream] + 1 for _, stream, _ in rows]
@@ -523,7 +525,7 @@ def _answer_windows(
     options: dict,
 ) -> list[dict]:
     """Answer window by window, collect the answers by talker and join their texts."""
-    joint, found = options["mode"] == "joint", {}
+    joint, found, pauses = options["mode"] == "joint", {}, 0
     key = "speakers" if joint else "speaker"
     window = processor.feature_extractor.n_samples
     step = window_step(window)
@@ -531,7 +533,9 @@ def _answer_windows(
     tracker = TalkerTracker(frames, options["num_speakers"])
     windows = read_windows(audio, window, sampling_rate)
     for first, samples, alone in tqdm(windows, "windows", leave=False, disable=None):
-        choose_rows = partial(_numbered_rows, integration, tracker, samples, alone)
+        sound = has_sound(samples[: window - step], samples)
+        pauses += not sound  # windows that share silence share no words: let their numbers differ
+        choose_rows = partial(_numbered_rows, integration, tracker, samples, sound, alone)
         texts = ask(model, processor, [samples], prompt, choose_rows=choose_rows, **options)
         # Now model.speaker_rows has a row for each text; tracker.talker_of numbers its stream.
         who = [(tracker.talker_of[stream] + 1, round(p, 4)) for _, stream, p in model.speaker_rows]
@@ -540,7 +544,7 @@ def _answer_windows(
         for (said_by, probability), text in zip(who, texts, strict=True):
             part = {"start": first / SAMPLING_RATE, "end": (first + len(samples)) / SAMPLING_RATE,
                     key: said_by, "probability": probability, "text": text}
-            found.setdefault(0 if joint else said_by, []).append((first // step, part))
+            found.setdefault(0 if joint else said_by, []).append((first // step + pauses, part))
     return _join_answers(found, key, (window - step) / SAMPLING_RATE)
 
 

@@ -2810,6 +2810,7 @@ def tower_front(
 
 # Options that make Whisper read a recording again; temperature only as a list of several.
 READ_AGAIN = ("return_timestamps", "temperature", "no_speech_threshold")
+SPECULATIVE = ("assistant_model", "prompt_lookup_num_tokens")
 
 
 def audio_slots(model, ids: Tensor) -> list[list[int]]:
@@ -2826,8 +2827,15 @@ def check_call(integration: Integration, ids, features, mode: str, asked: dict) 
     if frames > integration.mel_frames:
         raise ValueError(f"the recording has {frames} mel frames and the model reads "
                          f"{integration.mel_frames} at a time: answer_per_talker reads longer ones")
+    if features is not None and asked.get("encoder_outputs") is not None:
+        raise ValueError("encoder_outputs are those of the mixture: give input_features alone")
     if ids is not None:
         check_prompts(integration.model, ids, features, mode, asked)
+        embedded = mode == "joint" or not integration.separator.is_spectrogram
+        for name in SPECULATIVE if embedded and features is not None else ():
+            if asked.get(name):
+                raise ValueError(f"{name} gives other words with inputs_embeds, which joint mode "
+                                 "and separators of hidden features need")
         return
     if mode == "joint":
         raise ValueError("mode='joint' needs a prompt with an audio slot, as in Qwen2-Audio")
@@ -3064,7 +3072,9 @@ class Integration:
         main, kwargs = self._model_inputs(
             prompts, streams[recordings, chosen], frame_mask[recordings], features.dtype, kwargs,
             joint)
-        output = self.original_generate(main, *args, **kwargs)
+        if main is not None and not args:  # by name: PEFT's generate of Whisper takes no position
+            kwargs["input_ids" if self.is_qwen else "input_features"] = main
+        output = self.original_generate(*((main, *args) if args else ()), **kwargs)
         sequences = output if isinstance(output, Tensor) else output["sequences"]
         copies = 1 if joint else len(sequences) // len(rows)
         model.speaker_rows = [row for row in rows for _ in range(copies)]

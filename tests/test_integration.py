@@ -943,6 +943,43 @@ def test_a_wrapped_model_is_the_model(integrate, qwen, processor):
     assert "generate" not in vars(qwen) and "generate" not in vars(wrapped)
 
 
+class ByName(Wrapper):
+    """Takes no argument by position, as PEFT's wrapper of Whisper does."""
+
+    def generate(self, **options):
+        return self.base_model.generate(**options)
+
+
+@pytest.mark.parametrize("kind", ["spectrogram", 1])
+def test_a_wrapper_that_takes_names_alone(kind, integrate, whisper):
+    inputs = listen(RECORDINGS[:2])
+    expected = integrate(copy.deepcopy(whisper), kind).generate(**inputs, max_new_tokens=3)
+    wrapped = integrate(ByName(whisper), kind)
+    assert torch.equal(wrapped.generate(**inputs, max_new_tokens=3), expected)
+
+
+def test_outputs_of_the_encoder_are_those_of_the_mixture(integrate, whisper):
+    inputs = listen(RECORDINGS[:1])
+    outputs = whisper.get_encoder()(inputs["input_features"])
+    with pytest.raises(ValueError, match="encoder_outputs are those of the mixture"):
+        integrate(whisper).generate(**inputs, encoder_outputs=outputs)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("spectrogram", "joint"), (1, "separate")])
+@pytest.mark.parametrize("option", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_speculative_decoding_of_embedded_prompts(option, kind, mode, integrate, qwen, processor):
+    """In separate mode, a spectrogram separator gives the same words with it."""
+    inputs = processed(processor, RECORDINGS[:1])
+    value = copy.deepcopy(qwen) if option == "assistant_model" else 2
+    options = {option: value, "num_speakers": 1, "max_new_tokens": 5}
+    model = integrate(qwen, kind)
+    with pytest.raises(ValueError, match=f"{option} gives other words"):
+        model.generate(**inputs, **options, mode=mode, tokenizer=processor.tokenizer)
+    model = integrate(model, "spectrogram")
+    plain = model.generate(**inputs, num_speakers=1, max_new_tokens=5)
+    assert torch.equal(model.generate(**inputs, **options), plain)
+
+
 def test_a_configuration_leaves_the_rest_to_the_model(integrate, whisper):
     """As in transformers: what it does not set is what the model's own says."""
     model, inputs = integrate(whisper, 1), listen(RECORDINGS[:1])

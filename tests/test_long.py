@@ -355,6 +355,17 @@ def test_the_tracker_is_told_whether_shared_seconds_have_sound(
     assert told[COUNT:] == told[:COUNT]
 
 
+def test_windows_that_share_silence_share_no_words(
+    integrated, processor, short_windows, monkeypatch
+):
+    numbers, samples = [], LONG.copy()
+    samples[STEP:WINDOW] = 0  # what the first two windows share
+    monkeypatch.setattr(long_recordings, "join_texts", lambda texts, shared: (
+        numbers.append([number for number, _ in texts]) or ""))
+    answer_per_talker(integrated, processor, samples, max_new_tokens=1)
+    assert numbers and all(found == [0, *range(2, COUNT + 1)] for found in numbers)
+
+
 def test_infer_a_long_recording(qwen_folder, long_file, tmp_path, capsys):
     """Files are as long as the recording and hold the talker's stream of every window."""
     source = {"encoder": str(qwen_folder), "layer": 1, "frame_rate": 50.0}
