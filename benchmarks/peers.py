@@ -1,11 +1,12 @@
 """Measure what separation costs beside Whisper: ours, ConvTasNet's and SepFormer's.
 
 In one run on the CPU, on 30 s of two talkers: seconds of every separator and of Whisper on the two
-talkers, real-time factor, peak memory, and ratios to Whisper alone and to ours. The separators have
-random weights, so this says nothing about quality. Whisper is timed on the talkers' own recordings,
-because random streams would give texts of random length.
+talkers, real-time factor, peak memory, and ratios to Whisper alone and to ours. Ours is the shipped
+separator in float32, as the commands run it. The peers have random weights, so this says nothing
+about quality. Whisper is timed on the talkers' own recordings, because random streams would give
+texts of random length.
 
-    pip install -r benchmarks/peers-requirements.txt
+    pip install -r requirements.txt && pip install -r benchmarks/peers-requirements.txt
     python benchmarks/peers.py --model openai/whisper-tiny.en --speech first.wav second.wav
 
 The peers have the sizes that their authors published for two talkers at 8 kHz: ConvTasNet (Luo and
@@ -14,6 +15,7 @@ Mesgarani, 2019, arXiv:1809.07454), SepFormer (Subakan et al., 2021, arXiv:2010.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -38,15 +40,10 @@ def load_talkers(paths: list[str]) -> np.ndarray:
 
 
 def ours():
-    """Return the spectrogram separator at its default size, from samples to spectrograms."""
-    separator = ssm.SpectrogramSeparator().eval()
-    dtype = ssm.pick_dtype("auto", "cpu")[0]
-
-    def separate(samples: torch.Tensor):
-        with ssm.autocast("cpu", dtype):
-            return separator(log_mel(samples[None], separator.BINS))
-
-    return separate, separator, SAMPLING_RATE
+    """Return the shipped separator, from samples to spectrograms."""
+    separator = ssm.load_separator()
+    return (lambda samples: separator(log_mel(samples[None], separator.BINS)), separator,
+            SAMPLING_RATE)
 
 
 def conv_tasnet():
@@ -140,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
                         help="recordings of two talkers, repeated or cut to 30 s")
     parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
     args = parser.parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         results = measure_all(args.model, load_talkers(args.speech))
     except (ValueError, OSError, ModuleNotFoundError) as error:
