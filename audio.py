@@ -33,9 +33,9 @@ RATES, LOUDEST = (1000, 768_000), 1e9  # Hz; largest sample: float32 can sum its
 # Bytes of the header that hold a file's size, and their order: WAV, AIFF, AU, RF64 and W64.
 SIZED = {b"RIFF": (4, 8, "little"), b"RIFX": (4, 8, "big"), b"FORM": (4, 8, "big"),
          b".snd": (8, 12, "big"), b"RF64": (20, 28, "little"), b"riff": (16, 24, "little")}
-UNKNOWN_SIZES, NEAR = (1 << 31, 1 << 32, 1 << 63, 1 << 64), 1 << 16  # what pipes write, about
-HEADER_SLACK = 1024  # bytes that a header may be wrong by
-MP3_REST = 1 << 14  # bytes after the claimed end: more than the frame that some do not count
+UNKNOWN_SIZES, NEAR = (1 << 31, 1 << 32, 1 << 63, 1 << 64), 1 << 16  # of a pipe, give or take
+HEADER_SLACK = 1024  # bytes by which a header may be wrong
+MP3_REST = 1 << 14  # bytes past an MP3's end by its header, which may leave out a frame, and tags
 UNREADABLE_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".mkv", ".mov"}
 OGG_PAGE = 1 << 16  # bytes that hold the last page's header
 LARGEST_NUMBER = 1e7  # in the configuration of a model: sizes, token ids, rotary base
@@ -163,7 +163,7 @@ def _check_end(path) -> None:
             file.seek(max(0, size - OGG_PAGE))
             page = file.read().rpartition(b"OggS")[2]
             sizes = page[23 : 23 + page[22]] if len(page) > 22 else b""  # of the page's segments
-            breaks_off = len(page) < 23 + len(sizes) + sum(sizes) or not page[1] & 4  # the last one
+            breaks_off = len(page) < 23 + len(sizes) + sum(sizes) or not page[1] & 4  # last page
             joined = page[10:14] != header[14:18]  # serial numbers
         elif header.startswith((b"ID3", b"\xff")) and (end := _mp3_end(file, header)):
             file.seek(end)

@@ -1735,15 +1735,6 @@ def load_separator(path_or_id=SHIPPED_SEPARATOR, device: str = "cpu"):
     return separator.to(device).eval()
 
 
-def prepare_export(folder: Path, flag: str = "--export") -> None:
-    """Make a folder for an export; fail if it cannot be written to or holds another model."""
-    prepare_folder(folder)
-    config, weights = folder / "config.json", folder / "model.safetensors"
-    ours = config.is_file() and b'"max_speakers"' in config.read_bytes()
-    if not ours and (config.exists() or weights.exists()):
-        raise ValueError(f"{flag}={folder} holds another model: name another folder")
-
-
 def export_separator(separator, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write config.json and model.safetensors, with weights in ``dtype``."""
     config = separator.config | {"threshold": separator.threshold}
@@ -1901,6 +1892,15 @@ def prepare_folder(folder: Path) -> None:
         (folder / ".write_test").unlink()
     except OSError as error:
         raise ValueError(f"cannot write to {folder}: {error.strerror}") from None
+
+
+def prepare_export(folder: Path, flag: str = "--export") -> None:
+    """Make a folder for an export; fail if it cannot be written to or holds another model."""
+    prepare_folder(folder)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    ours = config.is_file() and b'"max_speakers"' in config.read_bytes()
+    if not ours and (config.exists() or weights.exists()):
+        raise ValueError(f"{flag}={folder} holds another model: name another folder")
 
 
 def check_disk(folder: Path, parameters: int, options: TrainOptions, done: int) -> None:

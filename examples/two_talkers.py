@@ -91,9 +91,9 @@ def main(argv: list[str] | None = None) -> int:
         ssm.prepare_folder(args.output_dir)
         results = [args.output_dir / name for name in RESULTS]
         ssm.check_writable(*map(str, results), inputs=(args.one, args.other))
-        others = [path for path in results if path.exists() and not results[0].exists()]
-        if others:
-            raise ValueError(f"{others[0]} is not of an earlier run and would be overwritten: "
+        foreign = [path for path in results if path.exists() and not results[0].exists()]
+        if foreign:
+            raise ValueError(f"{foreign[0]} is not of an earlier run and would be overwritten: "
                              "choose another --output_dir")
         mixture = mix(args.one, args.other)
         separator = ssm.load_separator(args.checkpoint)
