@@ -1224,7 +1224,7 @@ class RemixedRecordings(RemixedDataset):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: batches
+# Data: what a batch holds
 
 
 def collate(items: list[dict], max_speakers: int, compact: bool = False) -> dict:
@@ -1317,6 +1317,10 @@ def add_spectrograms(batch: dict, num_bins: int = SpectrogramSeparator.BINS) -> 
     lengths = (batch["lengths"] // HOP_LENGTH).clamp(min=1)
     return batch | {"mixture": spectrograms[:, 0], "targets": spectrograms[:, 1:],
                     "frame_mask": torch.arange(T, device=lengths.device) < lengths[:, None]}
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: batches of an epoch
 
 
 def batches_of_like_length(order: list[int], seconds, size: int, random: torch.Generator):
