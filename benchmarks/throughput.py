@@ -125,7 +125,6 @@ def measure(kind: str, B: int, T: int, rate: int, device: str, dtype, repeats: i
         optimizer.zero_grad(set_to_none=True)
         forward().backward()
 
-    @torch.no_grad()
     def infer():
         with ssm.autocast(device, dtype):
             separator(batch["mixture"], batch["frame_mask"])
@@ -137,8 +136,9 @@ def measure(kind: str, B: int, T: int, rate: int, device: str, dtype, repeats: i
     peak = peak_bytes(device)
     outside = share_outside_products(step, device)
     separator.eval()  # spectrograms take two passes then
-    flops["forward"] = count_flops(infer)
-    seconds["forward"] = seconds_of(infer, device, repeats)
+    flops["forward"] = count_flops(infer)  # the counter fails on weights without gradients
+    with torch.no_grad():
+        seconds["forward"] = seconds_of(infer, device, repeats)
     return {"separator": kind, "batch": B, "frames": T, "dtype": str(dtype).removeprefix("torch."),
             "seconds": seconds, "flops": flops, "outside_products": outside, "peak_bytes": peak,
             "peak_bytes_per_second_of_audio": peak / (B * T / rate),

@@ -7,7 +7,15 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from conftest import RATE, ROOT, save_tiny_checkpoint, sine, tiny_spectrogram_separator, write_wav
+from conftest import (
+    RATE,
+    ROOT,
+    save_tiny_checkpoint,
+    sine,
+    tiny_separator,
+    tiny_spectrogram_separator,
+    write_wav,
+)
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import long_recording  # noqa: E402
@@ -122,6 +130,13 @@ def test_throughput(tmp_path, capsys, monkeypatch):
     for bad in ("--device=tpu", "--times=0", "--repeats=0", f"--json={tmp_path / 'gone/a.json'}"):
         assert throughput.main([bad]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_throughput_of_features(monkeypatch):
+    monkeypatch.setattr(throughput.ssm, "SpeakerSeparatorTransformer", tiny_separator)
+    row = throughput.measure("features", 2, 20, 25, "cpu", torch.float32, 1)
+    assert row["flops"]["step"] == 3 * row["flops"]["forward"] > 0
+    assert row["peak_bytes_per_second_of_audio"] == pytest.approx(row["peak_bytes"] / 1.6)
 
 
 def test_a_process_of_the_benchmark(tmp_path, capsys, monkeypatch):
