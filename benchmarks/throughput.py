@@ -115,7 +115,8 @@ def measure(kind: str, B: int, T: int, rate: int, device: str, dtype, repeats: i
     torch.manual_seed(0)
     kinds = {"features": ssm.SpeakerSeparatorTransformer, "spectrogram": ssm.SpectrogramSeparator}
     separator = kinds[kind]().to(device).train()
-    optimizer = ssm.make_optimizer(separator, ssm.TrainOptions())
+    name = str(dtype).removeprefix("torch.")
+    optimizer = ssm.make_optimizer(separator, ssm.TrainOptions(dtype=name))
     batch = make_batch(separator, B, T, device)
 
     def forward():
@@ -139,7 +140,7 @@ def measure(kind: str, B: int, T: int, rate: int, device: str, dtype, repeats: i
     flops["forward"] = count_flops(infer)  # the counter fails on weights without gradients
     with torch.no_grad():
         seconds["forward"] = seconds_of(infer, device, repeats)
-    return {"separator": kind, "batch": B, "frames": T, "dtype": str(dtype).removeprefix("torch."),
+    return {"separator": kind, "batch": B, "frames": T, "dtype": name,
             "seconds": seconds, "flops": flops, "outside_products": outside, "peak_bytes": peak,
             "peak_bytes_per_second_of_audio": peak / (B * T / rate),
             "optimizer_share": seconds["optimizer"] / (seconds["optimizer"] + seconds["step"])}

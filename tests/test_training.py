@@ -239,12 +239,13 @@ def test_muon_steps_are_orthogonal_and_as_long_as_those_of_adamw():
             torch.testing.assert_close(step, -lr * weight.grad.sign(), rtol=1e-3, atol=1e-5)
 
 
-def test_stacked_muon_steps_as_torch_does():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_muon_steps_as_torch_does(dtype):
     """Matrices of three shapes, wide, tall and square; two steps, so that the momentum counts."""
     random = torch.Generator().manual_seed(0)
     shapes = [(8, 12), (12, 8), (6, 6), (8, 12)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
-    optimizers = (ssm.StackedMuon(ours, lr=0.1, weight_decay=0.5),
+    optimizers = (ssm.StackedMuon(ours, dtype, lr=0.1, weight_decay=0.5),
                   torch.optim.Muon(theirs, lr=0.1, weight_decay=0.5,
                                    adjust_lr_fn="match_rms_adamw"))  # fmt: skip
     for _ in range(2):
@@ -254,8 +255,21 @@ def test_stacked_muon_steps_as_torch_does():
         for optimizer in optimizers:
             optimizer.step()
     for weight, same in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(weight, same, rtol=0, atol=2e-3)  # the products are in bfloat16
+        # torch multiplies in bfloat16
+        torch.testing.assert_close(weight, same, rtol=0, atol=2e-3)
         assert (weight - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_muon_multiplies_in_the_precision_of_the_run(name):
+    muon = ssm.make_optimizer(tiny_spectrogram_separator(), ssm.TrainOptions(dtype=name)).parts[0]
+    group, matrices = muon.param_groups[0], torch.randn(2, 8, 12)
+    exact = ssm.StackedMuon([torch.nn.Parameter(matrices[0])], torch.float64)._orthogonal(
+        matrices, group)
+    found = muon._orthogonal(matrices, group)
+    assert str(found.dtype) == f"torch.{name}"
+    error = (found - exact).abs().max()
+    assert error < 1e-5 if name == "float32" else 1e-4 < error < 0.1
 
 
 def test_more_processes_than_matrices(monkeypatch):
