@@ -1934,7 +1934,7 @@ class StackedMuon(torch.optim.Muon):
     bfloat16 units, float32 takes a quarter of the time that bfloat16 takes (measured).
     """
 
-    def __init__(self, weights, dtype: torch.dtype = torch.bfloat16, **settings):
+    def __init__(self, weights, dtype: torch.dtype, **settings):
         super().__init__(weights, **settings)
         self.dtype = dtype
 
@@ -2545,9 +2545,9 @@ def si_sdr_improvement(estimates: Tensor, batch: dict) -> Tensor:
         gains = (estimates - mixture).clamp(max=0)
         waveforms = by_mixture(batch["waveforms"].float(), batch)  # audio from here on
         mixture, targets = waveforms.tensor_split([1], dim=1)
-        lengths, frames = batch["lengths"].tolist(), batch["frame_mask"].sum(1).tolist()
+        sizes = torch.stack([batch["lengths"], batch["frame_mask"].sum(1)], 1).tolist()
         estimates = torch.zeros_like(targets)  # each made without padding, as in use
-        for found, m, g, n, T in zip(estimates, mixture, gains, lengths, frames, strict=True):
+        for found, m, g, (n, T) in zip(estimates, mixture, gains, sizes, strict=True):
             found[:, :n] = apply_gains(m[0, :n], g[:, :T])
     else:
         valid = batch["frame_mask"][:, None, :, None]
@@ -2843,9 +2843,10 @@ def check_call(integration: Integration, ids, features, mode: str, asked: dict) 
         raise ValueError("encoder_outputs are those of the mixture: give input_features alone")
     if ids is not None:
         check_prompts(integration.model, ids, features, mode, asked)
-        embedded = mode == "joint" or not integration.separator.is_spectrogram
-        for name in SPECULATIVE if embedded and features is not None else ():
-            if asked.get(name):
+        embedded = features is not None and (
+            mode == "joint" or not integration.separator.is_spectrogram)
+        for name in SPECULATIVE:
+            if embedded and asked.get(name):
                 raise ValueError(f"{name} gives other words with inputs_embeds, which joint mode "
                                  "and separators of hidden features need")
         return
@@ -3084,9 +3085,11 @@ class Integration:
         main, kwargs = self._model_inputs(
             prompts, streams[recordings, chosen], frame_mask[recordings], features.dtype, kwargs,
             joint)
-        if main is not None and not args:  # by name: PEFT's generate of Whisper takes no position
+        if args:
+            args = (main, *args)
+        elif main is not None:  # by name: PEFT's generate of Whisper takes no position
             kwargs["input_ids" if self.is_qwen else "input_features"] = main
-        output = self.original_generate(*((main, *args) if args else ()), **kwargs)
+        output = self.original_generate(*args, **kwargs)
         sequences = output if isinstance(output, Tensor) else output["sequences"]
         copies = 1 if joint else len(sequences) // len(rows)
         model.speaker_rows = [row for row in rows for _ in range(copies)]
